@@ -1,0 +1,51 @@
+"""The exceptions that slq raises on purpose.
+
+Every message says what was wrong, which rule it broke, and the way out. Catch `SlqError` to catch them all.
+"""
+
+
+class SlqError(Exception):
+    """Base of every error that slq raises on purpose."""
+
+
+class ConfigError(SlqError):
+    """A recipe or an argument is wrong: unknown key, bad value, missing file."""
+
+
+class DataError(SlqError):
+    """An input record or data set cannot be used as it is."""
+
+
+class MediaError(DataError):
+    """An image or a text was refused by the guards; `reason` is a stable short code."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["MediaError"], tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
+
+class ArtifactError(SlqError):
+    """A stored artefact (adapter, data set, index) is missing, incomplete or damaged."""
+
+
+class ArtifactMismatchError(ArtifactError):
+    """Two artefacts that must belong together carry different fingerprints."""
+
+
+class HardwareError(SlqError):
+    """Asked-for hardware is absent, or too small for what was asked."""
+
+
+class StorageError(SlqError):
+    """The output cannot be written: no space, no permission, or the store failed."""
+
+
+class ServiceError(SlqError):
+    """The online service cannot start or answer, for example because its port is in use."""
+
+
+class TrainingError(SlqError):
+    """Training cannot go on: a batch that cannot be formed, or a loss that is not finite."""
