@@ -1,7 +1,7 @@
 """The base of all settings: frozen pydantic models that name the nearest key when one is unknown."""
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,7 +27,9 @@ class Section(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(cls, item, source) for item in error.errors())) from None
+            raise ConfigError(
+                "\n".join(_explain(cls, item, source) for item in error.errors())
+            ) from None
 
 
 def _explain(model: type[BaseModel], item: Any, source: str) -> str:
@@ -39,17 +41,27 @@ def _explain(model: type[BaseModel], item: Any, source: str) -> str:
     nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     parent = ".".join(location[:-1])
     prefix = f"{parent}." if parent else ""
-    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+    hint = (
+        f"did you mean {prefix}{nearest[0]}?"
+        if nearest
+        else f"known keys: {', '.join(sorted(known))}"
+    )
     return f"{source}: {path} is unknown; {hint}"
 
 
 def _fields_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     current: Any = model
     for name in path:
-        annotation = current.model_fields[name].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if name not in current.model_fields:
+            continue  # a key of a mapping of sections
+        models = _models_in(current.model_fields[name].annotation)
         if not models:
             return []
         current = models[0]
     return list(current.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

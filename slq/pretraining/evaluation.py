@@ -96,7 +96,8 @@ def _exact_captions(
     done = [False] * len(scenes)
     end = int(tokenizer.eos_token_id)
     pictures = [
-        render(scene, sampler.sprites, sampler.generator(index, purpose=1)) for index, scene in scenes
+        render(scene, sampler.sprites, sampler.generator(index, purpose=1))
+        for index, scene in scenes
     ]
     tokens: list[list[int]] = [[] for _ in scenes]
     for _ in range(_MAX_CAPTION_TOKENS):

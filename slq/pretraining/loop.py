@@ -23,7 +23,9 @@ from slq.scenes.sampling import SceneSampler
 from slq.scenes.sprites import load_sprites
 
 Report = Callable[[dict[str, float]], None]
-_HEAD_STEP = 256  # rows of the LM head's product, rounded up for the same reason as the packer's length
+_HEAD_STEP = (
+    256  # rows of the LM head's product, rounded up for the same reason as the packer's length
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def skill_losses(
     }
 
 
-def prepare(config: PretrainConfig) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerFast, Batches]:
+def prepare(
+    config: PretrainConfig,
+) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerFast, Batches]:
     """The fresh model, its tokenizer and the batches of this config."""
     mixture = Mixture(
         SceneSampler("train", config.seed, load_sprites()),
@@ -169,12 +173,16 @@ def pretrain(config: PretrainConfig, output_dir: Path, report: Report) -> Path:
     started = time.monotonic()
     for step, batch in batches.prefetch(first, config.num_steps):
         losses = skill_losses(model, batch, autocast=config.autocast)
-        total = sum((config.skill_weights[name] * loss for name, loss in losses.items()), torch.zeros(()))
-        total.backward()
+        total = sum(
+            (config.skill_weights[name] * loss for name, loss in losses.items()), torch.zeros(())
+        )
+        total.backward()  # type: ignore[no-untyped-call]
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimiser.step(learning_rate_scale(step, config))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {step}; lower lr_matrices")
+            raise FloatingPointError(
+                f"the gradient is not finite at step {step}; lower lr_matrices"
+            )
         seconds = (time.monotonic() - started) / (step + 1 - first)
         metrics = {"step": float(step + 1), "seconds_per_step": seconds}
         metrics["eta_s"] = seconds * (config.num_steps - step - 1)
@@ -212,7 +220,9 @@ def _save(
 ) -> None:
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    weights = {
+        name: parameter.detach().contiguous() for name, parameter in model.named_parameters()
+    }
     save_file(weights, partial / "model.safetensors")
     save_file(optimiser.tensors(), partial / "optimiser.safetensors")
     state = {"step": step, "config": config.model_dump()}

@@ -16,7 +16,12 @@ GRID = CANVAS // PATCH // MERGE  # visual tokens along one side
 
 
 def tiny_config(
-    tokenizer: PreTrainedTokenizerFast, *, hidden: int, num_layers: int, vision_hidden: int, vision_depth: int
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden: int,
+    num_layers: int,
+    vision_hidden: int,
+    vision_depth: int,
 ) -> Qwen3VLConfig:
     """A Qwen3-VL configuration for 96 px pictures (36 visual tokens).
 
@@ -27,7 +32,10 @@ def tiny_config(
         vision_hidden: Width of the vision tower; a multiple of 32.
         vision_depth: Layers of the vision tower.
     """
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in (IMAGE, VIDEO, VISION_START, VISION_END)}
+    ids = {
+        token: int(tokenizer.convert_tokens_to_ids(token))
+        for token in (IMAGE, VIDEO, VISION_START, VISION_END)
+    }
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
@@ -123,4 +131,5 @@ def packed_hidden(model: Qwen3VLForConditionalGeneration, batch: PackedBatch) ->
         deepstack_visual_embeds=deepstack,
         use_cache=False,
     )
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    return hidden

@@ -95,7 +95,9 @@ class Packer:
             return torch.tensor([[*getattr(r, name), *[fill] * (seq - len(r.ids))] for r in rows])
 
         positions = torch.tensor([[*r.positions, *[(0, 0, 0)] * (seq - len(r.ids))] for r in rows])
-        pixels = np.stack([example.pixels for example in images]) if images else np.zeros((0,), np.uint8)
+        pixels = (
+            np.stack([example.pixels for example in images]) if images else np.zeros((0,), np.uint8)
+        )
         return PackedBatch(
             input_ids=stack("ids", pad_id),
             positions=positions.permute(2, 0, 1).contiguous(),  # (rows, seq, 3) -> (3, rows, seq)

@@ -31,7 +31,9 @@ def training_texts(mixture: Mixture, count: int) -> Iterator[str]:
             yield f"assistant\n{turn.answer}"
 
 
-def build_tokenizer(mixture: Mixture, *, vocab_size: int, num_examples: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    mixture: Mixture, *, vocab_size: int, num_examples: int
+) -> PreTrainedTokenizerFast:
     """Train the tokenizer on the first `num_examples` examples of the mixture."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,5 +1,6 @@
 """Words for scenes: explicit captions in several phrasings, and captions that name objects only by a clue."""
 
+import re
 from collections.abc import Callable
 
 from numpy.random import Generator
@@ -101,9 +102,16 @@ def knowledge_caption(
     """
     chosen: dict[str, Clue] = {}
     for entity in scene.entities:
-        clues = sprites[entity.sprite_id].clues
+        clues = _clues_beside(sprites[entity.sprite_id], scene, sprites)
         wanted = [clue for clue in clues if clue.category == category] if not chosen else []
         pool = wanted or list(clues)
         chosen[entity.sprite_id] = pool[int(rng.integers(len(pool)))]
     captions = _sentences(scene, lambda entity: clue_phrase(entity, chosen[entity.sprite_id]))
     return captions[int(rng.integers(len(captions)))], chosen[scene.entities[0].sprite_id].category
+
+
+def _clues_beside(sprite: Sprite, scene: Scene, sprites: dict[str, Sprite]) -> tuple[Clue, ...]:
+    """The clues that name no object of the scene; all of them if none is left."""
+    words = [word for id_ in scene.sprite_ids for word in (sprites[id_].name, sprites[id_].plural)]
+    named = re.compile(rf"(?<![a-z])({'|'.join(map(re.escape, words))})(?![a-z])")
+    return tuple(clue for clue in sprite.clues if not named.search(clue.text)) or sprite.clues

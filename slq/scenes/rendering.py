@@ -12,7 +12,11 @@ from slq.scenes.layout import BACKGROUNDS, Entity, Scene
 from slq.scenes.sprites import Sprite
 
 CANVAS = 96  # pixels, both sides
-_SIZE_SHARE = {"small": (0.36, 0.44), None: (0.66, 0.78), "big": (0.94, 1.0)}  # of the cell's shorter side
+_SIZE_SHARE = {
+    "small": (0.36, 0.44),
+    None: (0.66, 0.78),
+    "big": (0.94, 1.0),
+}  # of the cell's shorter side
 _LARGEST = 48  # pixels; a lone object would otherwise fill the picture
 _BACKGROUND_JITTER = 8  # colour steps
 
@@ -53,7 +57,8 @@ def render(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> NDArray[
             patch = canvas[top : top + size, left : left + size]
             patch *= 1.0 - picture[..., 3:]
             patch += picture[..., :3]
-    return np.rint(np.clip(canvas, 0.0, 1.0) * 255.0).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.rint(np.clip(canvas, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return pixels
 
 
 def render_png(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> bytes:

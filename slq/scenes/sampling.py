@@ -20,7 +20,11 @@ from slq.scenes.sprites import Sprite
 
 Split = Literal["train", "validation", "test", "unseen"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test", "unseen")
-_MAX_COUNT = {1: 4, 2: 3, 3: 2}  # copies of one kind, by number of kinds: they must fit into their cell
+_MAX_COUNT = {
+    1: 4,
+    2: 3,
+    3: 2,
+}  # copies of one kind, by number of kinds: they must fit into their cell
 _KINDS_SHARE = (0.15, 0.55, 0.30)  # one, two and three kinds
 
 
@@ -126,7 +130,9 @@ def hard_variants(scene: Scene) -> list[Scene]:
             variants.append(replace(scene, third_first=not scene.third_first))
     for position, entity in enumerate(entities):
         for changed in _changed(entity, _MAX_COUNT[len(entities)]):
-            variants.append(replace(scene, entities=(*entities[:position], changed, *entities[position + 1 :])))
+            variants.append(
+                replace(scene, entities=(*entities[:position], changed, *entities[position + 1 :]))
+            )
     return variants
 
 

@@ -1,0 +1,221 @@
+"""The `slq` command."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from jobs.console import AsJson, DryRun, Overrides, RecipePath, err, friendly_errors, out, run_stage
+from jobs.results import results_table
+from pipelines.recipe import Recipe
+
+app = typer.Typer(
+    name="slq",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turn a frozen multimodal LLM into a retriever, and serve it.",
+    epilog="Start with: slq demo",
+)
+DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
+
+
+@app.command(epilog="Example: slq train jobs/recipes/demo.yaml --set train.num_steps=50")
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train latent queries on Ray Train with DeepSpeed; run it again to resume."""
+    from pipelines.train import train as stage
+
+    def plan(resolved: Recipe) -> dict[str, Any]:
+        from slq.training import deepspeed_config
+
+        return {"deepspeed": deepspeed_config(resolved.train, resolved.resources.train_workers)}
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
+
+
+@app.command(epilog="Example: slq embed jobs/recipes/demo.yaml")
+def embed(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Embed a corpus into Parquet shards on Ray Data; run it again to finish what is missing."""
+    from pipelines.embed import embed as stage
+
+    def plan(resolved: Recipe) -> dict[str, Any]:
+        from pipelines.corpus import plan_shards
+        from pipelines.recipe import require_files
+
+        require_files(resolved, "corpus")
+        shards = plan_shards(resolved.data.path("corpus"), resolved.embed.shard_rows)
+        return {"plan": {"shards": len(shards), "rows": sum(shard.num_rows for shard in shards)}}
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
+
+
+@app.command(epilog="Example: slq index jobs/recipes/demo.yaml --set index.kind=ivf")
+def index(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build and publish a faiss index version from an embedding data set."""
+    from pipelines.index import index as stage
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
+
+
+@app.command("eval", epilog="Example: slq eval jobs/recipes/demo.yaml --json")
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure hit@k of zero-shot, untrained, trained and re-ranked search, with intervals."""
+    from pipelines.evaluate import evaluate as measure
+
+    def stage(resolved: Recipe) -> dict[str, Any]:
+        results = measure(resolved)
+        if not as_json:
+            out.print(results_table(results))
+        return results
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
+
+
+@app.command(epilog="Example: slq serve jobs/recipes/demo.yaml --set serve.port=8080")
+def serve(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Serve search, embeddings and a gallery page on Ray Serve until interrupted."""
+    from pipelines.serve import serve_until_stopped
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=False, stage=serve_until_stopped)
+
+
+@app.command(epilog='Example: slq search "two foxes left of a pencil" --url http://127.0.0.1:8000')
+def search(
+    text: Annotated[str, typer.Argument(help="what to look for")] = "",
+    image: Annotated[
+        Path | None, typer.Option(help="an image to look for, alone or with the text")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="a running service")] = None,
+    index_dir: Annotated[
+        Path | None, typer.Option("--index", help="an index folder to search without a service")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="adapter folder for --index; its neighbour by default")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="results")] = 5,
+    mode: Annotated[str, typer.Option(help="auto, coarse or fine")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Search a running service, or an index folder directly."""
+    from jobs.searching import search_folder, search_url
+    from slq.errors import ConfigError
+
+    with friendly_errors():
+        if (url is None) == (index_dir is None):
+            raise ConfigError("give exactly one of --url and --index")
+        if url is not None:
+            found = search_url(url, text, image, top_k=top_k, mode=mode)
+        else:
+            assert index_dir is not None
+            found = search_folder(
+                index_dir, adapter or index_dir.parent / "adapter", text, image, top_k=top_k
+            )
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("rank", "id", "cosine", "margin", box=None)
+    for rank, result in enumerate(found["results"], start=1):
+        margin = result.get("fine_score")
+        table.add_row(
+            str(rank),
+            result["id"],
+            f"{result['coarse_score']:.3f}",
+            "" if margin is None else f"{margin:+.2f}",
+        )
+    out.print(table)
+
+
+@app.command(epilog="Example: slq demo --out runs/demo")
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="where everything is written")] = Path(
+        "runs/demo"
+    ),
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train, embed, index, evaluate, serve and query on the shipped scenes; writes report.html."""
+    from jobs.demo import demo_recipe, run_demo
+    from slq import log
+
+    log.configure()
+    with friendly_errors():
+        recipe = demo_recipe(DEMO_RECIPE, out_dir, overrides)
+        if dry_run:
+            out.print_json(recipe.model_dump_json())
+            return
+        run_demo(recipe)
+
+
+@app.command(epilog="Example: slq pretrain jobs/recipes/pretrain_tiny.yaml --out runs/tiny")
+def pretrain(
+    recipe: RecipePath,
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="checkpoints, log and the finished model")
+    ] = Path("runs/tiny"),
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's default")] = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the shipped tiny backbone from scratch; run it again to resume."""
+    import torch
+    import yaml
+
+    from slq.errors import ConfigError
+    from slq.pretraining.config import PretrainConfig
+    from slq.pretraining.loop import pretrain as stage
+
+    with friendly_errors():
+        if not recipe.is_file():
+            raise ConfigError(f"recipe {recipe} does not exist")
+        config = PretrainConfig.parse(yaml.safe_load(recipe.read_text()) or {}, source=recipe.name)
+        assert isinstance(config, PretrainConfig)
+        if dry_run:
+            out.print_json(config.model_dump_json())
+            return
+        if threads:
+            torch.set_num_threads(threads)
+        folder = stage(
+            config, out_dir, lambda metrics: err.print(pretrain_line(metrics, config.num_steps))
+        )
+    out.print(f"[green]done[/] {folder}")
+
+
+@app.command(epilog="Example: slq doctor")
+def doctor() -> None:
+    """Show versions, CPUs, GPUs, memory and limits that matter, and say what is wrong."""
+    from jobs.doctor import report
+
+    problems = report()
+    if problems:
+        raise typer.Exit(1)
+
+
+def pretrain_line(metrics: dict[str, float], num_steps: int) -> str:
+    """One line of progress."""
+    known = ("caption", "match", "restate", "match_accuracy", "caption_accuracy")
+    shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in known if name in metrics)
+    return f"step {metrics['step']:.0f}/{num_steps}  {shown}  ETA {metrics['eta_s'] / 60:.0f} min"
+
+
+if __name__ == "__main__":
+    app()

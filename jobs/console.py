@@ -1,0 +1,84 @@
+"""What every command shares: recipe loading, dry runs, JSON output and how errors end."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from pipelines.recipe import Recipe, load_recipe
+from slq import log
+from slq.errors import SlqError
+
+out = Console()
+err = Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(help="YAML recipe, for example jobs/recipes/demo.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override one key: --set train.num_steps=50 (repeatable)"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and stop")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+
+
+@contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Turn slq's own errors into one red line and exit code 1; leave bugs their traceback."""
+    try:
+        yield
+    except SlqError as error:
+        err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="", highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def run_stage(
+    recipe_path: Path,
+    overrides: list[str] | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    stage: Callable[[Recipe], Any],
+    plan: Callable[[Recipe], dict[str, Any]] | None = None,
+) -> None:
+    """Load a recipe and run one stage on it inside Ray.
+
+    Args:
+        recipe_path: The recipe file.
+        overrides: `--set` values.
+        dry_run: Print what would run, and stop.
+        as_json: Print the stage's result as JSON.
+        stage: The flow; its result is a path or plain data.
+        plan: Extra facts for a dry run.
+    """
+    log.configure()
+    with friendly_errors():
+        recipe = load_recipe(recipe_path, overrides)
+        if dry_run:
+            shown = {"recipe": recipe.model_dump(mode="json"), **(plan(recipe) if plan else {})}
+            out.print(
+                json.dumps(shown, indent=2) if as_json else yaml.safe_dump(shown, sort_keys=False),
+                markup=False,
+            )
+            return
+        result = connected(recipe, stage)
+    if as_json:
+        print(json.dumps(result, default=str))
+    else:
+        out.print(f"[green]done[/] {result}" if isinstance(result, Path) else "[green]done[/]")
+
+
+def connected(recipe: Recipe, stage: Callable[[Recipe], Any]) -> Any:
+    """Run a flow inside Ray, with missing scene files generated first."""
+    from pipelines.runtime import connect
+    from slq.benchmarks.scenes import write_scenes
+
+    if recipe.data.scenes is not None:
+        write_scenes(recipe.data.dir, recipe.data.scenes)
+    with connect(recipe.resources):
+        return stage(recipe)

@@ -1,0 +1,62 @@
+"""Loads what a recipe names: the frozen backbone, its latent queries, and encoders of the systems under test."""
+
+import torch
+
+from pipelines.recipe import Recipe, System
+from slq.artifacts import load_latent_queries
+from slq.backbones import Backbone, PromptSettings, load_backbone
+from slq.encoder import Encoder
+from slq.latent_queries import LatentQueries
+
+
+def backbone_of(recipe: Recipe) -> Backbone:
+    """The recipe's frozen backbone with the adapter's prompt settings."""
+    section = recipe.backbone
+    return load_backbone(
+        section.name,
+        revision=section.revision,
+        device=section.device,
+        dtype=section.dtype,
+        max_pixels=section.max_pixels,
+        settings=PromptSettings(
+            prompt=recipe.adapter.prompt, max_text_tokens=recipe.adapter.max_text_tokens
+        ),
+    )
+
+
+def untrained_latents(recipe: Recipe, backbone: Backbone) -> LatentQueries:
+    """Latent queries as the recipe initialises them."""
+    settings = recipe.adapter
+    return LatentQueries(
+        settings.num_latents,
+        backbone.hidden_size,
+        init=settings.init,
+        embedding_std=backbone.embedding_std,
+        temperature=settings.temperature,
+        seed=settings.seed,
+    ).to(backbone.device)
+
+
+def encoder_of(recipe: Recipe, system: System = "slq", backbone: Backbone | None = None) -> Encoder:
+    """The encoder of a system: last token, untrained latents, or the trained adapter of the run folder.
+
+    Args:
+        recipe: The resolved recipe.
+        system: `slq_fine` embeds as `slq` does.
+        backbone: One that is loaded already.
+
+    Raises:
+        ArtifactError: The trained adapter is asked for and missing.
+    """
+    backbone = backbone or backbone_of(recipe)
+    if system == "last_token":
+        return Encoder(backbone)
+    if system == "untrained":
+        return Encoder(backbone, untrained_latents(recipe, backbone))
+    return Encoder(backbone, load_latent_queries(recipe.storage.adapter, backbone))
+
+
+def use_threads(count: int) -> None:
+    """Let this process use `count` CPU threads for torch; 0 leaves torch's default."""
+    if count:
+        torch.set_num_threads(count)

@@ -1,0 +1,55 @@
+"""Progress lines from workers on any node to the terminal of the command that waits for them.
+
+Ray can forward whole worker logs, but then a person's few progress lines drown in the framework's own. Workers send
+lines to a small actor instead, and the driver prints them as they come.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_POLL_S = 0.5
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self._lines = self._lines, []
+        return lines
+
+
+@contextmanager
+def progress_sink() -> Iterator[Any]:
+    """A handle for workers (`handle.add.remote(line)`); lines are printed until the block ends."""
+    import ray
+
+    sink = ray.remote(num_cpus=0)(_Lines).remote()
+    ended = threading.Event()
+
+    def pump() -> None:
+        while True:
+            last = ended.wait(_POLL_S)
+            for line in ray.get(sink.take.remote()):
+                show(line)
+            if last:
+                return
+
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    try:
+        yield sink
+    finally:
+        ended.set()
+        thread.join(timeout=5)
+
+
+def show(line: str) -> None:
+    """Print one progress line where a person looks and a pipe does not."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,224 @@
+"""A recipe: YAML with one section per stage, each the frozen config object of its owner."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from slq.benchmarks.scenes import ScenesConfig
+from slq.config import Section
+from slq.errors import ConfigError
+from slq.index import IndexConfig
+from slq.training import AdapterSettings, TrainConfig
+
+
+class BackboneConfig(Section):
+    """Which frozen model, where and in which type."""
+
+    name: str = "tiny"
+    """`tiny`, a folder, or a hub id such as `Qwen/Qwen3-VL-2B-Instruct`."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_pixels: int | None = None
+    """Largest image area for Qwen-VL vision towers; the processor's default if null."""
+
+
+class DataConfig(Section):
+    """Where the records are. With `scenes`, missing files are generated into `dir`."""
+
+    dir: Path = Path("runs/demo/data")
+    """Folder that relative file names below belong to."""
+    train: Path = Path("train.parquet")
+    """Pairs: id, image (bytes), text."""
+    corpus: Path = Path("gallery.parquet")
+    """Items to embed: a Parquet file (id, image and/or text) or a folder of images."""
+    queries: Path = Path("queries.parquet")
+    """Queries: id, text and/or image, kind."""
+    relevance: Path = Path("relevance.parquet")
+    """query_id, item_id, grade."""
+    scenes: ScenesConfig | None = None
+    """Generate the shipped scenes."""
+
+    def path(self, name: str) -> Path:
+        """Absolute or `dir`-relative path of one of the files above."""
+        value: Path = getattr(self, name)
+        return value if value.is_absolute() else self.dir / value
+
+
+class EmbedConfig(Section):
+    """How a corpus becomes an embedding data set."""
+
+    shard_rows: Annotated[int, Field(gt=0)] = 256
+    """Items per shard, the unit of retry and of commit; some 262,144 for large corpora."""
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    """Items per forward pass."""
+    num_threads: Annotated[int, Field(ge=0)] = 1
+    """CPU threads of each encoder actor; 0 leaves torch's default."""
+    max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of quarantined items above which the run fails."""
+
+
+class RerankConfig(Section):
+    """The fine stage."""
+
+    framing: Literal["true_false", "mcq", "yes_no"] = "true_false"
+    """How a pair is put to the model."""
+    depth: Annotated[int, Field(gt=0)] = 5
+    """Coarse candidates that are scored."""
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    """Pairs per forward pass."""
+
+
+System = Literal["last_token", "untrained", "slq", "slq_fine"]
+
+
+class EvalConfig(Section):
+    """What is measured."""
+
+    systems: tuple[System, ...] = ("last_token", "untrained", "slq", "slq_fine")
+    """Zero-shot last token, zero-shot untrained latents, trained SLQ, and SLQ with the fine stage."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Depths of hit@k and recall@k."""
+    num_threads: Annotated[int, Field(ge=0)] = 1
+    """CPU threads of each evaluation task; 0 leaves torch's default."""
+
+
+class ServeConfig(Section):
+    """The online service."""
+
+    host: str = "127.0.0.1"
+    """Interface to listen on; 0.0.0.0 exposes the service."""
+    port: Annotated[int, Field(gt=0, lt=65536)] = 8000
+    max_top_k: Annotated[int, Field(gt=0)] = 100
+    """Most results per query."""
+    max_rerank: Annotated[int, Field(gt=0)] = 50
+    """Most candidates that one query may have scored by the fine stage."""
+    max_batch: Annotated[int, Field(gt=0)] = 16
+    """Queries embedded in one forward pass."""
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
+    """How long a query waits for others to share its pass."""
+    num_threads: Annotated[int, Field(ge=0)] = 2
+    """CPU threads of each backbone replica; 0 leaves torch's default."""
+    max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 2**20
+    """Largest request body."""
+
+
+class ResourcesConfig(Section):
+    """What the stages may take from the cluster."""
+
+    address: str | None = None
+    """Ray address to join; None starts a local Ray for this command, unless RAY_ADDRESS is set."""
+    train_workers: Annotated[int, Field(gt=0)] = 2
+    embed_workers: Annotated[int, Field(gt=0)] = 1
+    """Encoder actors."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """GPUs of each training worker and encoder actor; fractions share a GPU between encoders."""
+    serve_replicas: Annotated[int, Field(gt=0)] = 1
+    """Backbone replicas at the start."""
+    serve_max_replicas: Annotated[int, Field(gt=0)] = 1
+    """Backbone replicas that autoscaling may reach."""
+
+
+class StorageConfig(Section):
+    """Where a run writes."""
+
+    dir: Path = Path("runs/demo")
+    """Run folder: `train/`, `adapter/`, `embeddings/`, `index/`, `eval/`."""
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.dir / "adapter"
+
+    @property
+    def embeddings(self) -> Path:
+        """The embedding data set."""
+        return self.dir / "embeddings"
+
+    @property
+    def index(self) -> Path:
+        """The index with its versions."""
+        return self.dir / "index"
+
+    @property
+    def evaluation(self) -> Path:
+        """Results of `slq eval`."""
+        return self.dir / "eval"
+
+
+class Recipe(Section):
+    """Every setting of a run."""
+
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    embed: EmbedConfig = Field(default_factory=EmbedConfig)
+    index: IndexConfig = Field(default_factory=IndexConfig)
+    rerank: RerankConfig = Field(default_factory=RerankConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")], n=1
+        )
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"recipe {path} does not exist{hint}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} must hold sections such as `train:`, not a {type(values).__name__}"
+        )
+    for override in overrides or []:
+        _apply(values, override)
+    recipe = Recipe.parse(values, source=path.name)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value")
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    target[last] = yaml.safe_load(text)
+
+
+def require_files(recipe: Recipe, *names: str) -> None:
+    """Check that the data files a stage reads exist.
+
+    Raises:
+        ConfigError: One is missing; its recipe key is named.
+    """
+    for name in names:
+        path = recipe.data.path(name)
+        if not path.exists():
+            hint = (
+                ""
+                if recipe.data.scenes is None
+                else " (run `slq demo` or add `scenes` to generate it)"
+            )
+            raise ConfigError(f"data.{name}: {path} does not exist{hint}")

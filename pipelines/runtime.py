@@ -1,0 +1,52 @@
+"""Connects to Ray; the only place that calls `ray.init`."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pipelines.recipe import ResourcesConfig
+from slq.errors import HardwareError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def connect(resources: ResourcesConfig) -> Iterator[None]:
+    """Join or start Ray for one command, and leave it as it was found.
+
+    A local Ray gets at least three logical CPUs: actors that hold every CPU leave none for reading tasks, and Ray
+    Data then waits forever without an error.
+
+    Raises:
+        HardwareError: GPUs are asked for that the cluster does not have.
+    """
+    if ray.is_initialized():
+        _require_gpus(resources)
+        yield
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Without this Ray hides GPUs from workers that ask for none, and warns that a later version will not.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options = (
+        {} if address else {"num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
+    )
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
+    try:
+        _require_gpus(resources)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_gpus(resources: ResourcesConfig) -> None:
+    present = ray.cluster_resources().get("GPU", 0)
+    if resources.gpus_per_worker > present:
+        raise HardwareError(
+            f"resources.gpus_per_worker is {resources.gpus_per_worker}, but the cluster has {present:g} GPUs; "
+            "set it to 0 to run on CPUs"
+        )

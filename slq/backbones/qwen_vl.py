@@ -1,0 +1,43 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: M-RoPE positions, and DeepStack features in Qwen3-VL's first layers."""
+
+from typing import Any
+
+from torch import Tensor
+
+from slq.backbones.base import Backbone, Prompts
+
+
+class QwenVLBackbone(Backbone):
+    """The Qwen-VL family.
+
+    An image of rows x columns visual tokens takes only max(rows, columns) positions, so what follows an image starts
+    well before the cache length. `get_rope_index` of the model is the one source of positions.
+    """
+
+    position_axes = 3
+    vision_inputs = ("pixel_values", "image_grid_thw")
+
+    def positions(self, prompts: Prompts) -> Tensor:
+        """(3, batch, seq): time, height and width."""
+        core: Any = self.core
+        positions, _ = core.get_rope_index(
+            prompts.input_ids,
+            mm_token_type_ids=self._token_types(prompts),
+            image_grid_thw=prompts.vision.get("image_grid_thw"),
+            attention_mask=prompts.mask.long(),
+        )
+        self._forget()
+        result: Tensor = positions
+        return result
+
+    def _vision(self, prompts: Prompts) -> dict[str, Tensor]:
+        if not prompts.vision:
+            return {}
+        return {**prompts.vision, "mm_token_type_ids": self._token_types(prompts)}
+
+    def _token_types(self, prompts: Prompts) -> Tensor:
+        return (prompts.input_ids == self.image_token_id).int()
+
+    def _forget(self) -> None:
+        core: Any = self.core
+        core.rope_deltas = None  # left over from one call, it would shift the positions of the next

@@ -1,0 +1,1 @@
+"""Benchmarks: items, queries and relevance in the form that every stage reads."""

@@ -1,0 +1,73 @@
+"""Shared latent queries: the only trained tensors of SLQ, with one temperature (spec: SLQ section 1)."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from slq.backbones.base import Backbone
+from slq.errors import ConfigError
+from slq.pooling import mean_pool, unit_norm
+from slq.prefix import Prefix
+from slq.schema import Item
+
+Init = Literal["embedding", "normal", "zeros"]
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0
+
+
+class LatentQueries(nn.Module):
+    """`num_latents` vectors that are appended to every prompt, image or text alike.
+
+    Both parameters are float32 whatever the backbone's type: Adam in bfloat16 stalls on them.
+
+    Args:
+        num_latents: How many vectors; 20 in the paper.
+        hidden_size: Width of the backbone's language model.
+        init: `embedding` (normal with the backbone's embedding std), `normal` (std 1/sqrt(hidden)) or `zeros`.
+        embedding_std: The std for `embedding`.
+        temperature: Where the learnable temperature starts.
+        seed: Of the initial values.
+    """
+
+    def __init__(
+        self,
+        num_latents: int,
+        hidden_size: int,
+        *,
+        init: Init = "embedding",
+        embedding_std: float = 0.02,
+        temperature: float = 0.07,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        scale = {"embedding": embedding_std, "normal": hidden_size**-0.5, "zeros": 0.0}
+        if init not in scale:
+            raise ConfigError(f"init {init!r} is unknown; choose one of {', '.join(scale)}")
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(num_latents, hidden_size, generator=generator) * scale[init]
+        self.latents = nn.Parameter(values)
+        self.log_temperature = nn.Parameter(
+            torch.tensor([math.log(temperature)])
+        )  # deepspeed broadcasts bytes: no 0-d
+
+    @property
+    def num_latents(self) -> int:
+        """Number of latent queries."""
+        return int(self.latents.shape[0])
+
+    @property
+    def temperature(self) -> Tensor:
+        """The scalar divisor of similarities, kept inside MIN_TEMPERATURE..MAX_TEMPERATURE."""
+        low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+        return self.log_temperature[0].clamp(low, high).exp()
+
+    def embed(self, backbone: Backbone, prefix: Prefix) -> Tensor:
+        """Embeddings of encoded prefixes: (batch, hidden) float32 unit vectors, differentiable in the latents."""
+        latents = self.latents.to(backbone.dtype).expand(len(prefix), -1, -1)
+        return unit_norm(mean_pool(backbone.follow(prefix, latents)))
+
+    def embed_items(self, backbone: Backbone, items: Sequence[Item]) -> Tensor:
+        """Embeddings of items, (batch, hidden) float32."""
+        return self.embed(backbone, backbone.prefix(backbone.prompts(items)))

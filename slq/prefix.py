@@ -1,0 +1,142 @@
+"""The frozen prefix: keys and values that a causal model computes once and that nothing appended can change.
+
+Because attention is causal, what follows the prefix never alters it, and because the backbone is frozen no gradient
+flows through it. So it runs under `no_grad`, and is kept for every latent query, caption, epoch, adapter or candidate
+that follows (spec: SLQ section 3).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of a batch of encoded prefixes.
+
+    Attributes:
+        keys: One (batch, kv_heads, seq, head_dim) tensor per layer.
+        values: The same for values.
+        mask: (batch, seq) bool, True at real tokens.
+        next_position: (batch,) int64, the position of the token that would follow. Under M-RoPE it is smaller than
+            the number of tokens, because an image takes only max(rows, columns) positions.
+        last_hidden: (batch, hidden), the last token's state after the final norm.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: Tensor
+    next_position: Tensor
+    last_hidden: Tensor
+
+    def __len__(self) -> int:
+        return int(self.mask.shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def cache(self) -> DynamicCache:
+        """A fresh Hugging Face cache over these tensors.
+
+        A forward pass grows the cache it is given, so each pass needs one of its own; growing concatenates into new
+        tensors, so ours are shared, not copied.
+        """
+        return DynamicCache(ddp_cache_data=list(zip(self.keys, self.values, strict=True)))
+
+    def select(self, rows: Tensor) -> "Prefix":
+        """The given rows, (n,) int64, in that order; a row may occur several times."""
+        return Prefix(
+            keys=tuple(key[rows] for key in self.keys),
+            values=tuple(value[rows] for value in self.values),
+            mask=self.mask[rows],
+            next_position=self.next_position[rows],
+            last_hidden=self.last_hidden[rows],
+        )
+
+    def split(self) -> list["Prefix"]:
+        """One prefix per row, without its padding, on its own memory."""
+        return [self._row(number) for number in range(len(self))]
+
+    def _row(self, number: int) -> "Prefix":
+        keep = self.mask[number]
+        return Prefix(
+            keys=tuple(key[number : number + 1, :, keep].clone() for key in self.keys),
+            values=tuple(value[number : number + 1, :, keep].clone() for value in self.values),
+            mask=torch.ones_like(self.mask[number : number + 1, keep]),
+            next_position=self.next_position[number : number + 1].clone(),
+            last_hidden=self.last_hidden[number : number + 1].clone(),
+        )
+
+    @staticmethod
+    def stack(rows: Sequence["Prefix"]) -> "Prefix":
+        """Join prefixes into one batch, padded on the right; the opposite of `split`."""
+        seq = max(row.mask.shape[1] for row in rows)
+
+        def pad(
+            tensor: Tensor,
+        ) -> Tensor:  # (n, kv_heads, s, head_dim) -> (n, kv_heads, seq, head_dim)
+            return F.pad(tensor, (0, 0, 0, seq - tensor.shape[2]))
+
+        layers = range(len(rows[0].keys))
+        return Prefix(
+            keys=tuple(torch.cat([pad(row.keys[layer]) for row in rows]) for layer in layers),
+            values=tuple(torch.cat([pad(row.values[layer]) for row in rows]) for layer in layers),
+            mask=torch.cat([F.pad(row.mask, (0, seq - row.mask.shape[1])) for row in rows]),
+            next_position=torch.cat([row.next_position for row in rows]),
+            last_hidden=torch.cat([row.last_hidden for row in rows]),
+        )
+
+
+class PrefixCache:
+    """Least-recently-used single-row prefixes, bounded in bytes.
+
+    Args:
+        max_bytes: Keys and values held at most; 0 keeps nothing.
+
+    Attributes:
+        hits: Rows that were found.
+        misses: Rows that had to be computed.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._rows: OrderedDict[Hashable, Prefix] = OrderedDict()
+        self._num_bytes = 0
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Prefix]) -> Prefix:
+        """The prefixes of `keys` as one batch.
+
+        Args:
+            keys: What identifies each row: content and backbone fingerprint, not position.
+            compute: Called once with the positions in `keys` that are missing.
+        """
+        found = {key: self._rows[key] for key in keys if key in self._rows}
+        missing = [number for number, key in enumerate(keys) if key not in found]
+        missing = list({keys[number]: number for number in reversed(missing)}.values())[::-1]
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            for number, row in zip(missing, compute(missing).split(), strict=True):
+                found[keys[number]] = row
+        for key in keys:
+            self._keep(key, found[key])
+        return Prefix.stack([found[key] for key in keys])
+
+    def _keep(self, key: Hashable, row: Prefix) -> None:
+        if key in self._rows:
+            self._rows.move_to_end(key)
+            return
+        self._rows[key] = row
+        self._num_bytes += row.num_bytes
+        while self._num_bytes > self._max_bytes:
+            _, dropped = self._rows.popitem(last=False)
+            self._num_bytes -= dropped.num_bytes

@@ -1,0 +1,99 @@
+"""The records that stages exchange: what an input is in memory, and the Arrow schemas of the files."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from slq.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to embed or to search for: a text, an image, or both.
+
+    Attributes:
+        text: The text, or None.
+        image: A decoded RGB image, or None.
+        id: Unique id inside its data set; empty for an ad-hoc query.
+        columns: User columns, carried unchanged.
+    """
+
+    text: str | None = None
+    image: Image.Image | None = None
+    id: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image is None and not (self.text or "").strip():
+            raise DataError(
+                f"item {self.id!r} has neither an image nor a text; give at least one of them"
+            )
+
+    @property
+    def modality(self) -> str:
+        """`image`, `text` or `image+text`."""
+        has_text = bool((self.text or "").strip())
+        if self.image is None:
+            return "text"
+        return "image+text" if has_text else "image"
+
+
+PAIRS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("text", pa.string())])
+"""Training pairs: a caption of an image, both positive for each other; other columns are ignored."""
+
+ITEMS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("text", pa.string())])
+"""Items and queries; `image` (encoded bytes) or `text` may be null, other columns are carried."""
+
+RELEVANCE = pa.schema([("query_id", pa.string()), ("item_id", pa.string()), ("grade", pa.int32())])
+"""Which items answer a query; grade > 0 means relevant."""
+
+RUN = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("item_id", pa.string()),
+        ("rank", pa.int32()),
+        ("score", pa.float32()),
+        ("coarse_score", pa.float32()),
+        ("fine_score", pa.float32()),
+    ]
+)
+"""A ranking; `rank` starts at 1, `fine_score` is null where only the coarse stage ran."""
+
+ERRORS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("uri", pa.string()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+        ("message", pa.string()),
+    ]
+)
+"""Quarantined rows: `error` is the stable short reason."""
+
+
+def embedding_schema(dimension: int, user_fields: list[pa.Field]) -> pa.Schema:
+    """Columns of an embedding shard.
+
+    Args:
+        dimension: Length of a vector.
+        user_fields: The user's own columns, appended at the end.
+    """
+    own = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("embedding", pa.list_(pa.float16(), dimension), nullable=False),
+        pa.field("modality", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("content_hash", pa.string(), nullable=False),
+        pa.field("shard_id", pa.int32(), nullable=False),
+        pa.field("row_in_shard", pa.int32(), nullable=False),
+    ]
+    names = {f.name for f in own}
+    clash = sorted(names & {f.name for f in user_fields})
+    if clash:
+        raise DataError(f"user columns {', '.join(clash)} clash with slq's own; rename them")
+    return pa.schema([*own, *user_fields])

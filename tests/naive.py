@@ -1,0 +1,115 @@
+"""The slow way: whole sequences through the whole model, one by one, no cache, no padding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slq.backbones.base import Backbone
+from slq.backbones.intern_vl import pad_to_square
+from slq.schema import Item
+
+_GRID_MERGE = 2
+
+
+def chat_inputs(
+    backbone: Backbone, item: Item, *, add_generation_prompt: bool = True
+) -> dict[str, Tensor]:
+    """What the processor itself makes of the item as one user turn."""
+    content: list[dict[str, Any]] = [] if item.image is None else [{"type": "image"}]
+    if item.text:
+        content.append({"type": "text", "text": item.text})
+    rendered = backbone.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    images: dict[str, Any] = {}
+    if item.image is not None:
+        square = pad_to_square(item.image) if is_intern(backbone) else item.image
+        images = {"images": [square]}
+        if is_intern(backbone):
+            images["crop_to_patches"] = False
+    encoded = backbone.processor(text=[rendered], return_tensors="pt", **images)
+    return {name: value for name, value in encoded.items() if name in _MODEL_INPUTS}
+
+
+_MODEL_INPUTS = ("input_ids", "pixel_values", "image_grid_thw")
+
+
+def is_intern(backbone: Backbone) -> bool:
+    """Whether the backbone belongs to the InternVL family."""
+    return str(backbone.model.config.model_type) == "internvl"
+
+
+def written_out_positions(
+    backbone: Backbone, inputs: dict[str, Tensor], num_following: int
+) -> Tensor:
+    """Positions of one sequence and of what follows it, built by hand.
+
+    Returns:
+        (1, seq) for InternVL, (3, 1, seq) for M-RoPE: an image of rows x columns tokens keeps its
+        temporal axis still and takes max(rows, columns) positions.
+    """
+    ids = inputs["input_ids"][0].tolist()
+    if is_intern(backbone):
+        return torch.arange(len(ids) + num_following)[None]
+    triples: list[tuple[int, int, int]] = []
+    position = index = 0
+    while index < len(ids):
+        if ids[index] != backbone.image_token_id:
+            triples.append((position, position, position))
+            position, index = position + 1, index + 1
+            continue
+        _, height, width = inputs["image_grid_thw"][0].tolist()
+        rows, columns = height // _GRID_MERGE, width // _GRID_MERGE
+        triples += [
+            (position, position + r, position + c) for r in range(rows) for c in range(columns)
+        ]
+        position, index = position + max(rows, columns), index + rows * columns
+    triples += [(position + step,) * 3 for step in range(num_following)]
+    return torch.tensor(triples).T[:, None, :]
+
+
+def naive_hidden(
+    backbone: Backbone, item: Item, following: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """States after the final norm, (seq + n, hidden), of prompt and `following` (n, hidden)."""
+    inputs = chat_inputs(backbone, item)
+    embeds = backbone.model.get_input_embeddings()(inputs["input_ids"])
+    embeds = torch.cat([embeds, following[None].to(embeds.dtype)], dim=1)
+    if positions is None:
+        positions = written_out_positions(backbone, inputs, len(following))
+    vision = {name: value for name, value in inputs.items() if name != "input_ids"}
+    output = backbone.model.model(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        position_ids=positions,
+        use_cache=False,
+        **vision,
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def naive_embedding(backbone: Backbone, item: Item, latents: Tensor) -> Tensor:
+    """The paper's embedding, (hidden,): append the latents, run everything, average, normalise."""
+    states = naive_hidden(backbone, item, latents)[-len(latents) :]
+    mean = states.sum(0) / len(latents)
+    return mean / (mean * mean).sum().sqrt()
+
+
+def naive_logits(backbone: Backbone, item: Item) -> Tensor:
+    """(vocab,) logits of the token after the whole prompt, from one ordinary pass with the head."""
+    inputs = chat_inputs(backbone, item)
+    vision = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with torch.no_grad():
+        output = backbone.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            position_ids=written_out_positions(backbone, inputs, 0),
+            use_cache=False,
+            **vision,
+        )
+    logits: Tensor = output.logits[0, -1]
+    return logits
