@@ -1,0 +1,1 @@
+"""Entry points: the `slq` command, its recipes, the demo and the report."""

@@ -1,0 +1,1 @@
+"""Ray flows built from the core: train, embed, index, evaluate, serve."""

@@ -173,7 +173,7 @@ def _decoded(record: Record) -> dict[str, Any]:
             image = decode_image(record.image)
             row |= {"pixels": image.tobytes(), "width": image.width, "height": image.height}
         elif not (record.text or "").strip():
-            raise MediaError("empty", "the item has neither an image nor a text")
+            row |= {"error": "empty", "message": "the item has neither an image nor a text"}
         if record.text:
             sanitise_text(record.text, ())
     except MediaError as error:

@@ -16,7 +16,7 @@ from pipelines.corpus import plan_shards, read_shard
 from pipelines.loading import backbone_of, encoder_of, use_threads
 from pipelines.progress import show
 from pipelines.recipe import Recipe, System, require_files
-from slq.artifacts import write_json
+from slq.artifacts import load_adapter_config, write_json
 from slq.backbones import Backbone
 from slq.encoder import batches_by_length
 from slq.errors import DataError, MediaError
@@ -103,6 +103,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     results = summarise(recipe, benchmark, scores)
     folder = recipe.storage.evaluation
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("run_*.parquet"):
+        stale.unlink()
     write_json(folder / "results.json", results)
     for system, found in scores.items():
         table = run_table(benchmark, found, depth=max(recipe.eval.ks))
@@ -231,23 +233,27 @@ def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
         return np.array([query.columns.get(name) for query in benchmark.queries], dtype=object)
 
     kind, hard, split = column("kind"), column("hard"), column("split")
-    masks = {"all": np.ones(len(benchmark.queries), dtype=bool)}
+    masks: dict[str, NDArray[np.bool_]] = {}
     for name in sorted({k for k in kind if k is not None}):
         of_kind = kind == name
         seen = split != "unseen"
         masks[name] = of_kind & seen
         masks[f"{name}, hard subset"] = of_kind & seen & (hard == True)  # noqa: E712 - an object array
         masks[f"{name}, unseen objects"] = of_kind & (split == "unseen")
+    if not masks:  # users' own queries need not have kinds
+        masks["all"] = np.ones(len(benchmark.queries), dtype=bool)
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[System, Scores]) -> dict[str, Any]:
     """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals."""
     ks = recipe.eval.ks
+    adapter = load_adapter_config(recipe.storage.adapter)
     results: dict[str, Any] = {
         "num_items": len(benchmark.items),
         "num_queries": len(benchmark.queries),
-        "backbone": backbone_of(recipe).identity(),
+        "backbone": {"model": adapter.base_model_name_or_path, "revision": adapter.revision},
+        "fingerprint": adapter.fingerprint,
         "systems": {},
     }
     per_query: dict[System, NDArray[np.float64]] = {}
@@ -257,10 +263,10 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[System, Scores]
         ranked = np.take_along_axis(benchmark.relevant, order, axis=1)
         per_query[system] = hits(ranked, 1)
         report = {name: _metrics(ranked[mask], ks) for name, mask in subsets(benchmark).items()}
-        results["systems"][system] = {
-            "text_to_image": report,
-            "image_to_text": _reverse(benchmark, found.coarse, ks),
-        }
+        results["systems"][system] = {"text_to_image": report}
+        if np.isnan(found.fine).all():  # the fine stage ranks items for a query, not the reverse
+            reverse = _reverse(benchmark, found.coarse, ks)
+            results["systems"][system]["image_to_text"] = reverse
     if {"slq", "slq_fine"} <= set(scores):
         results["fine_against_coarse_p"] = {
             name: paired_permutation(per_query["slq_fine"][mask], per_query["slq"][mask])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import ray
 
 from pipelines.recipe import ResourcesConfig
-from slq.errors import HardwareError
+from slq.errors import HardwareError, ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
 
     Raises:
         HardwareError: GPUs are asked for that the cluster does not have.
+        ServiceError: The address cannot be reached.
     """
     if ray.is_initialized():
         _require_gpus(resources)
@@ -35,7 +36,17 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     options = (
         {} if address else {"num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     )
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **options,
+        )
+    except ConnectionError as error:
+        raise ServiceError(
+            f"Ray at {address} cannot be reached: {error}; check the address, the network and the token"
+        ) from None
     try:
         _require_gpus(resources)
         yield

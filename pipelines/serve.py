@@ -33,7 +33,7 @@ from pipelines.messages import (
     error_body,
     vector_of,
 )
-from pipelines.recipe import Recipe, ServeConfig
+from pipelines.recipe import Recipe
 from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.errors import ArtifactMismatchError, DataError, MediaError, ServiceError
 from slq.index import Hit, VectorIndex
@@ -46,6 +46,53 @@ APP_NAME = "slq"
 app = FastAPI(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
 )
+
+
+# Handlers and middleware stand before the ingress class: Serve freezes the app when it decorates it.
+
+
+def _status_of(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, ArtifactMismatchError):
+        return 409, "fingerprint_mismatch"
+    if isinstance(error, MediaError) and error.reason == "too_many_bytes":
+        return 413, "too_large"
+    if isinstance(error, DataError):
+        return 400, "invalid_request_error"
+    return 500, "server_error"
+
+
+@app.middleware("http")
+async def _limit_body(request: Request, call_next: Any) -> Any:
+    replica: Any = serve.get_replica_context().servable_object
+    limit = replica.max_body_bytes
+    length = request.headers.get("content-length")
+    if length is None and request.method == "POST":
+        message = "send a content-length; chunked bodies are not accepted"
+        return JSONResponse(error_body(message, "length_required"), 411)
+    if int(length or 0) > limit:
+        return JSONResponse(error_body(f"the body exceeds {limit} bytes", "too_large"), 413)
+    return await call_next(request)
+
+
+@app.exception_handler(Exception)
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    status, kind = _status_of(cause)
+    message = str(cause) if status != 500 else "internal error; see the service's log"
+    return JSONResponse(error_body(message, kind), status)
+
+
+@app.exception_handler(DataError)
+@app.exception_handler(ArtifactMismatchError)
+@app.exception_handler(RayTaskError)
+async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
+    return await _on_error(request, error)
+
+
+@app.exception_handler(RequestValidationError)
+async def _on_bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
+    parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
+    return JSONResponse(error_body("; ".join(parts), "invalid_request_error"), 400)
 
 
 @serve.deployment
@@ -147,6 +194,7 @@ class Ingress:
         self._recipe = Recipe.model_validate(recipe)
         self._backbone = backbone
         self._index = index
+        self.max_body_bytes = self._recipe.serve.max_body_bytes
         self._info: dict[str, Any] = {}
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
 
@@ -283,7 +331,7 @@ class Ingress:
         await self._describe()
         return {"status": "ok"}
 
-    @app.get("/items/{item_id}/image")
+    @app.get("/items/{item_id:path}/image")
     async def image(self, item_id: str) -> Response:
         """The image of an indexed item."""
         uri = await self._index.uri_of.remote(item_id)
@@ -297,45 +345,6 @@ class Ingress:
     async def page(self) -> HTMLResponse:
         """A small gallery to try searches in."""
         return HTMLResponse(self._page)
-
-
-def _status_of(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, ArtifactMismatchError):
-        return 409, "fingerprint_mismatch"
-    if isinstance(error, MediaError) and error.reason == "too_many_bytes":
-        return 413, "too_large"
-    if isinstance(error, DataError):
-        return 400, "invalid_request_error"
-    return 500, "server_error"
-
-
-@app.middleware("http")
-async def _limit_body(request: Request, call_next: Any) -> Any:
-    limit = ServeConfig().max_body_bytes
-    if int(request.headers.get("content-length") or 0) > limit:
-        return JSONResponse(error_body(f"the body exceeds {limit} bytes", "too_large"), 413)
-    return await call_next(request)
-
-
-@app.exception_handler(Exception)
-async def _on_error(_: Request, error: Exception) -> JSONResponse:
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    status, kind = _status_of(cause)
-    message = str(cause) if status != 500 else "internal error; see the service's log"
-    return JSONResponse(error_body(message, kind), status)
-
-
-@app.exception_handler(DataError)
-@app.exception_handler(ArtifactMismatchError)
-@app.exception_handler(RayTaskError)
-async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
-    return await _on_error(request, error)
-
-
-@app.exception_handler(RequestValidationError)
-async def _on_bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
-    parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-    return JSONResponse(error_body("; ".join(parts), "invalid_request_error"), 400)
 
 
 def application(recipe: Recipe) -> Any:

@@ -1,4 +1,4 @@
-"""SLQ training on Ray Train with DeepSpeed: every worker holds the frozen backbone, one small engine trains the latents."""
+"""SLQ training on Ray Train with DeepSpeed: frozen backbones, and one small engine for the latents."""
 
 import hashlib
 import json

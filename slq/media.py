@@ -52,7 +52,7 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Ima
         with _open(data) as opened:
             width, height = opened.size
             if width * height > limits.max_pixels:
-                raise MediaError(
+                raise MediaError(  # noqa: TRY301 - the handlers below name what Pillow raises
                     "too_many_pixels",
                     f"the image is {width}x{height}; at most {limits.max_pixels} pixels are allowed",
                 )

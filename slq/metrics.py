@@ -83,6 +83,8 @@ def paired_permutation(
     Args:
         first: (queries,) per-query metric of one system.
         second: The same queries in the same order for the other.
+        resamples: Random sign assignments.
+        seed: Of the assignments.
     """
     differences = first - second
     observed = abs(differences.mean())

@@ -2,7 +2,7 @@
 
 A prompt is one user turn that holds the image and/or the text, its end, and the opened assistant turn. It is built from
 three token runs: `opening` (up to and including the image), `text`, and `closing` (end of turn, assistant opened). So a
-long text is cut without touching the closing tokens, and an image prefix can be shared by everything that may follow it.
+long text is cut without touching the closing tokens, and an image prefix can be shared by all that may follow it.
 """
 
 import hashlib

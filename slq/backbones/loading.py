@@ -122,7 +122,7 @@ def load_processor(
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A subclass that consists of an image processor and a tokenizer only."""
 
-    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
+    def get_attributes(_: type[ProcessorMixin]) -> list[str]:
         return ["image_processor", "tokenizer"]
 
     members: dict[str, Any] = {

@@ -46,13 +46,15 @@ class PretrainConfig(Section):
     """Muon's learning rate for weight matrices (update RMS matched to AdamW's)."""
     lr_others: float = 2e-3
     """AdamW's learning rate for embeddings, norms and biases."""
-    skill_weights: dict[str, float] = {
-        "caption": 1.0,
-        "question": 0.4,
-        "match": 1.0,
-        "restate": 0.6,
-        "clue": 0.2,
-    }
+    skill_weights: dict[str, float] = Field(
+        default_factory=lambda: {
+            "caption": 1.0,
+            "question": 0.4,
+            "match": 1.0,
+            "restate": 0.6,
+            "clue": 0.2,
+        }
+    )
     """Weight of each skill's mean token loss."""
     autocast: bool = True
     """Run matrix products in bfloat16; weights and optimiser stay in float32."""

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
+from slq.errors import ConfigError
 from slq.pretraining.config import PretrainConfig
 from slq.pretraining.mixture import Mixture
 from slq.pretraining.model import GRID, image_processor, packed_hidden, tiny_config
@@ -106,6 +107,10 @@ class MuonWithAdamW:
             part.load_state_dict(whole)
 
 
+# A run may be prolonged or re-weighted; anything else would change its vocabulary, shapes or examples.
+_MAY_CHANGE = ("num_steps", "decay_share", "evaluate_every", "evaluate_scenes", "skill_weights")
+
+
 def learning_rate_scale(step: int, config: PretrainConfig) -> float:
     """Linear warm-up, then constant, then linear to zero over the last `decay_share` of the steps."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -132,17 +137,28 @@ def skill_losses(
 
 
 def prepare(
-    config: PretrainConfig,
+    config: PretrainConfig, tokenizer_dir: Path | None = None
 ) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerFast, Batches]:
-    """The fresh model, its tokenizer and the batches of this config."""
+    """The fresh model, its tokenizer and the batches of this config.
+
+    Args:
+        config: The settings.
+        tokenizer_dir: Holds the run's tokenizer, or receives it: a resumed run must keep its
+            vocabulary even if the mixture's words have changed since.
+    """
     mixture = Mixture(
         SceneSampler("train", config.seed, load_sprites()),
         num_matches=config.num_matches,
         num_questions=config.num_questions,
     )
-    tokenizer = build_tokenizer(
-        mixture, vocab_size=config.vocab_size, num_examples=config.tokenizer_examples
-    )
+    if tokenizer_dir is not None and tokenizer_dir.is_dir():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    else:
+        tokenizer = build_tokenizer(
+            mixture, vocab_size=config.vocab_size, num_examples=config.tokenizer_examples
+        )
+        if tokenizer_dir is not None:
+            tokenizer.save_pretrained(tokenizer_dir)
     torch.manual_seed(config.seed)
     architecture = tiny_config(
         tokenizer,
@@ -166,7 +182,7 @@ def pretrain(config: PretrainConfig, output_dir: Path, report: Report) -> Path:
     from slq.pretraining.evaluation import evaluate  # it imports this module's losses
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    model, tokenizer, batches = prepare(config)
+    model, tokenizer, batches = prepare(config, output_dir / "tokenizer")
     optimiser = MuonWithAdamW(model, config)
     first = _restore(output_dir / "checkpoint", config, model, optimiser)
     model.train()
@@ -240,6 +256,12 @@ def _restore(
     if not folder.exists():
         return 0
     state = json.loads((folder / "state.json").read_text())
+    before, now = state["config"], config.model_dump()
+    changed = [key for key in now if before.get(key) != now[key] and key not in _MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            f"{folder} was begun with another {', '.join(changed)}; use the old values or another --out"
+        )
     weights = load_file(folder / "model.safetensors")
     model.load_state_dict(weights, strict=False)
     optimiser.load(load_file(folder / "optimiser.safetensors"))

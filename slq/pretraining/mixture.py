@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from slq.scenes.captions import COUNT_WORDS, explicit_caption, knowledge_caption, noun_phrase
 from slq.scenes.layout import Scene
 from slq.scenes.rendering import render
-from slq.scenes.sampling import SceneSampler, hard_variants
+from slq.scenes.sampling import SceneSampler, hard_variants, with_other_object
 from slq.scenes.sprites import Sprite
 from slq.scoring import FRAMINGS
 
@@ -84,7 +84,7 @@ class Mixture:
 
 
 def clue_turn(sprite: Sprite, rng: Generator) -> Turn:
-    """ "which is the animal that barks?" -> "a dog", or the other way round."""
+    """Ask "which is the animal that barks?" -> "a dog", or the other way round."""
     clue = sprite.clues[int(rng.integers(len(sprite.clues)))].text
     if rng.random() < 0.7:
         return Turn("clue", f"which is {clue}?", sprite.name)
@@ -127,13 +127,19 @@ def _position_turn(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> 
 
 
 def match_turn(scene: Scene, other: Scene, sprites: dict[str, Sprite], rng: Generator) -> Turn:
-    """A match prompt: the scene's own caption, that of a hard variant, or that of an unrelated scene."""
+    """A match prompt: half of them true, the others near misses of every kind.
+
+    The caption is the scene's own, or that of a hard variant, of the scene with one object
+    exchanged (what a coarse search brings up most), or of an unrelated scene.
+    """
     draw = rng.random()
     if draw < 0.5:
         described = scene
-    elif draw < 0.9:
+    elif draw < 0.78:
         variants = hard_variants(scene)
         described = variants[int(rng.integers(len(variants)))]
+    elif draw < 0.95:
+        described = with_other_object(scene, sprites, rng)
     else:
         described = other
     return framed_match(described, described == scene, sprites, rng, explicit_caption)

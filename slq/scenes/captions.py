@@ -23,7 +23,7 @@ _THIRD = {
 
 
 def noun_phrase(entity: Entity, sprite: Sprite) -> str:
-    """ "a small dog", "an owl", "three dogs"."""
+    """Words such as "a small dog", "an owl", "three dogs"."""
     if entity.count > 1:
         return f"{COUNT_WORDS[entity.count]} {sprite.plural}"
     words = f"{entity.size} {sprite.name}" if entity.size else sprite.name
@@ -36,7 +36,7 @@ def _article(words: str) -> str:
 
 
 def clue_phrase(entity: Entity, clue: Clue) -> str:
-    """ "the animal that barks", "the animal that barks shown small"."""
+    """Words such as "the animal that barks", "the animal that barks shown small"."""
     if entity.count > 1:
         return f"{COUNT_WORDS[entity.count]} of {clue.text}"
     return f"{clue.text} shown {entity.size}" if entity.size else clue.text

@@ -136,6 +136,20 @@ def hard_variants(scene: Scene) -> list[Scene]:
     return variants
 
 
+def with_other_object(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> Scene:
+    """The scene with one kind of object exchanged for another, still inside the scene's split."""
+    split = split_of(scene.sprite_ids, sprites)
+    ids = list(sprites)
+    while True:
+        position = int(rng.integers(len(scene.entities)))
+        sprite_id = ids[int(rng.integers(len(ids)))]
+        changed = replace(scene.entities[position], sprite_id=sprite_id)
+        entities = (*scene.entities[:position], changed, *scene.entities[position + 1 :])
+        other = replace(scene, entities=entities)
+        if sprite_id not in scene.sprite_ids and split_of(other.sprite_ids, sprites) == split:
+            return other
+
+
 def _changed(entity: Entity, max_count: int) -> list[Entity]:
     counts = [count for count in range(1, max_count + 1) if count != entity.count]
     changed = [Entity(entity.sprite_id, count) for count in counts]

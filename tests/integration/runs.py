@@ -1,0 +1,46 @@
+"""Pieces that the tests of the flows share: changed recipes, an adapter without training, views of folders."""
+
+import hashlib
+import socket
+from pathlib import Path
+from typing import Any
+
+from pipelines.loading import backbone_of, untrained_latents
+from pipelines.recipe import Recipe
+from slq.artifacts import save_adapter
+
+
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """The recipe with keys of some sections replaced and validated."""
+    values = recipe.model_dump()
+    for name, keys in sections.items():
+        values[name] = {**values[name], **keys}
+    return Recipe.model_validate(values)
+
+
+def with_untrained_adapter(recipe: Recipe, *, seed: int = 0) -> Recipe:
+    """Save latent queries as they are before training, so that a flow behind training can run."""
+    recipe = changed(recipe, adapter={"seed": seed})
+    backbone = backbone_of(recipe)
+    recipe.storage.dir.mkdir(parents=True, exist_ok=True)
+    save_adapter(recipe.storage.adapter, backbone, untrained_latents(recipe, backbone))
+    return recipe
+
+
+def fingerprints_of_files(root: Path) -> dict[str, tuple[int, str]]:
+    """(modification time in ns, sha256) of every file below `root`."""
+    return {
+        str(path.relative_to(root)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

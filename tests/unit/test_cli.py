@@ -1,0 +1,171 @@
+"""The `slq` command: help with examples, dry runs of every shipped recipe, errors of one line."""
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from jobs.cli import app
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+SHIPPED = sorted(p for p in RECIPES.glob("*.yaml") if not p.name.startswith("pretrain_"))
+DEMO = RECIPES / "demo.yaml"
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+STAGES = ("train", "embed", "index", "eval", "serve")
+
+
+def slq(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refusal(*arguments: str | Path) -> str:
+    """Standard error of a command that must end with exit code 1 and no traceback."""
+    result = slq(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return str(result.stderr)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_commands_are_those_that_the_documentation_names() -> None:
+    assert set(COMMANDS) >= {*STAGES, "search", "demo", "pretrain", "doctor"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    result = slq(command, "--help")
+    assert result.exit_code == 0
+    text = click.unstyle(result.stdout)
+    assert re.search(rf"Example: slq\s+{command}", text)
+
+
+def test_without_arguments_the_help_shows_where_to_start() -> None:
+    text = click.unstyle(slq().output)
+    assert "slq demo" in text
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "embed"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_stage_dry_runs_every_shipped_recipe(
+    stage: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = slq(stage, path, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.stdout)["recipe"]["adapter"]["num_latents"] == 20
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+def test_a_dry_run_of_training_shows_the_deepspeed_configuration() -> None:
+    result = slq("train", DEMO, "--dry-run", "--json", "--set", "train.zero_stage=1")
+    shown = json.loads(result.stdout)
+    assert shown["recipe"]["train"]["zero_stage"] == 1
+    assert shown["deepspeed"]["zero_optimization"]["stage"] == 1
+
+
+def test_a_dry_run_of_embedding_shows_the_plan(scenes_dir: Path) -> None:
+    options = (
+        "--dry-run",
+        "--json",
+        "--set",
+        f"data.dir={scenes_dir}",
+        "--set",
+        "embed.shard_rows=10",
+    )
+    shown = json.loads(slq("embed", DEMO, *options).stdout)
+    assert shown["plan"] == {"shards": 4, "rows": 32}
+
+
+def test_a_dry_run_of_embedding_without_its_corpus_names_the_key_and_path() -> None:
+    text = refusal("embed", RECIPES / "hub.yaml", "--dry-run")
+    assert "ConfigError: data.corpus: /data/coco/images does not exist" in text
+
+
+def test_the_demo_dry_runs_into_its_folder(tmp_path: Path) -> None:
+    result = slq("demo", "--out", tmp_path / "demo", "--dry-run")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown["storage"]["dir"] == str(tmp_path / "demo")
+    assert shown["data"]["dir"].startswith(str(tmp_path / "demo"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_dry_runs() -> None:
+    result = slq("pretrain", RECIPES / "pretrain_tiny.yaml", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "num_steps" in json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unknown_key_ends_with_one_line_that_names_the_nearest(stage: str) -> None:
+    text = refusal(stage, DEMO, "--set", "train.lrr=1")
+    expected = "error: ConfigError: demo.yaml: train.lrr is unknown; did you mean train.lr?"
+    assert text.strip() == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_missing_recipe_names_the_nearest_file(stage: str) -> None:
+    text = refusal(stage, RECIPES / "dmeo.yaml")
+    assert f"did you mean {DEMO}?" in text
+    assert len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("override", ["train.lr", "train.lr=[", "train..lr=1"])
+def test_a_malformed_override_ends_with_one_line(override: str) -> None:
+    assert "ConfigError" in refusal("train", DEMO, "--dry-run", "--set", override)
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    result = slq("train", DEMO, "--steps", "5")
+    assert result.exit_code == 2
+    assert "No such option" in click.unstyle(result.stderr)
+
+
+@pytest.mark.parametrize("places", [(), ("--url", "http://127.0.0.1:1", "--index", "runs/x")])
+def test_a_search_needs_exactly_one_place(places: tuple[str, ...]) -> None:
+    assert "give exactly one of --url and --index" in refusal("search", "a fox", *places)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:{port}", "127.0.0.1:8000", "http://[", "http://a b"]
+)
+def test_a_service_that_cannot_be_reached_is_one_line(url: str) -> None:
+    url = url.format(port=free_port())
+    text = refusal("search", "a fox", "--url", url)
+    assert "ServiceError" in text
+    assert f"{url} cannot be reached" in text
+    assert len(text.strip().splitlines()) == 1
+
+
+def test_a_search_with_a_missing_picture_or_index_says_so(tmp_path: Path) -> None:
+    text = refusal("search", "--image", tmp_path / "x.png", "--url", "http://127.0.0.1:1")
+    assert f"image {tmp_path}/x.png does not exist" in text
+    text = refusal("search", "a fox", "--index", tmp_path)
+    assert "holds no index; build one with `slq index`" in text
+
+
+def test_results_wanted_must_be_positive() -> None:
+    result = slq("search", "a fox", "--url", "http://127.0.0.1:1", "--top-k", "0")
+    assert result.exit_code == 2
+
+
+def test_the_doctor_shows_versions_and_says_what_it_found() -> None:
+    result = slq("doctor")
+    assert result.exit_code in (0, 1)
+    assert "ray" in result.stdout
+    assert ("no problems found" in result.stdout) == (result.exit_code == 0)

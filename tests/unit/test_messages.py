@@ -1,0 +1,169 @@
+"""Request and response bodies: images by bytes only, unknown fields refused, vectors equal in both encodings."""
+
+import base64
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from pipelines.messages import (
+    Content,
+    EmbeddingsRequest,
+    SearchQuery,
+    SearchRequest,
+    SearchResponse,
+    decode_base64,
+    embeddings_response,
+    error_body,
+    vector_of,
+)
+from slq.errors import DataError, MediaError
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 5), (200, 10, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PLAIN = base64.b64encode(png()).decode()
+
+
+@pytest.mark.parametrize("image", [PLAIN, f"data:image/png;base64,{PLAIN}"])
+def test_an_image_comes_as_base64_or_as_a_data_uri(image: str) -> None:
+    item = Content(image=image).item()
+    assert item.image is not None
+    assert (item.image.size, item.image.getpixel((0, 0))) == ((6, 5), (200, 10, 30))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/latest",
+        "https://example.com/a.png",
+        "HTTP://x",
+        "file:///etc/passwd",
+        "ftp://x/a.png",
+        "s3://bucket/a.png",
+    ],
+)
+def test_links_are_never_fetched(url: str) -> None:
+    with pytest.raises(MediaError, match="image URLs are not fetched; send the bytes") as caught:
+        Content(image=url).item()
+    assert caught.value.reason == "url_refused"
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ("data:image/png,abc", "bad_data_uri"),
+        ("data:image/png;base64,%%%", "bad_base64"),
+        ("not base64!", "bad_base64"),
+        ("/etc/passwd?", "bad_base64"),
+        ("bildñ", "bad_base64"),
+        ("😀😀😀😀", "bad_base64"),
+        ("abc", "bad_base64"),
+        (base64.b64encode(b"<html></html>").decode(), "unknown_format"),
+        ("data:;base64,", "empty"),
+    ],
+)
+def test_an_image_that_cannot_be_used_has_a_reason(image: str, reason: str) -> None:
+    with pytest.raises(MediaError) as caught:
+        Content(image=image).item()
+    assert caught.value.reason == reason
+
+
+def test_decoding_gives_the_bytes_back() -> None:
+    assert decode_base64(PLAIN) == decode_base64(f"data:x;base64,{PLAIN}") == png()
+
+
+@pytest.mark.parametrize("content", [{}, {"text": ""}, {"text": "  \n"}, {"image": ""}])
+def test_an_empty_content_is_a_data_error(content: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="neither an image nor a text"):
+        Content(**content).item()
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (SearchRequest, {"query": {"text": "x"}, "topk": 3}),
+        (SearchRequest, {"query": {"text": "x", "imgae": "y"}}),
+        (EmbeddingsRequest, {"input": "x", "modle": "slq"}),
+        (EmbeddingsRequest, {"input": {"text": "x", "url": "y"}}),
+        (EmbeddingsRequest, {"input": ["x", {"txt": "y"}]}),
+    ],
+)
+def test_unknown_fields_are_refused(model: type[SearchRequest], body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        model.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"query": {"text": "x"}, "top_k": 0},
+        {"query": {"text": "x"}, "top_k": "many"},
+        {"query": {"text": "x"}, "mode": "best"},
+        {"query": {"text": "x"}, "rerank_k": -1},
+        {"query": "x"},
+    ],
+)
+def test_bad_values_are_refused(body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        SearchRequest.model_validate(body)
+
+
+def test_both_encodings_of_embeddings_hold_the_same_numbers() -> None:
+    vectors = list(np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32))
+    answers = {
+        kind: embeddings_response(
+            vectors, EmbeddingsRequest(input=["a", "b", "c"], encoding_format=kind), 5
+        )
+        for kind in ("float", "base64")
+    }
+    for n, vector in enumerate(vectors):
+        as_float = answers["float"]["data"][n]
+        packed = base64.b64decode(answers["base64"]["data"][n]["embedding"])
+        # OpenAI's client reads little-endian float32
+        assert list(struct.unpack("<8f", packed)) == as_float["embedding"] == vector.tolist()
+        assert (as_float["index"], as_float["object"]) == (n, "embedding")
+    assert answers["float"]["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+    json.dumps(answers)
+
+
+def test_inputs_are_texts_images_or_both_alone_or_in_a_list() -> None:
+    assert [item.text for item in EmbeddingsRequest(input="a").items()] == ["a"]
+    request = EmbeddingsRequest.model_validate(
+        {"input": ["a", {"image": PLAIN}, {"text": "c", "image": PLAIN}]}
+    )
+    assert [item.modality for item in request.items()] == ["text", "image", "image+text"]
+
+
+def test_a_given_vector_must_fit_the_index() -> None:
+    assert vector_of(SearchQuery(embedding=[0.0, 1.0]), 2) == [0.0, 1.0]
+    assert vector_of(SearchQuery(text="x"), 2) is None
+    with pytest.raises(DataError, match=r"query\.embedding has 3 values; this index has 2"):
+        vector_of(SearchQuery(embedding=[0.0, 1.0, 2.0]), 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_given_vector_must_be_finite(value: float) -> None:
+    with pytest.raises((DataError, ValidationError)):
+        vector_of(SearchQuery(embedding=[value, 1.0]), 2)
+
+
+def test_errors_have_the_shape_that_openai_clients_read() -> None:
+    assert error_body("no", "invalid_request_error", "c") == {
+        "error": {"message": "no", "type": "invalid_request_error", "param": None, "code": "c"}
+    }
+
+
+def test_the_examples_in_the_documentation_are_valid() -> None:
+    for model in (SearchRequest, EmbeddingsRequest):
+        model.model_validate(model.model_json_schema()["example"])
+    assert "timings_ms" in SearchResponse.model_json_schema()["properties"]
