@@ -29,13 +29,14 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One raw item as read, before decoding."""
+    """One raw item as read, before decoding; `problem` says why its image could not be read."""
 
     id: str
     uri: str
     image: bytes | None
     text: str | None
     columns: dict[str, Any]
+    problem: str | None = None
 
 
 def plan_shards(corpus: Path, shard_rows: int) -> list[ShardPlan]:
@@ -76,7 +77,9 @@ def _count(corpus: Path) -> int:
 
 def image_files(folder: Path) -> list[Path]:
     """Images below a folder, in a stable order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()
+    )
 
 
 def corpus_digest(corpus: Path) -> str:
@@ -84,7 +87,7 @@ def corpus_digest(corpus: Path) -> str:
     digest = hashlib.sha256()
     if corpus.is_dir():
         for path in image_files(corpus):
-            digest.update(f"{path.relative_to(corpus)}:{path.stat().st_size}\n".encode())
+            digest.update(f"{path.relative_to(corpus)}:{path.lstat().st_size}\n".encode())
     else:
         with corpus.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -113,18 +116,28 @@ def read_shard(plan: ShardPlan) -> list[Record]:
 
 
 def _file_record(path: Path, root: Path) -> Record:
-    return Record(str(path.relative_to(root)), str(path), path.read_bytes(), None, {})
+    image, problem = _file_bytes(path)
+    return Record(str(path.relative_to(root)), str(path), image, None, {}, problem)
 
 
 def _row_record(row: dict[str, Any], source: Path, number: int) -> Record:
     own = {"id", "image", "text", "uri"}
-    uri = row.get("uri") or f"{source}#row={number}"
-    image = row.get("image")
-    if image is None and row.get("uri"):
-        path = Path(row["uri"])
-        image = (path if path.is_absolute() else source.parent / path).read_bytes()
+    uri, image, problem = f"{source}#row={number}", row.get("image"), None
+    if row.get("uri"):
+        path = source.parent / row["uri"]  # an absolute path stays as it is
+        uri = str(path)
+        if image is None:
+            image, problem = _file_bytes(path)
     columns = {key: value for key, value in row.items() if key not in own}
-    return Record(str(row["id"]), str(uri), image, row.get("text"), columns)
+    return Record(str(row["id"]), uri, image, row.get("text"), columns, problem)
+
+
+def _file_bytes(path: Path) -> tuple[bytes | None, str | None]:
+    """The bytes of a file, or what is wrong with it: one bad file must not stop a shard."""
+    try:
+        return path.read_bytes(), None
+    except OSError as error:
+        return None, f"{path} cannot be read: {error.strerror}"
 
 
 def fetch_image(uri: str) -> bytes | None:
@@ -139,6 +152,8 @@ def fetch_image(uri: str) -> bytes | None:
             return Path(name).read_bytes()
         row = int(fragment)
         file = pq.ParquetFile(name)
+        if "image" not in file.schema_arrow.names:
+            return None
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if row < rows:

@@ -168,6 +168,8 @@ def _decoded(record: Record) -> dict[str, Any]:
         "message": None,
         "columns": pa_json(record.columns),
     }
+    if record.problem is not None:
+        return row | {"error": "unreadable", "message": record.problem}
     try:
         if record.image is not None:
             image = decode_image(record.image)

@@ -105,16 +105,15 @@ class Ledger:
                 json.dump(asdict(commit), file, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(partial, path)  # fails if the record exists: one winner
-            except FileExistsError:
-                return False
-            finally:
-                partial.unlink()
+            os.link(partial, path)  # fails if the record exists: one winner
+        except FileExistsError:
+            return False
         except OSError as error:
             raise StorageError(
                 f"{path} cannot be written: {error}; free space and run the same command again"
             ) from None
+        finally:
+            partial.unlink(missing_ok=True)
         return True
 
     def finish(self, manifest: dict[str, Any]) -> None:
@@ -135,12 +134,19 @@ class Ledger:
         Raises:
             ArtifactError: The data set is unfinished, or a shard is missing or damaged; the shard is named.
         """
-        if self.manifest() is None:
+        manifest = self.manifest()
+        if manifest is None:
             raise ArtifactError(
                 f"{self.root} is no finished embedding data set; run `slq embed` first"
             )
+        commits = self.commits()
+        if len(commits) != manifest["num_shards"]:
+            raise ArtifactError(
+                f"{self.root} has {len(commits)} commit records, but its manifest names "
+                f"{manifest['num_shards']} shards; run `slq embed` again"
+            )
         paths = []
-        for shard_id, commit in self.commits().items():
+        for shard_id, commit in commits.items():
             path = self.shard_path(shard_id)
             if not path.is_file() or file_sha256(path) != commit.sha256:
                 raise ArtifactError(

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -135,7 +136,7 @@ def decode_base64(text: str) -> bytes:
         raise MediaError("url_refused", "image URLs are not fetched; send the bytes as a data URI")
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error:
+    except (binascii.Error, ValueError):
         raise MediaError("bad_base64", "the image is not valid base64") from None
 
 
@@ -143,10 +144,14 @@ def vector_of(query: SearchQuery, dimension: int) -> list[float] | None:
     """The query's own embedding, checked, or None.
 
     Raises:
-        DataError: It has the wrong length.
+        DataError: It has the wrong length, or a value that is not finite.
     """
-    if query.embedding is not None and len(query.embedding) != dimension:
+    if query.embedding is None:
+        return None
+    if len(query.embedding) != dimension:
         raise DataError(
             f"query.embedding has {len(query.embedding)} values; this index has {dimension}"
         )
+    if not all(math.isfinite(value) for value in query.embedding):
+        raise DataError("query.embedding holds NaN or infinity")
     return query.embedding

@@ -201,10 +201,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     target = values
     for parent in parents:
-        target = target.setdefault(parent, {})
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
         if not isinstance(target, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-    target[last] = yaml.safe_load(text)
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
 
 
 def require_files(recipe: Recipe, *names: str) -> None:
