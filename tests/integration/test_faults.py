@@ -1,0 +1,178 @@
+"""Real faults under the embedding flow: a full disk, a killed actor, two runs at once. Rows out stay rows in."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.embed import embed
+from pipelines.index import index, read_embeddings
+from pipelines.ledger import Ledger
+from pipelines.recipe import Recipe
+from slq.artifacts import file_sha256
+from slq.errors import StorageError
+from slq.index import VectorIndex, current_version
+from slq.schema import ITEMS
+from tests.integration.runs import changed, with_untrained_adapter
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system needs the right to mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def enlarge(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+
+
+def committed_bytes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of every committed shard; fails where one is not what its record says."""
+    ledger = Ledger(recipe.storage.embeddings)
+    found = {}
+    for shard_id, commit in ledger.commits().items():
+        path = ledger.shard_path(shard_id)
+        assert file_sha256(path) == commit.sha256
+        assert pq.read_metadata(path).num_rows == commit.rows
+        found[path.name] = commit.sha256
+    return found
+
+
+@pytest.fixture
+def clean(tiny_run: Recipe) -> Recipe:
+    """The same corpus embedded without any fault."""
+    recipe = with_untrained_adapter(changed(tiny_run, embed={"shard_rows": 2}))
+    embed(recipe)
+    return recipe
+
+
+def test_a_full_disk_ends_in_words_shows_no_partial_file_and_the_same_command_finishes(
+    clean: Recipe, small_disk: Path
+) -> None:
+    recipe = with_untrained_adapter(changed(clean, storage={"dir": small_disk / "run"}))
+    with pytest.raises(StorageError, match=r"No space left on device.*free space") as caught:
+        embed(recipe)
+    assert len(str(caught.value).splitlines()) == 1
+    survived = committed_bytes(recipe)
+    assert len(survived) < 16
+    for path in (recipe.storage.embeddings / "shards").glob("part-*.parquet"):
+        pq.read_table(path)  # whatever has its final name is whole
+    assert Ledger(recipe.storage.embeddings).manifest() is None
+    enlarge(small_disk)
+    embed(recipe)
+    assert committed_bytes(recipe) == committed_bytes(clean)
+    assert survived.items() <= committed_bytes(recipe).items()
+
+
+def test_a_full_disk_while_publishing_leaves_the_old_index_in_place(
+    clean: Recipe, small_disk: Path
+) -> None:
+    recipe = changed(clean, storage={"dir": small_disk / "run"})
+    recipe.storage.dir.mkdir()
+    recipe.storage.embeddings.symlink_to(clean.storage.embeddings)
+    index(recipe)
+    query = VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3)
+    with pytest.raises(StorageError, match=r"index .*No space left on device; free space"):
+        for num_lists in range(1, 9):
+            index(changed(recipe, index={"kind": "ivf", "num_lists": num_lists}))
+            query = VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3)
+    assert VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3) == query
+    before = current_version(recipe.storage.index)
+    enlarge(small_disk)
+    index(changed(recipe, index={"kind": "ivf", "num_lists": 9}))
+    assert current_version(recipe.storage.index) > before
+
+
+def encoder_processes() -> list[psutil.Process]:
+    """Live encoder actors of this test session's own Ray: descendants of this process only."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "EncodeShard" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def large_corpus(recipe: Recipe, path: Path, copies: int) -> Recipe:
+    rows: list[dict[str, Any]] = pq.read_table(recipe.data.path("corpus")).to_pylist()
+    many = [{**row, "id": f"{copy}-{row['id']}"} for copy in range(copies) for row in rows]
+    pq.write_table(pa.Table.from_pylist(many, schema=ITEMS), path)
+    return changed(recipe, data={"corpus": path})
+
+
+def test_a_killed_encoder_costs_no_row_and_doubles_none(tiny_run: Recipe, tmp_path: Path) -> None:
+    recipe = changed(tiny_run, embed={"shard_rows": 32, "batch_size": 8})
+    recipe = with_untrained_adapter(large_corpus(recipe, tmp_path / "many.parquet", 24))
+    commits, killed = recipe.storage.embeddings / "commits", threading.Event()
+
+    def kill_after_the_first_commit() -> None:
+        while not killed.is_set():
+            if commits.is_dir() and list(commits.glob("0*.json")):
+                victims = encoder_processes()
+                if victims:
+                    os.kill(victims[0].pid, signal.SIGKILL)
+                    killed.set()
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_after_the_first_commit, daemon=True)
+    killer.start()
+    try:
+        embed(recipe)
+        in_time = killed.is_set()
+    finally:
+        killed.set()
+        killer.join()
+    assert in_time, "the run ended before its encoder could be killed"
+    rows, _, _ = read_embeddings(recipe.storage.embeddings)
+    expected = pq.read_table(recipe.data.path("corpus"), columns=["id"])["id"].to_pylist()
+    assert rows["id"].to_pylist() == expected
+    again = changed(recipe, storage={"dir": tmp_path / "clean"})
+    embed(with_untrained_adapter(again))
+    assert committed_bytes(recipe) == committed_bytes(again)
+
+
+def test_two_runs_at_once_end_in_one_data_set(tiny_run: Recipe, clean: Recipe, tmp_path: Path) -> None:
+    recipe = changed(clean, storage={"dir": tmp_path / "shared"}, resources={"embed_workers": 1})
+    with_untrained_adapter(recipe)
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            embed(recipe)
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            problems.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert committed_bytes(recipe) == committed_bytes(clean)
+    names = [path.name for path in recipe.storage.embeddings.rglob("*") if path.is_file()]
+    assert not [name for name in names if name.startswith(".") or name.endswith(".partial")]

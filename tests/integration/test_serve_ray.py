@@ -1,0 +1,370 @@
+"""The service over real HTTP: answers equal encoder, index and fine stage; every refusal is in OpenAI's shape."""
+
+import base64
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.embed import embed
+from pipelines.index import index
+from pipelines.loading import encoder_of
+from pipelines.recipe import Recipe
+from pipelines.serve import check_before_start, start, stop
+from slq.artifacts import load_adapter_config
+from slq.encoder import Encoder
+from slq.errors import ArtifactError, ArtifactMismatchError, ServiceError
+from slq.index import VectorIndex
+from slq.media import decode_image
+from slq.reranker import Reranker
+from slq.schema import ITEMS, Item
+from tests.integration.runs import changed, free_port, with_untrained_adapter
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+PATH_LIKE, TEXT_ONLY = "deep/er/scene 0.png", "only-a-text"
+QUERY = "a red apple left of two dogs"
+DEPTH = 5
+
+
+def recipe_of(scenes_dir: Path, folder: Path) -> Recipe:
+    """The gallery, with an id that looks like a path, and a text among the images."""
+    rows = pq.read_table(scenes_dir / "gallery.parquet").to_pylist()
+    rows[0]["id"] = PATH_LIKE
+    rows.append({"id": TEXT_ONLY, "image": None, "text": QUERY})
+    pq.write_table(pa.Table.from_pylist(rows, schema=ITEMS), folder / "corpus.parquet")
+    return changed(
+        Recipe(),
+        data={"dir": scenes_dir, "corpus": folder / "corpus.parquet"},
+        adapter={"num_latents": 4},
+        embed={"shard_rows": 40},
+        rerank={"depth": DEPTH},
+        serve={
+            "port": free_port(),
+            "max_top_k": 50,
+            "max_rerank": 10,
+            "batch_wait_s": 0.2,  # so that concurrent requests surely share a pass
+            "num_threads": 1,
+            "max_body_bytes": 2**20,
+        },
+        storage={"dir": folder / "run"},
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(
+    ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Recipe:
+    recipe = with_untrained_adapter(recipe_of(scenes_dir, tmp_path_factory.mktemp("serve")))
+    embed(recipe)
+    index(recipe)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def service(recipe: Recipe) -> Iterator[httpx.Client]:
+    url = start(recipe)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+    stop()
+
+
+@pytest.fixture(scope="module")
+def encoder(recipe: Recipe) -> Encoder:
+    return encoder_of(recipe)
+
+
+@pytest.fixture(scope="module")
+def corpus(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in pq.read_table(recipe.data.path("corpus")).to_pylist()}
+
+
+def search(service: httpx.Client, **body: Any) -> dict[str, Any]:
+    answer = service.post("/search", json=body)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def refusal(answer: httpx.Response, status: int) -> str:
+    """The message of an answer that must be an error in OpenAI's shape."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+# ---- answers ----
+
+
+def test_health_and_info_say_what_is_served(service: httpx.Client, recipe: Recipe) -> None:
+    assert service.get("/healthz").json() == {"status": "ok"}
+    info = service.get("/info").json()
+    adapter = load_adapter_config(recipe.storage.adapter)
+    assert info["fingerprint"] == adapter.fingerprint
+    assert (info["num_vectors"], info["dimension"]) == (33, adapter.hidden_size)
+    assert (info["index_version"], info["backbone"]) == ("v000001", "tiny")
+    assert service.get("/v1/models").json()["data"][0]["id"] == "slq"
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "embedding"])
+def test_coarse_search_equals_encoder_and_index(
+    service: httpx.Client,
+    encoder: Encoder,
+    recipe: Recipe,
+    corpus: dict[str, dict[str, Any]],
+    kind: str,
+) -> None:
+    picture = corpus["test-00003"]["image"]
+    vector = encoder.encode([QUERY if kind != "image" else {"image": picture}])
+    query = {
+        "text": {"text": QUERY},
+        "image": {"image": f"data:image/png;base64,{base64.b64encode(picture).decode()}"},
+        "embedding": {"embedding": vector[0].tolist()},
+    }[kind]
+    found = search(service, query=query, top_k=7, mode="coarse")
+    truth = VectorIndex(recipe.storage.index).search(vector, 7)[0]
+    assert [result["id"] for result in found["results"]] == [hit.id for hit in truth]
+    scores = [result["score"] for result in found["results"]]
+    np.testing.assert_allclose(scores, [hit.score for hit in truth], atol=1e-5)
+    assert all(result["fine_score"] is None for result in found["results"])
+    assert (found["reranked"], found["degraded"]) == (0, False)
+
+
+@pytest.mark.parametrize("top_k", [3, 8])
+def test_fine_search_orders_the_best_candidates_by_margin(
+    service: httpx.Client,
+    encoder: Encoder,
+    recipe: Recipe,
+    corpus: dict[str, dict[str, Any]],
+    top_k: int,
+) -> None:
+    found = search(service, query={"text": QUERY}, top_k=top_k, mode="fine")
+    hits = VectorIndex(recipe.storage.index).search(encoder.encode([QUERY]), max(top_k, DEPTH))[0]
+    pictures = {hit.id: corpus[hit.id]["image"] for hit in hits[:DEPTH]}
+    scored = [name for name, data in pictures.items() if data is not None]
+    reranker = Reranker(encoder.backbone, framing=recipe.rerank.framing)
+    pairs = [(Item(text=QUERY), Item(image=decode_image(pictures[name]))) for name in scored]
+    margins = dict(zip(scored, reranker.score(pairs).tolist(), strict=True))
+    block = sorted(scored, key=lambda name: -margins[name])
+    expected = (block + [hit.id for hit in hits if hit.id not in margins])[:top_k]
+    assert [result["id"] for result in found["results"]] == expected
+    assert found["reranked"] == len(scored)
+    coarse = {hit.id: hit.score for hit in hits}
+    for result in found["results"]:
+        assert result["coarse_score"] == pytest.approx(coarse[result["id"]], abs=1e-5)
+        if result["id"] in margins:
+            assert result["fine_score"] == pytest.approx(margins[result["id"]], abs=1e-3)
+        else:
+            assert result["fine_score"] is None
+
+
+def test_the_fine_stage_scores_as_many_as_asked(service: httpx.Client) -> None:
+    found = search(service, query={"text": QUERY}, top_k=10, rerank_k=9, mode="fine")
+    assert found["reranked"] in (8, 9)  # the text item may stand among the nine
+    assert sum(result["fine_score"] is not None for result in found["results"]) == found["reranked"]
+
+
+def test_more_results_than_items_gives_every_item_once(service: httpx.Client) -> None:
+    found = search(service, query={"text": QUERY}, top_k=50, mode="coarse")
+    assert len({result["id"] for result in found["results"]}) == 33
+
+
+def test_the_index_version_and_the_fingerprint_come_with_every_answer(
+    service: httpx.Client, recipe: Recipe
+) -> None:
+    answer = service.post("/search", json={"query": {"text": QUERY}})
+    fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
+    assert answer.headers["x-slq-fingerprint"] == answer.json()["fingerprint"] == fingerprint
+    assert answer.json()["index_version"] == "v000001"
+    assert set(answer.json()["timings_ms"]) == {"embed", "search", "fine"}
+
+
+def test_the_openai_client_gets_the_encoders_vectors(
+    service: httpx.Client, encoder: Encoder
+) -> None:
+    openai = pytest.importorskip("openai")
+    texts = [QUERY, "a cat", "three blue cars above a tree"]
+    with openai.OpenAI(base_url=f"{service.base_url}/v1", api_key="unused", max_retries=0) as client:
+        answers = [
+            client.embeddings.create(input=texts, model="slq", **options)
+            for options in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"})
+        ]
+        with pytest.raises(openai.BadRequestError, match="dimensions must be"):
+            client.embeddings.create(input=texts, model="slq", dimensions=7)
+    direct = encoder.encode(texts)
+    np.testing.assert_allclose([row.embedding for row in answers[0].data], direct, atol=1e-5)
+    np.testing.assert_allclose([row.embedding for row in answers[1].data], direct, atol=1e-5)
+    packed = [np.frombuffer(base64.b64decode(row.embedding), "<f4") for row in answers[2].data]
+    np.testing.assert_allclose(packed, direct, atol=1e-5)
+
+
+def test_embeddings_of_images_come_through_the_same_route(
+    service: httpx.Client, encoder: Encoder, corpus: dict[str, dict[str, Any]]
+) -> None:
+    picture = corpus["test-00005"]["image"]
+    body = {"input": [{"image": base64.b64encode(picture).decode()}, "a cat"]}
+    found = service.post("/v1/embeddings", json=body).json()["data"]
+    direct = encoder.encode([{"image": picture}, "a cat"])
+    np.testing.assert_allclose([row["embedding"] for row in found], direct, atol=1e-5)
+
+
+def test_the_gallery_page_needs_nothing_from_elsewhere(service: httpx.Client) -> None:
+    page = service.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "<form" in page.text
+    assert "http://" not in page.text.replace("http://www.w3.org", "")
+    assert "https://" not in page.text
+
+
+@pytest.mark.parametrize("item_id", ["test-00003", PATH_LIKE])
+@pytest.mark.parametrize("slashes", ["plain", "escaped"])
+def test_images_come_back_as_they_were(
+    service: httpx.Client, corpus: dict[str, dict[str, Any]], item_id: str, slashes: str
+) -> None:
+    from urllib.parse import quote
+
+    name = quote(item_id, safe="/" if slashes == "plain" else "")
+    answer = service.get(f"/items/{name}/image")
+    assert answer.status_code == 200, answer.text
+    assert (answer.content, answer.headers["content-type"]) == (corpus[item_id]["image"], "image/png")
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    "item_id", [TEXT_ONLY, "absent", "../../etc/passwd", "%2Fetc%2Fpasswd", "..%2f..%2fetc%2fpasswd"]
+)
+def test_an_id_without_an_image_is_not_found_however_it_looks(
+    service: httpx.Client, item_id: str
+) -> None:
+    answer = service.get(f"/items/{item_id}/image")
+    assert answer.status_code == 404
+    assert b"root:" not in answer.content
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"query": {}}, "neither an image nor a text"),
+        ({"query": {"text": "  "}}, "neither an image nor a text"),
+        ({"query": {"text": "\x00"}}, "empty"),
+        ({"query": {"image": "no base64!"}}, "not valid base64"),
+        ({"query": {"image": "bildñ"}}, "not valid base64"),
+        ({"query": {"image": "aHRtbA=="}}, "none of JPEG, PNG, WEBP"),
+        ({"query": {"image": "http://127.0.0.1/a.png"}}, "image URLs are not fetched"),
+        ({"query": {"text": "x", "txt": "y"}}, "query.txt"),
+        ({"query": {"text": "x"}, "topk": 5}, "topk"),
+        ({"query": {"text": "x"}, "top_k": 0}, "top_k"),
+        ({"query": {"text": "x"}, "top_k": 10**9}, "top_k is 1000000000; at most 50 is allowed"),
+        ({"query": {"text": "x"}, "rerank_k": 11}, "rerank_k is 11; at most 10 is allowed"),
+        ({"query": {"text": "x"}, "mode": "best"}, "mode"),
+        ({"query": {"embedding": [1.0, 2.0]}}, "query.embedding has 2 values; this index has"),
+        ({"query": {"text": "x" * 200_000}}, "at most 100000"),
+        ({}, "query"),
+    ],
+)
+def test_a_query_that_cannot_be_answered_is_a_400_with_the_reason(
+    service: httpx.Client, body: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(service.post("/search", json=body), 400)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": []},
+        {"input": ""},
+        {"input": ["a", ""]},
+        {"input": [1, 2]},
+        {"input": "a", "modle": "slq"},
+        {"input": {"image": "no base64!"}},
+    ],
+)
+def test_embeddings_that_cannot_be_made_are_a_400(
+    service: httpx.Client, body: dict[str, Any]
+) -> None:
+    assert refusal(service.post("/v1/embeddings", json=body), 400)
+
+
+def test_a_fine_search_without_anything_to_score_is_refused_not_ignored(
+    service: httpx.Client, encoder: Encoder, corpus: dict[str, dict[str, Any]]
+) -> None:
+    vector = encoder.encode([QUERY])[0].tolist()
+    answer = service.post("/search", json={"query": {"embedding": vector}, "mode": "fine"})
+    assert "fine stage" in refusal(answer, 400)
+    found = search(service, query={"embedding": vector}, mode="auto")
+    assert found["reranked"] == 0
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_a_vector_that_is_not_finite_is_a_400(
+    service: httpx.Client, encoder: Encoder, value: str
+) -> None:
+    values = ",".join([value] + ["0.1"] * (encoder.dimension - 1))
+    answer = service.post(
+        "/search",
+        content=f'{{"query": {{"embedding": [{values}]}}, "mode": "coarse"}}',
+        headers={"content-type": "application/json"},
+    )
+    assert refusal(answer, 400)
+
+
+def test_a_body_that_is_no_json_or_too_large_is_refused(service: httpx.Client) -> None:
+    kind = {"content-type": "application/json"}
+    assert refusal(service.post("/search", content=b"{", headers=kind), 400)
+    large = b'{"query": {"text": "' + b"x" * 2**20 + b'"}}'
+    assert "exceeds 1048576 bytes" in refusal(service.post("/search", content=large, headers=kind), 413)
+    # httpx sends an iterator in chunks, without a content-length
+    answer = service.post("/search", content=iter([large[: 2**19], large[2**19 :]]), headers=kind)
+    assert refusal(answer, 411)
+
+
+def test_a_poisoned_query_does_not_harm_those_that_share_its_pass(
+    service: httpx.Client, encoder: Encoder
+) -> None:
+    texts = [f"a dog and {n} cats" for n in range(6)]
+    bodies = [{"input": text} for text in [*texts[:3], "\x00", "y" * 200_000, *texts[3:]]]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: service.post("/v1/embeddings", json=body), bodies))
+    assert [answer.status_code for answer in answers] == [200] * 3 + [400] * 2 + [200] * 3
+    good = [answer for answer in answers if answer.status_code == 200]
+    vectors = [answer.json()["data"][0]["embedding"] for answer in good]
+    np.testing.assert_allclose(vectors, encoder.encode(texts), atol=1e-5)
+
+
+# ---- before the start ----
+
+
+def test_an_index_of_another_adapter_is_refused_and_both_fingerprints_are_named(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    other = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "other"}), seed=9)
+    (tmp_path / "other" / "index").symlink_to(recipe.storage.index)
+    mine, theirs = (load_adapter_config(r.storage.adapter).fingerprint for r in (recipe, other))
+    with pytest.raises(ArtifactMismatchError, match=rf"{mine}.*{theirs}.*rebuild it with `slq embed`"):
+        start(other)
+
+
+def test_a_port_in_use_is_a_service_error_that_names_it(recipe: Recipe) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServiceError, match=rf"127\.0\.0\.1:{port}.*choose another serve\.port"):
+            check_before_start(changed(recipe, serve={"port": port}))
+
+
+def test_a_missing_adapter_or_index_says_what_to_run(recipe: Recipe, tmp_path: Path) -> None:
+    empty = changed(recipe, storage={"dir": tmp_path})
+    with pytest.raises(ArtifactError, match="run `slq train` first"):
+        check_before_start(empty)
+    with pytest.raises(ArtifactError, match="build one with `slq index`"):
+        check_before_start(with_untrained_adapter(empty))
