@@ -191,7 +191,20 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         _apply(values, override)
     recipe = Recipe.parse(values, source=path.name)
     assert isinstance(recipe, Recipe)
-    return recipe
+    return _with_absolute_folders(recipe)
+
+
+def _with_absolute_folders(recipe: Recipe) -> Recipe:
+    """Workers run in other directories than the command, so no path may depend on where it was given."""
+    name = recipe.backbone.name
+    if "/" in name and Path(name).is_dir():
+        name = str(Path(name).resolve())
+    sections = {
+        "backbone": recipe.backbone.model_copy(update={"name": name}),
+        "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
+        "storage": recipe.storage.model_copy(update={"dir": recipe.storage.dir.resolve()}),
+    }
+    return recipe.model_copy(update=sections)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

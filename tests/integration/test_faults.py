@@ -156,7 +156,9 @@ def test_a_killed_encoder_costs_no_row_and_doubles_none(tiny_run: Recipe, tmp_pa
     assert committed_bytes(recipe) == committed_bytes(again)
 
 
-def test_two_runs_at_once_end_in_one_data_set(tiny_run: Recipe, clean: Recipe, tmp_path: Path) -> None:
+def test_two_runs_at_once_end_in_one_data_set(
+    tiny_run: Recipe, clean: Recipe, tmp_path: Path
+) -> None:
     recipe = changed(clean, storage={"dir": tmp_path / "shared"}, resources={"embed_workers": 1})
     with_untrained_adapter(recipe)
     problems: list[BaseException] = []

@@ -58,9 +58,7 @@ def recipe_of(scenes_dir: Path, folder: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def recipe(
-    ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Recipe:
+def recipe(ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     recipe = with_untrained_adapter(recipe_of(scenes_dir, tmp_path_factory.mktemp("serve")))
     embed(recipe)
     index(recipe)
@@ -191,7 +189,9 @@ def test_the_openai_client_gets_the_encoders_vectors(
 ) -> None:
     openai = pytest.importorskip("openai")
     texts = [QUERY, "a cat", "three blue cars above a tree"]
-    with openai.OpenAI(base_url=f"{service.base_url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"{service.base_url}/v1", api_key="unused", max_retries=0
+    ) as client:
         answers = [
             client.embeddings.create(input=texts, model="slq", **options)
             for options in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"})
@@ -233,14 +233,18 @@ def test_images_come_back_as_they_were(
     name = quote(item_id, safe="/" if slashes == "plain" else "")
     answer = service.get(f"/items/{name}/image")
     assert answer.status_code == 200, answer.text
-    assert (answer.content, answer.headers["content-type"]) == (corpus[item_id]["image"], "image/png")
+    assert (answer.content, answer.headers["content-type"]) == (
+        corpus[item_id]["image"],
+        "image/png",
+    )
 
 
 # ---- refusals ----
 
 
 @pytest.mark.parametrize(
-    "item_id", [TEXT_ONLY, "absent", "../../etc/passwd", "%2Fetc%2Fpasswd", "..%2f..%2fetc%2fpasswd"]
+    "item_id",
+    [TEXT_ONLY, "absent", "../../etc/passwd", "%2Fetc%2Fpasswd", "..%2f..%2fetc%2fpasswd"],
 )
 def test_an_id_without_an_image_is_not_found_however_it_looks(
     service: httpx.Client, item_id: str
@@ -321,7 +325,9 @@ def test_a_body_that_is_no_json_or_too_large_is_refused(service: httpx.Client) -
     kind = {"content-type": "application/json"}
     assert refusal(service.post("/search", content=b"{", headers=kind), 400)
     large = b'{"query": {"text": "' + b"x" * 2**20 + b'"}}'
-    assert "exceeds 1048576 bytes" in refusal(service.post("/search", content=large, headers=kind), 413)
+    assert "exceeds 1048576 bytes" in refusal(
+        service.post("/search", content=large, headers=kind), 413
+    )
     # httpx sends an iterator in chunks, without a content-length
     answer = service.post("/search", content=iter([large[: 2**19], large[2**19 :]]), headers=kind)
     assert refusal(answer, 411)
@@ -349,7 +355,9 @@ def test_an_index_of_another_adapter_is_refused_and_both_fingerprints_are_named(
     other = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "other"}), seed=9)
     (tmp_path / "other" / "index").symlink_to(recipe.storage.index)
     mine, theirs = (load_adapter_config(r.storage.adapter).fingerprint for r in (recipe, other))
-    with pytest.raises(ArtifactMismatchError, match=rf"{mine}.*{theirs}.*rebuild it with `slq embed`"):
+    with pytest.raises(
+        ArtifactMismatchError, match=rf"{mine}.*{theirs}.*rebuild it with `slq embed`"
+    ):
         start(other)
 
 

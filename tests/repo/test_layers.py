@@ -19,7 +19,9 @@ def python(code: str) -> str:
 
 def test_the_import_contracts_hold() -> None:
     pytest.importorskip("importlinter")
-    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    code = (
+        "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -32,7 +34,16 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_slq_loads_nothing_heavy() -> None:
-    heavy = {"ray", "fastapi", "starlette", "uvicorn", "faiss", "transformers", "torch", "deepspeed"}
+    heavy = {
+        "ray",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "faiss",
+        "transformers",
+        "torch",
+        "deepspeed",
+    }
     assert loaded_by("import slq") & heavy == set()
 
 
@@ -45,7 +56,3 @@ def test_every_public_name_of_slq_can_be_had() -> None:
     python("import slq\nfor name in slq.__all__: getattr(slq, name)")
     with pytest.raises(AttributeError, match="no attribute 'Enkoder'"):
         _ = __import__("slq").Enkoder
-
-
-def test_help_is_quick_because_it_loads_no_model_library() -> None:
-    assert loaded_by("import jobs.cli") & {"transformers", "deepspeed", "faiss"} == set()

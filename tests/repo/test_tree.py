@@ -30,7 +30,9 @@ TOP_LEVEL = {
     "tests",
 }
 # assembled, so that this file does not hold what it forbids
-MACHINE_PATHS = re.compile(r"(?<![\w.])/(?:wor" + r"k/|ho" + r"me/\w+/|ro" + r"ot/|User" + r"s/\w+/)")
+MACHINE_PATHS = re.compile(
+    r"(?<![\w.])/(?:wor" + r"k/|ho" + r"me/\w+/|ro" + r"ot/|User" + r"s/\w+/)"
+)
 LARGE_BYTES = 12 * 2**20
 
 
@@ -70,7 +72,9 @@ def test_no_file_names_a_place_on_one_machine() -> None:
 def test_nothing_is_a_pickle_and_nothing_loads_one() -> None:
     suffixes = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz"}
     assert [path for path in tracked() if path.suffix in suffixes] == []
-    loading = re.compile(r"\b(?:pickle\.loads?|torch\.load|allow_pickle=True|trust_remote_code=True)\b")
+    loading = re.compile(
+        r"\b(?:pickle\.loads?|torch\.load|allow_pickle=True|trust_remote_code=True)\b"
+    )
     code = {path: text for path, text in texts().items() if path.suffix == ".py"}
     shipped = {p: t for p, t in code.items() if p.relative_to(ROOT).parts[0] != "tests"}
     assert [path for path, text in shipped.items() if loading.search(text)] == []
