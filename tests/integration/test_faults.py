@@ -95,10 +95,15 @@ def test_a_full_disk_while_publishing_leaves_the_old_index_in_place(
     recipe.storage.embeddings.symlink_to(clean.storage.embeddings)
     index(recipe)
     query = VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3)
-    with pytest.raises(StorageError, match=r"index .*No space left on device; free space"):
+
+    def publish_until_full() -> None:
+        nonlocal query
         for num_lists in range(1, 9):
             index(changed(recipe, index={"kind": "ivf", "num_lists": num_lists}))
             query = VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3)
+
+    with pytest.raises(StorageError, match=r"index .*No space left on device; free space"):
+        publish_until_full()
     assert VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3) == query
     before = current_version(recipe.storage.index)
     enlarge(small_disk)

@@ -1,0 +1,117 @@
+"""Evaluation on the tiny gallery: numbers that a plain loop over the encoder gives, written where it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.evaluate import evaluate
+from pipelines.loading import encoder_of
+from pipelines.recipe import Recipe
+from slq.errors import DataError
+from slq.media import decode_image
+from slq.schema import RELEVANCE
+from tests.integration.runs import changed, with_untrained_adapter
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def measured(
+    ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, dict[str, Any]]:
+    recipe = changed(
+        Recipe(),
+        data={"dir": scenes_dir},
+        adapter={"num_latents": 4},
+        rerank={"depth": 3},
+        storage={"dir": tmp_path_factory.mktemp("evaluate")},
+    )
+    recipe = with_untrained_adapter(recipe)
+    return recipe, evaluate(recipe)
+
+
+def test_results_are_written_as_they_are_returned(measured: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, results = measured
+    written = json.loads((recipe.storage.evaluation / "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+    assert (results["num_items"], results["num_queries"]) == (32, 64)
+    assert set(results["systems"]) == set(recipe.eval.systems)
+
+
+def test_hits_equal_those_of_a_plain_loop_over_the_encoder(
+    measured: tuple[Recipe, dict[str, Any]],
+) -> None:
+    recipe, results = measured
+    gallery = pq.read_table(recipe.data.path("corpus")).to_pylist()
+    queries = pq.read_table(recipe.data.path("queries")).to_pylist()
+    encoder = encoder_of(recipe)
+    items = encoder.encode([decode_image(row["image"]) for row in gallery])
+    found = encoder.encode([row["text"] for row in queries]) @ items.T
+    report = results["systems"]["slq"]["text_to_image"]
+    for kind in ("explicit", "knowledge"):
+        chosen = [
+            n for n, row in enumerate(queries) if row["kind"] == kind and row["split"] == "test"
+        ]
+        for k in (1, 5, 10):
+            hit = []
+            for n in chosen:
+                wanted = queries[n]["id"].rsplit("-", 1)[0]
+                best = [gallery[i]["id"] for i in np.argsort(-found[n])[:k]]
+                hit.append(wanted in best)
+            assert report[kind][f"hit@{k}"] == pytest.approx(np.mean(hit))
+        low, high = report[kind]["hit@1_interval"]
+        assert low <= report[kind]["hit@1"] <= high
+        assert report[kind]["num_queries"] == len(chosen) == 24
+
+
+def test_an_adapter_that_was_never_trained_is_as_good_as_the_untrained_system(
+    measured: tuple[Recipe, dict[str, Any]],
+) -> None:
+    systems = measured[1]["systems"]
+    assert systems["slq"] == systems["untrained"]
+    assert systems["last_token"] != systems["slq"]
+
+
+def test_run_files_hold_the_ranking_with_margins_only_where_pairs_were_scored(
+    measured: tuple[Recipe, dict[str, Any]],
+) -> None:
+    recipe, _ = measured
+    runs = {
+        system: pq.read_table(recipe.storage.evaluation / f"run_{system}.parquet").to_pylist()
+        for system in ("slq", "slq_fine")
+    }
+    for rows in runs.values():
+        assert len(rows) == 64 * 10
+        for start in range(0, len(rows), 10):
+            ranking = rows[start : start + 10]
+            assert [row["rank"] for row in ranking] == list(range(1, 11))
+            scores = [row["score"] for row in ranking]
+            assert scores == sorted(scores, reverse=True)
+    assert all(row["fine_score"] is None for row in runs["slq"])
+    for start in range(0, 640, 10):
+        coarse = [row["item_id"] for row in runs["slq"][start : start + 10]]
+        fine = runs["slq_fine"][start : start + 10]
+        assert {row["item_id"] for row in fine[:3]} == set(coarse[:3])  # the depth of the recipe
+        assert [row["item_id"] for row in fine[3:]] == coarse[3:]
+        assert [row["fine_score"] is not None for row in fine] == [True] * 3 + [False] * 7
+
+
+def test_relevance_that_fits_no_file_is_a_data_error(
+    measured: tuple[Recipe, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe, _ = measured
+    rows = pq.read_table(recipe.data.path("relevance")).to_pylist()
+    path = tmp_path / "relevance.parquet"
+    changed_recipe = changed(recipe, data={"relevance": path})
+    unknown = [*rows, {"query_id": rows[0]["query_id"], "item_id": "absent", "grade": 1}]
+    pq.write_table(pa.Table.from_pylist(unknown, schema=RELEVANCE), path)
+    with pytest.raises(DataError, match="absent names a query or item that is not in the files"):
+        evaluate(changed_recipe)
+    pq.write_table(pa.Table.from_pylist(rows[1:], schema=RELEVANCE), path)
+    with pytest.raises(DataError, match=f"1 queries have no relevant item.*{rows[0]['query_id']}"):
+        evaluate(changed_recipe)
