@@ -21,7 +21,7 @@ from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from slq.artifacts import file_sha256
 from slq.errors import StorageError
-from slq.index import VectorIndex, current_version
+from slq.index import Hit, VectorIndex, current_version
 from slq.schema import ITEMS
 from tests.integration.runs import changed, with_untrained_adapter
 
@@ -94,17 +94,22 @@ def test_a_full_disk_while_publishing_leaves_the_old_index_in_place(
     recipe.storage.dir.mkdir()
     recipe.storage.embeddings.symlink_to(clean.storage.embeddings)
     index(recipe)
-    query = VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3)
+
+    def answer() -> list[list[Hit]]:
+        return VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3)
+
+    truth = answer()
 
     def publish_until_full() -> None:
-        nonlocal query
-        for num_lists in range(1, 9):
-            index(changed(recipe, index={"kind": "ivf", "num_lists": num_lists}))
-            query = VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3)
+        for num_lists in range(1, 9):  # with every list probed the answer is always the same
+            settings = {"kind": "ivf", "num_lists": num_lists, "num_probes": num_lists}
+            index(changed(recipe, index=settings))
 
     with pytest.raises(StorageError, match=r"index .*No space left on device; free space"):
         publish_until_full()
-    assert VectorIndex(recipe.storage.index).search(np.eye(1, 192, dtype=np.float32), 3) == query
+    assert [[hit.id for hit in hits] for hits in answer()] == [
+        [hit.id for hit in hits] for hits in truth
+    ]
     before = current_version(recipe.storage.index)
     enlarge(small_disk)
     index(changed(recipe, index={"kind": "ivf", "num_lists": 9}))
