@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slq.errors import ConfigError, DataError
@@ -73,6 +74,14 @@ def _count(corpus: Path) -> int:
             f"corpus {corpus} needs a column `id` and one of `image`, `text`, `uri`; it has {sorted(names)}"
         )
     return int(file.metadata.num_rows)
+
+
+def user_schema(corpus: Path) -> pa.Schema:
+    """Names and types of the columns that are the user's own."""
+    if corpus.is_dir():
+        return pa.schema([])
+    own = {"id", "image", "text", "uri"}
+    return pa.schema([field for field in pq.read_schema(corpus) if field.name not in own])
 
 
 def image_files(folder: Path) -> list[Path]:

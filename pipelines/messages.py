@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slq.errors import DataError, MediaError
-from slq.media import decode_image
+from slq.media import decode_image, sanitise_text
 from slq.schema import Item
 
 
@@ -31,7 +31,12 @@ class Content(Message):
             DataError: Neither text nor image is there, or the image cannot be used.
         """
         image = decode_image(decode_base64(self.image)) if self.image else None
-        return Item(text=self.text, image=image)
+        return Item(text=_clean(self.text), image=image)
+
+
+def _clean(text: str | None) -> str | None:
+    """Refuse texts that the encoder would refuse, before they share a batch with other requests."""
+    return sanitise_text(text, ()) if text and text.strip() else text
 
 
 class SearchQuery(Content):
@@ -96,7 +101,9 @@ class EmbeddingsRequest(Message):
     def items(self) -> list[Item]:
         """The decoded inputs."""
         inputs = self.input if isinstance(self.input, list) else [self.input]
-        return [Item(text=value) if isinstance(value, str) else value.item() for value in inputs]
+        return [
+            Item(text=_clean(value)) if isinstance(value, str) else value.item() for value in inputs
+        ]
 
 
 def embeddings_response(

@@ -239,6 +239,10 @@ class Ingress:
             for hit, row in zip(hits, rows, strict=True)
         ]
         reranked = 0
+        if item is None and body.mode == "fine":
+            raise DataError(
+                "the fine stage needs the query's text or image, not only its embedding"
+            )
         if depth and item is not None:
             reranked = await self._rerank(item, results, rows, depth, required=body.mode == "fine")
         scored = time.perf_counter()

@@ -15,7 +15,14 @@ import torch
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.progress import progress_sink
 from pipelines.recipe import Recipe, require_files
-from slq.artifacts import AdapterConfig, load_adapter_config, read_json, save_adapter, write_json
+from slq.artifacts import (
+    AdapterConfig,
+    file_sha256,
+    load_adapter_config,
+    read_json,
+    save_adapter,
+    write_json,
+)
 from slq.backbones import Backbone
 from slq.collectives import all_agree
 from slq.errors import DataError, TrainingError
@@ -74,7 +81,7 @@ def settings_digest(recipe: Recipe) -> str:
         name: getattr(recipe, name).model_dump(mode="json")
         for name in ("backbone", "adapter", "train")
     }
-    sections["data"] = str(recipe.data.path("train").resolve())
+    sections["data"] = file_sha256(recipe.data.path("train"))
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -98,6 +105,10 @@ def train(recipe: Recipe) -> Path:
     ):
         log.info("adapter %s is up to date: nothing to do", recipe.storage.adapter)
         return recipe.storage.adapter
+    # Refuse here what would otherwise fail in every worker, with a long traceback.
+    PairSampler(
+        Pairs(recipe.data.path("train")).image_keys, recipe.train.global_batch, recipe.train.seed
+    )
     started = time.monotonic()
     with progress_sink() as sink:
         result = _fit(recipe, digest, sink)

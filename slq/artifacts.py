@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -182,7 +183,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         StorageError: The file cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # writers may race
     try:
         with partial.open("w") as file:
             json.dump(value, file, indent=2, sort_keys=True)
@@ -191,6 +192,7 @@ def write_json(path: Path, value: Any) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise StorageError(
             f"{path} cannot be written: {error}; free space or choose another folder"
         ) from None
