@@ -132,15 +132,19 @@ def _run(recipe: Recipe, ledger: Ledger, pending: list[ShardPlan], *, total: int
 
 
 def own_cause(error: BaseException) -> SlqError | None:
-    """The slq error that Ray wrapped in errors of its own, or None."""
+    """The slq error that Ray wrapped in errors of its own, or None.
+
+    The deepest one is the original: Ray's wrappers inherit from its class but carry a traceback as text.
+    """
+    found: SlqError | None = None
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         if isinstance(current, SlqError):
-            return current
+            found = current
         seen.add(id(current))
         current = getattr(current, "cause", None) or current.__cause__ or current.__context__
-    return None
+    return found
 
 
 def _commit_as_they_come(
