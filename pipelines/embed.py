@@ -6,6 +6,7 @@ record per finished shard and nothing else.
 
 import hashlib
 import io
+import json
 import logging
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import slq.errors
 from pipelines.corpus import Record, ShardPlan, corpus_digest, plan_shards, read_shard, user_schema
 from pipelines.ledger import Commit, Ledger, new_attempt
 from pipelines.loading import encoder_of, use_threads
@@ -27,6 +29,7 @@ from slq.media import decode_image, sanitise_text
 from slq.schema import ERRORS, Item, embedding_schema
 
 log = logging.getLogger(__name__)
+_FAILURE = "slq_failure"
 
 
 def embed(recipe: Recipe) -> Path:
@@ -122,29 +125,24 @@ def _run(recipe: Recipe, ledger: Ledger, pending: list[ShardPlan], *, total: int
             },
         )
     )
-    try:
-        _commit_as_they_come(dataset.iter_rows(), ledger, total=total, pending=len(pending))
-    except Exception as error:
-        cause = own_cause(error)
-        if cause is None:
-            raise
-        raise cause from None
+    _commit_as_they_come(dataset.iter_rows(), ledger, total=total, pending=len(pending))
 
 
-def own_cause(error: BaseException) -> SlqError | None:
-    """The slq error that Ray wrapped in errors of its own, or None.
+def _failure(error: SlqError) -> pa.Table:
+    """An error of ours as a record: raised in a worker, it would reach the driver as text of Ray's."""
+    return pa.table({_FAILURE: [json.dumps([type(error).__name__, str(error)])]})
 
-    The deepest one is the original: Ray's wrappers inherit from its class but carry a traceback as text.
+
+def _raise_failure(record: dict[str, Any]) -> None:
+    """Raise what `_failure` recorded.
+
+    Raises:
+        SlqError: Of the class and with the message that it had in the worker.
     """
-    found: SlqError | None = None
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        if isinstance(current, SlqError):
-            found = current
-        seen.add(id(current))
-        current = getattr(current, "cause", None) or current.__cause__ or current.__context__
-    return found
+    if record.get(_FAILURE):
+        name, message = json.loads(record[_FAILURE])
+        kind: type[SlqError] = getattr(slq.errors, name)
+        raise kind(message)
 
 
 def _commit_as_they_come(
@@ -153,6 +151,7 @@ def _commit_as_they_come(
     """Commit each finished shard and say how far the run is."""
     started, finished, rows = time.monotonic(), total - pending, 0
     for record in records:
+        _raise_failure(record)
         commit = Commit(**record)
         ledger.commit(commit)
         finished, rows = finished + 1, rows + commit.rows
@@ -242,19 +241,25 @@ class EncodeShard:
     def __init__(self, recipe: dict[str, Any], fingerprint: str) -> None:
         self._recipe = Recipe.model_validate(recipe)
         use_threads(self._recipe.embed.num_threads)
-        self._encoder = encoder_of(self._recipe)
-        require_same_fingerprint(
-            fingerprint,
-            self._encoder.fingerprint,
-            expected_in=f"adapter {self._recipe.storage.adapter}",
-            found_in="the encoder of this recipe",
-            remedy="use the backbone name, revision and dtype that the adapter was trained with",
-        )
+        self._refusal: SlqError | None = None
+        try:
+            self._encoder = encoder_of(self._recipe)
+            require_same_fingerprint(
+                fingerprint,
+                self._encoder.fingerprint,
+                expected_in=f"adapter {self._recipe.storage.adapter}",
+                found_in="the encoder of this recipe",
+                remedy="use the backbone name, revision and dtype that the adapter was trained with",
+            )
+        except SlqError as error:
+            self._refusal = error  # a constructor that raises only kills its actor
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Replace pixels by vectors; quarantined rows get none."""
         from PIL import Image
 
+        if self._refusal is not None:
+            return _failure(self._refusal)
         records = rows.to_pylist()
         good = [n for n, row in enumerate(records) if row["error"] is None]
         items = []
@@ -272,11 +277,16 @@ class EncodeShard:
 
 
 def write_shard(rows: pa.Table, root: str, user_schema: bytes | None = None) -> pa.Table:
-    """Write one shard's data and quarantine files; gives its commit record as one row.
+    """Write one shard's data and quarantine files; gives its commit record, or its failure, as one row."""
+    if _FAILURE in rows.column_names:
+        return rows
+    try:
+        return _write_shard(rows, root, user_schema)
+    except SlqError as error:
+        return _failure(error)
 
-    Raises:
-        StorageError: A file cannot be written; nothing visible is left behind.
-    """
+
+def _write_shard(rows: pa.Table, root: str, user_schema: bytes | None) -> pa.Table:
     ledger = Ledger(Path(root))
     records = rows.to_pylist()
     shard_id = int(records[0]["shard_id"])

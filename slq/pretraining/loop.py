@@ -257,7 +257,11 @@ def _restore(
         return 0
     state = json.loads((folder / "state.json").read_text())
     before, now = state["config"], config.model_dump()
-    changed = [key for key in now if before.get(key) != now[key] and key not in _MAY_CHANGE]
+    changed = [
+        key
+        for key in before | now  # a key that only one of them has differs too
+        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
+    ]
     if changed:
         raise ConfigError(
             f"{folder} was begun with another {', '.join(changed)}; use the old values or another --out"
