@@ -61,9 +61,11 @@ def run_stage(
         recipe = load_recipe(recipe_path, overrides)
         if dry_run:
             shown = {"recipe": recipe.model_dump(mode="json"), **(plan(recipe) if plan else {})}
-            out.print(
-                json.dumps(shown, indent=2) if as_json else yaml.safe_dump(shown, sort_keys=False),
-                markup=False,
+            # plain print: a console would wrap long paths, and then this is no YAML any more
+            print(
+                json.dumps(shown, indent=2)
+                if as_json
+                else yaml.safe_dump(shown, sort_keys=False, width=1000)
             )
             return
         result = connected(recipe, stage)

@@ -39,8 +39,12 @@ def test_there_are_shipped_recipes() -> None:
 
 
 def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
-    assert load_recipe(recipe_file(tmp_path, "")) == Recipe()
-    assert load_recipe(recipe_file(tmp_path, "# nothing\n")) == Recipe()
+    for text in ("", "# nothing\n"):
+        loaded, plain = load_recipe(recipe_file(tmp_path, text)), Recipe()
+        assert loaded.storage.dir == plain.storage.dir.resolve()
+        assert loaded.data.dir == plain.data.dir.resolve()
+        folders = {"storage", "data"}
+        assert loaded.model_dump(exclude=folders) == plain.model_dump(exclude=folders)
 
 
 @pytest.mark.parametrize(
