@@ -135,7 +135,8 @@ def test_a_data_set_is_not_continued_with_another_plan(finished: Recipe) -> None
 
 
 def test_shards_open_in_duckdb(finished: Recipe) -> None:
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     files = f"{finished.storage.embeddings}/shards/*.parquet"
     found = duckdb.sql(
         f"SELECT id, embedding, modality FROM '{files}' ORDER BY shard_id, row_in_shard"
@@ -274,7 +275,8 @@ def test_texts_images_and_both_stand_in_one_corpus_with_their_own_columns(
 def test_a_column_that_is_null_in_one_shard_keeps_its_type_in_every_shard(
     finished: Recipe, tmp_path: Path
 ) -> None:
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     rows = [
         {"id": f"i{n}", "text": f"a dog {n}", "note": None if n < 8 else f"n{n}"} for n in range(16)
     ]

@@ -18,7 +18,6 @@ def python(code: str) -> str:
 
 
 def test_the_import_contracts_hold() -> None:
-    pytest.importorskip("importlinter")
     code = (
         "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
     )

@@ -31,7 +31,8 @@ def case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_metrics_equal_those_of_ir_measures(case: tuple[np.ndarray, ...]) -> None:
-    ir = pytest.importorskip("ir_measures")
+    import ir_measures as ir
+
     scores, relevant, ranked = case
     qrels = [ir.Qrel(f"q{q:03d}", f"i{i}", 1) for q, i in np.argwhere(relevant)]
     run = [
