@@ -22,6 +22,8 @@ class PretrainConfig(Section):
     """Width of the vision tower, a multiple of 32."""
     vision_depth: Annotated[int, Field(ge=4)] = 4
     """Layers of the vision tower."""
+    position_scale: Annotated[float, Field(gt=0)] = 4.0
+    """Standard deviation of the vision tower's position table at the start."""
     vocab_size: Positive = 2048
     """Size of the byte-level BPE vocabulary."""
     tokenizer_examples: Positive = 8000
@@ -53,6 +55,7 @@ class PretrainConfig(Section):
             "match": 1.0,
             "restate": 0.6,
             "clue": 0.2,
+            "cover": 1.0,
         }
     )
     """Weight of each skill's mean token loss."""

@@ -4,8 +4,8 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from slq.pretraining.config import PretrainConfig
-from slq.pretraining.mixture import ImageExample, Turn, framed_match
-from slq.pretraining.model import GRID, packed_hidden
+from slq.pretraining.mixture import GRID, ImageExample, Turn, framed_match
+from slq.pretraining.model import packed_hidden
 from slq.pretraining.packing import Packer
 from slq.scenes.captions import explicit_caption, explicit_captions
 from slq.scenes.layout import Scene

@@ -16,8 +16,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 
 from slq.errors import ConfigError
 from slq.pretraining.config import PretrainConfig
-from slq.pretraining.mixture import Mixture
-from slq.pretraining.model import GRID, image_processor, packed_hidden, tiny_config
+from slq.pretraining.mixture import GRID, Mixture
+from slq.pretraining.model import (
+    image_processor,
+    packed_hidden,
+    spread_positions,
+    tiny_config,
+)
 from slq.pretraining.packing import SKILLS, PackedBatch, Packer
 from slq.pretraining.tokenizer import build_tokenizer
 from slq.scenes.sampling import SceneSampler
@@ -108,7 +113,16 @@ class MuonWithAdamW:
 
 
 # A run may be prolonged or re-weighted; anything else would change its vocabulary, shapes or examples.
-_MAY_CHANGE = ("num_steps", "decay_share", "evaluate_every", "evaluate_scenes", "skill_weights")
+_MAY_CHANGE = (
+    "num_matches",
+    "num_questions",
+    "text_rows",
+    "num_steps",
+    "decay_share",
+    "evaluate_every",
+    "evaluate_scenes",
+    "skill_weights",
+)
 
 
 def learning_rate_scale(step: int, config: PretrainConfig) -> float:
@@ -168,6 +182,7 @@ def prepare(
         vision_depth=config.vision_depth,
     )
     model = Qwen3VLForConditionalGeneration(architecture)
+    spread_positions(model, config.position_scale, config.seed)
     return model, tokenizer, Batches(config, mixture, Packer(tokenizer, GRID))
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from slq.pretraining.mixture import ImageExample, Turn
 from slq.pretraining.tokenizer import IMAGE, TURN_END, TURN_START, VISION_END, VISION_START
 
-SKILLS = ("caption", "question", "match", "restate", "clue")
+SKILLS = ("caption", "question", "match", "restate", "clue", "cover")
 _PREFIX_GROUP, _PADDING_GROUP = 0, -1
 _LENGTH_STEP = 32  # oneDNN prepares a kernel for each new shape; few shapes make few preparations
 
@@ -27,7 +27,8 @@ class PackedBatch:
         input_ids: (rows, seq) int64.
         positions: (3, rows, seq) int64, M-RoPE axes time, height, width.
         groups: (rows, seq) int64: 0 the image prefix, 1.. one turn each, -1 padding.
-        targets: (rows, seq) int64, the next token to predict, -100 where there is none.
+        targets: (rows, seq) int64, the token to predict, -100 where there is none: the next one, or at a visual
+            token the first token of the name of what covers it.
         skills: (rows, seq) int64 index into SKILLS at targets, -1 elsewhere.
         pixels: (image_rows, 96, 96, 3) uint8.
     """
@@ -115,6 +116,10 @@ class Packer:
         first = len(opening)
         grid = [(first, first + r, first + c) for r in range(self._grid) for c in range(self._grid)]
         row.add(image * len(grid), grid, _PREFIX_GROUP)
+        for place, name in enumerate(example.cover, start=first):
+            if name:
+                row.targets[place] = self._ids(name)[0]
+                row.skills[place] = SKILLS.index("cover")
         after = first + self._grid
         row.add(end, _text_positions(after, 1), _PREFIX_GROUP)
         for number, turn in enumerate(example.turns, start=1):

@@ -86,6 +86,14 @@ def explicit_caption(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -
     return captions[int(rng.integers(len(captions)))]
 
 
+def explicit_arrangement(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> str:
+    """The part of a caption that says which objects there are and how they stand, such as "a dog left of two owls"."""
+    arrangements = _arrangements(
+        scene, lambda entity: noun_phrase(entity, sprites[entity.sprite_id])
+    )
+    return arrangements[int(rng.integers(len(arrangements)))]
+
+
 def knowledge_caption(
     scene: Scene, sprites: dict[str, Sprite], rng: Generator, category: str | None = None
 ) -> tuple[str, str]:

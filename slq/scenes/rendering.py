@@ -48,17 +48,51 @@ def cells(scene: Scene) -> list[Box]:
 
 def render(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> NDArray[np.uint8]:
     """The scene as (CANVAS, CANVAS, 3) uint8 RGB."""
-    colour = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
-    colour += rng.integers(-_BACKGROUND_JITTER, _BACKGROUND_JITTER + 1, size=3)
+    colour, placements = _composition(scene, rng)
     canvas = np.tile(np.clip(colour, 0, 255) / 255.0, (CANVAS, CANVAS, 1)).astype(np.float32)
-    for entity, box in zip(scene.entities, cells(scene), strict=True):
-        for left, top, size in _placements(entity, box, rng):
-            picture = sprites[entity.sprite_id].rgba(size)
-            patch = canvas[top : top + size, left : left + size]
-            patch *= 1.0 - picture[..., 3:]
-            patch += picture[..., :3]
+    for number, left, top, size in placements:
+        picture = sprites[scene.entities[number].sprite_id].rgba(size)
+        patch = canvas[top : top + size, left : left + size]
+        patch *= 1.0 - picture[..., 3:]
+        patch += picture[..., :3]
     pixels: NDArray[np.uint8] = np.rint(np.clip(canvas, 0.0, 1.0) * 255.0).astype(np.uint8)
     return pixels
+
+
+def coverage(scene: Scene, rng: Generator, grid: int) -> NDArray[np.int64]:
+    """Which entity covers each cell of the picture that `render` draws from an equal generator.
+
+    Args:
+        scene: What is drawn.
+        rng: In the state that `render` was given.
+        grid: Cells along one side.
+
+    Returns:
+        (grid, grid) int64 positions in `scene.entities`; -1 where a sprite's square takes less than half the cell.
+    """
+    _, placements = _composition(scene, rng)
+    edges = np.arange(grid + 1) * (CANVAS / grid)
+    cover = np.full((grid, grid), -1, dtype=np.int64)
+    for number, left, top, size in placements:
+        across = np.minimum(edges[1:], left + size) - np.maximum(edges[:-1], left)
+        down = np.minimum(edges[1:], top + size) - np.maximum(edges[:-1], top)
+        area = np.clip(down, 0, None)[:, None] * np.clip(across, 0, None)[None]
+        cover[area >= 0.5 * (CANVAS / grid) ** 2] = number
+    return cover
+
+
+def _composition(
+    scene: Scene, rng: Generator
+) -> tuple[NDArray[np.float32], list[tuple[int, int, int, int]]]:
+    """The background colour, RGB about 0..255, and (entity, left, top, size) of each sprite to draw."""
+    colour = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
+    colour += rng.integers(-_BACKGROUND_JITTER, _BACKGROUND_JITTER + 1, size=3)
+    placements = [
+        (number, *placement)
+        for number, (entity, box) in enumerate(zip(scene.entities, cells(scene), strict=True))
+        for placement in _placements(entity, box, rng)
+    ]
+    return colour, placements
 
 
 def render_png(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> bytes:

@@ -119,21 +119,29 @@ def hard_variants(scene: Scene) -> list[Scene]:
     They are what a caption must be told apart from, so they serve as hard negatives of the match skill and as
     neighbours in the evaluation gallery.
     """
-    variants = []
+    return arrangement_variants(scene) + amount_variants(scene)
+
+
+def arrangement_variants(scene: Scene) -> list[Scene]:
+    """The same objects standing otherwise: the pair exchanged, or one relation changed; none for a single kind."""
+    if scene.relation is None:
+        return []
+    first, second, *third = scene.entities
+    exchanged = replace(scene, entities=(second, first, *third))
+    if third:
+        return [exchanged, replace(scene, third_first=not scene.third_first)]
+    other: Relation = "above" if scene.relation == "left_of" else "left_of"
+    return [exchanged, replace(scene, relation=other)]
+
+
+def amount_variants(scene: Scene) -> list[Scene]:
+    """The same objects in the same places, one of them in another count or size."""
     entities = scene.entities
-    if scene.relation is not None:
-        variants.append(replace(scene, entities=(entities[1], entities[0], *entities[2:])))
-        if len(entities) == 2:
-            other: Relation = "above" if scene.relation == "left_of" else "left_of"
-            variants.append(replace(scene, relation=other))
-        else:
-            variants.append(replace(scene, third_first=not scene.third_first))
-    for position, entity in enumerate(entities):
-        for changed in _changed(entity, _MAX_COUNT[len(entities)]):
-            variants.append(
-                replace(scene, entities=(*entities[:position], changed, *entities[position + 1 :]))
-            )
-    return variants
+    return [
+        replace(scene, entities=(*entities[:position], changed, *entities[position + 1 :]))
+        for position, entity in enumerate(entities)
+        for changed in _changed(entity, _MAX_COUNT[len(entities)])
+    ]
 
 
 def with_other_object(scene: Scene, sprites: dict[str, Sprite], rng: Generator) -> Scene:

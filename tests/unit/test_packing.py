@@ -1,5 +1,11 @@
 """Packed rows equal one ordinary chat per turn, through the processor and the model as they are."""
 
+import dataclasses
+import io
+import itertools
+import re
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +14,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
-from slq.pretraining.mixture import ImageExample, Mixture, Turn
-from slq.pretraining.model import GRID, image_processor, packed_hidden, patchify, tiny_config
+from slq.pretraining.mixture import GRID, ImageExample, Mixture, Turn, question_turn
+from slq.pretraining.model import (
+    image_processor,
+    packed_hidden,
+    patchify,
+    spread_positions,
+    tiny_config,
+)
 from slq.pretraining.packing import SKILLS, Packer
 from slq.pretraining.tokenizer import IMAGE, build_tokenizer
-from slq.scenes import SceneSampler, explicit_captions, load_sprites
+from slq.scenes import Scene, SceneSampler, explicit_captions, load_sprites, render
+from slq.scenes.captions import _sentences, clue_phrase
+from slq.scenes.sprites import Sprite
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +166,115 @@ def test_a_batch_depends_only_on_its_indices(
         assert mixture.text_turn(index) == again.text_turn(index)
 
 
+def every_clue_caption(scene: Scene, sprites: dict[str, Sprite]) -> set[str]:
+    """All captions that give each object of the scene by one of its clues."""
+    choices = (sprites[entity.sprite_id].clues for entity in scene.entities)
+    return {
+        sentence
+        for clues in itertools.product(*choices)
+        for sentence in _sentences(
+            scene,
+            lambda entity, clues=clues: clue_phrase(entity, clues[scene.entities.index(entity)]),
+        )
+    }
+
+
 def test_a_match_turn_is_true_exactly_when_its_caption_says_the_scene(mixture: Mixture) -> None:
-    counts = {True: 0, False: 0}
-    for index in range(60):
-        captions = set(explicit_captions(mixture.sampler.scene(index), mixture.sprites))
+    counts: Counter[tuple[bool, bool]] = Counter()
+    for index in range(100):
+        scene = mixture.sampler.scene(index)
+        named = set(explicit_captions(scene, mixture.sprites))
+        clued = every_clue_caption(scene, mixture.sprites)
         for turn in mixture.image_example(index).turns:
             if turn.skill != "match":
                 continue
             caption = turn.user.removeprefix("Caption: ").split("\n")[0]
-            assert (turn.answer in ("True", "A")) == (caption in captions)
-            counts[caption in captions] += 1
-    assert min(counts.values()) > 30
+            assert (turn.answer in ("True", "A")) == (caption in named | clued)
+            by_clue = " that " in caption or "the " in caption.replace("to the ", "")
+            counts[turn.answer in ("True", "A"), by_clue] += 1
+    assert len(counts) == 4
+    assert min(counts.values()) > 15
+
+
+def places_seen(mixture: Mixture, index: int) -> list[tuple[float, float]]:
+    """Mean (row, column), 0..1, of what each entity adds to the picture; drawn without the others."""
+    scene = mixture.sampler.scene(index)
+    whole = mixture.image_example(index).pixels.astype(int)
+    found = []
+    for entity in scene.entities:
+        blank = dict(mixture.sprites)
+        sprite = blank[entity.sprite_id]
+        empty = io.BytesIO()
+        Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(empty, format="PNG")
+        blank[entity.sprite_id] = dataclasses.replace(sprite, png=empty.getvalue())
+        without = render(scene, blank, mixture.sampler.generator(index, purpose=1)).astype(int)
+        rows, columns = np.nonzero(np.abs(whole - without).sum(-1))
+        found.append((float(rows.mean()) / 96, float(columns.mean()) / 96))
+    return found
+
+
+def test_answers_about_positions_agree_with_the_pixels(mixture: Mixture) -> None:
+    rng = np.random.default_rng(0)
+    asked: Counter[str] = Counter()
+    for index in range(60):
+        scene = mixture.sampler.scene(index)
+        names = [mixture.sprites[entity.sprite_id].name for entity in scene.entities]
+        places = dict(zip(names, places_seen(mixture, index), strict=True))
+        for _ in range(6):
+            turn = question_turn(scene, mixture.sprites, rng)
+            if where := re.fullmatch(r"where is (.*)\?", turn.user):
+                row, column = places[where[1]]
+                for word in turn.answer.split():
+                    seen = {"above": row < 0.5, "below": row > 0.5, "left": column < 0.5}
+                    assert seen.get(word, column > 0.5)
+                asked["where"] += 1
+            elif beside := re.fullmatch(r"what is (left|right|above|below) of (.*)\?", turn.user):
+                axis, sign = {"left": (1, -1), "right": (1, 1), "above": (0, -1), "below": (0, 1)}[
+                    beside[1]
+                ]
+                here = places[beside[2]][axis]
+                pair = names[:2]
+                other = pair[1 - pair.index(beside[2])]
+                stands = sign * (places[other][axis] - here) > 0
+                assert (turn.answer == "nothing") == (not stands)
+                asked[(turn.answer == "nothing" and "nothing") or "beside"] += 1
+    assert min(asked[kind] for kind in ("where", "nothing", "beside")) > 10
+
+
+def test_every_visual_token_is_asked_for_what_covers_it(
+    mixture: Mixture, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    batch = Packer(tokenizer, GRID).pack([mixture.image_example(n) for n in range(8)], [])
+    visual = batch.input_ids == tokenizer.convert_tokens_to_ids(IMAGE)
+    asked = batch.targets[visual].view(8, GRID, GRID)
+    seen = wanted = 0
+    for index in range(8):
+        scene = mixture.sampler.scene(index)
+        names = [mixture.sprites[entity.sprite_id].name for entity in scene.entities]
+        first = [tokenizer.encode(name, add_special_tokens=False)[0] for name in names]
+        present = set(asked[index][asked[index] >= 0].tolist())
+        assert present <= set(first)  # a small object may fill no token by half
+        seen, wanted = seen + len(present), wanted + len(set(first))
+        for token, (row, column) in zip(first, places_seen(mixture, index), strict=True):
+            if token not in present or first.count(token) > 1:
+                continue
+            rows, columns = (asked[index] == token).nonzero().float().mean(0).tolist()
+            assert abs((rows + 0.5) / GRID - row) < 0.2
+            assert abs((columns + 0.5) / GRID - column) < 0.2
+    assert seen >= 0.8 * wanted
+
+
+def test_the_position_table_starts_wide_smooth_and_different_everywhere(
+    model: Qwen3VLForConditionalGeneration,
+) -> None:
+    kept = model.model.visual.pos_embed.weight.detach().clone()
+    spread_positions(model, 4.0, seed=0)
+    table = model.model.visual.pos_embed.weight.detach().clone()
+    model.model.visual.pos_embed.weight.data.copy_(kept)
+    assert table.std().item() == pytest.approx(4.0, rel=1e-6)
+    apart = torch.cdist(table, table)
+    side = 2 * GRID
+    grid = table.view(side, side, -1)
+    steps = (grid[:, 1:] - grid[:, :-1]).norm(dim=-1).mean()
+    assert apart.masked_fill(torch.eye(side**2, dtype=torch.bool), 99).min() > 1
+    assert steps < 0.6 * apart[apart > 1].mean()  # of white noise: 1
