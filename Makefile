@@ -24,6 +24,9 @@ check: $(STAMP)  ## format, lint, import direction, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+bench: $(STAMP)  ## ratios of fast paths to slow paths, as JSON; nothing else should run meanwhile
+	$(BIN)/slq bench train
+
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 

@@ -53,6 +53,11 @@ def embed(
         from pipelines.corpus import plan_shards
         from pipelines.recipe import require_files
 
+        scenes = resolved.data.scenes
+        if scenes is not None and not resolved.data.path("corpus").exists():
+            rows = scenes.test + scenes.unseen
+            shards_needed = -(-rows // resolved.embed.shard_rows)
+            return {"plan": {"shards": shards_needed, "rows": rows, "corpus": "generated first"}}
         require_files(resolved, "corpus")
         shards = plan_shards(resolved.data.path("corpus"), resolved.embed.shard_rows)
         return {"plan": {"shards": len(shards), "rows": sum(shard.num_rows for shard in shards)}}
@@ -128,6 +133,10 @@ def search(
             found = search_url(url, text, image, top_k=top_k, mode=mode)
         else:
             assert index_dir is not None
+            if mode == "fine":
+                raise ConfigError(
+                    "--mode fine needs a service: use --url, or --mode coarse with --index"
+                )
             found = search_folder(
                 index_dir, adapter or index_dir.parent / "adapter", text, image, top_k=top_k
             )
@@ -208,6 +217,24 @@ def doctor() -> None:
     problems = report()
     if problems:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Example: slq bench train --family internvl --repeats 7",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="which one: train")],
+) -> None:
+    """Measure ratios of fast path to slow path; the benchmark's own options follow its name."""
+    from jobs.bench.__main__ import BENCHES
+    from slq.errors import ConfigError
+
+    with friendly_errors():
+        if name not in BENCHES:
+            raise ConfigError(f"benchmark {name!r} is unknown; choose one of {', '.join(BENCHES)}")
+        print(json.dumps(BENCHES[name](context.args), indent=2))
 
 
 def pretrain_line(metrics: dict[str, float], num_steps: int) -> str:

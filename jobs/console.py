@@ -1,5 +1,6 @@
 """What every command shares: recipe loading, dry runs, JSON output and how errors end."""
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +27,24 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved reci
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 
 
+_STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Turn slq's own errors into one red line and exit code 1; leave bugs their traceback."""
+    """Turn slq's own errors, and a full or closed disk, into a red line and exit code 1; bugs keep a traceback."""
     try:
         yield
     except SlqError as error:
         err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="", highlight=False)
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRNOS:
+            raise
+        err.print("[bold red]error:[/] StorageError: ", end="", highlight=False)
+        message = f"{error.filename or 'the output'} cannot be written: {error.strerror}"
+        err.print(f"{message}; free space or choose another folder", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

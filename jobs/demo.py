@@ -1,5 +1,6 @@
 """`slq demo`: every stage in order on the shipped scenes, then a real server and real queries."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from jobs.console import out
-from jobs.report import gallery_picture, write_report
+from jobs.report import write_report
+from jobs.report.picture import gallery_picture
 from jobs.results import results_table
 from jobs.searching import search_url
 from pipelines.recipe import Recipe, load_recipe
@@ -19,7 +21,8 @@ _NUM_QUERIES = 10
 
 def demo_recipe(path: Path, out_dir: Path, overrides: list[str] | None) -> Recipe:
     """The demo recipe with every output below `out_dir`."""
-    places = [f"storage.dir={out_dir}", f"data.dir={out_dir / 'data'}"]
+    folders = {"storage.dir": out_dir, "data.dir": out_dir / "data"}
+    places = [f"{key}={json.dumps(str(folder))}" for key, folder in folders.items()]
     return load_recipe(path, [*places, *(overrides or [])])
 
 

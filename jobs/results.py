@@ -1,8 +1,13 @@
-"""The table of an evaluation, as a terminal shows it."""
+"""An evaluation's results: read from a run folder, and as a table for the terminal."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.table import Table
+
+from pipelines.recipe import Recipe
+from slq.artifacts import read_json
+from slq.errors import DataError
 
 SYSTEM_NAMES = {
     "last_token": "zero-shot last token",
@@ -15,7 +20,10 @@ SYSTEM_NAMES = {
 def results_table(results: dict[str, Any]) -> Table:
     """hit@1 of every system (column) on every text-to-image subset (row), with 95% intervals."""
     systems = results["systems"]
-    table = Table(title="text -> image, hit@1 in % (95% interval)", title_justify="left")
+    entry = next(iter(next(iter(systems.values()))["text_to_image"].values()))
+    depth = min(int(name[4:]) for name in entry if name.startswith("hit@") and "_" not in name)
+    metric = f"hit@{depth}"
+    table = Table(title=f"text -> image, {metric} in % (95% interval)", title_justify="left")
     table.add_column("queries")
     table.add_column("n", justify="right")
     for system in systems:
@@ -23,10 +31,28 @@ def results_table(results: dict[str, Any]) -> Table:
     first = next(iter(systems.values()))["text_to_image"]
     for name in first:
         entries = [report["text_to_image"][name] for report in systems.values()]
-        table.add_row(name, str(first[name]["num_queries"]), *[_cell(entry) for entry in entries])
+        table.add_row(
+            name, str(first[name]["num_queries"]), *[_cell(entry, metric) for entry in entries]
+        )
     return table
 
 
-def _cell(entry: dict[str, Any]) -> str:
-    low, high = entry["hit@1_interval"]
-    return f"{100 * entry['hit@1']:.1f} [dim]({100 * low:.1f}-{100 * high:.1f})[/]"
+def _cell(entry: dict[str, Any], metric: str) -> str:
+    low, high = entry[f"{metric}_interval"]
+    return f"{100 * entry[metric]:.1f} [dim]({100 * low:.1f}-{100 * high:.1f})[/]"
+
+
+def read_results(recipe: Recipe) -> dict[str, Any]:
+    """The results of the last evaluation, systems in the order people read them.
+
+    Raises:
+        DataError: There are none.
+    """
+    path = recipe.storage.evaluation / "results.json"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; run `slq eval` before the report")
+    results: dict[str, Any] = read_json(path)
+    order = [*SYSTEM_NAMES, *results["systems"]]  # the file sorts its keys
+    systems = {name: results["systems"][name] for name in order if name in results["systems"]}
+    measured = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
+    return {**results, "systems": systems, "measured": f"{measured:%Y-%m-%d %H:%M} UTC"}

@@ -39,6 +39,8 @@ class AdapterConfig(Section):
     temperature: float
     """Learned divisor of similarities."""
     max_pixels: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the backbone's weights that the fingerprint speaks of."""
     fingerprint: str = ""
 
 
@@ -89,6 +91,7 @@ def save_adapter(
         max_text_tokens=backbone.settings.max_text_tokens,
         temperature=float(latent_queries.temperature.detach()),
         max_pixels=backbone.max_pixels,
+        dtype=str(backbone.dtype).removeprefix("torch."),  # type: ignore[arg-type] # pydantic checks it
         fingerprint=fingerprint(backbone, latent_queries),
     )
     partial = folder.with_name(folder.name + ".partial")

@@ -35,14 +35,15 @@ class Encoder:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str = "cpu", dtype: str = "float32"
+        cls, folder: str | Path, *, device: str = "cpu", dtype: str | None = None
     ) -> "Encoder":
         """Load an adapter folder and the backbone it names.
 
         Args:
             folder: As written by `slq train`.
             device: `cpu` or `cuda[:n]`.
-            dtype: Type of the backbone's weights.
+            dtype: Type of the backbone's weights; by default that of the adapter's training, as another one has
+                another fingerprint.
 
         Raises:
             ArtifactError: The folder holds no complete adapter.
@@ -54,7 +55,7 @@ class Encoder:
             config.base_model_name_or_path,
             revision=revision,
             device=device,
-            dtype=dtype,
+            dtype=dtype or config.dtype,
             max_pixels=config.max_pixels,
             settings=settings_of(config),
         )

@@ -5,6 +5,8 @@ Limits are checked on the file's header, before any pixel is decoded, so a decom
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,11 +23,13 @@ class MediaLimits:
     Attributes:
         max_bytes: Encoded image size.
         max_pixels: Width times height, from the header.
+        max_aspect: Longer side over shorter side; `smart_resize` of Qwen-VL raises ValueError above 200.
         max_text_chars: Length of a text.
     """
 
     max_bytes: int = 20 * 2**20
     max_pixels: int = 50_000_000
+    max_aspect: float = 200.0
     max_text_chars: int = 100_000
 
 
@@ -38,9 +42,27 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Ima
     Transparent pixels are composed on white, which is what a person would see on a page.
 
     Raises:
-        MediaError: With reason `empty`, `too_many_bytes`, `unknown_format`, `too_many_pixels` or `corrupt`.
-            A truncated file is corrupt: it never becomes a half-grey picture.
+        MediaError: With reason `empty`, `too_many_bytes`, `unknown_format`, `too_many_pixels`, `too_elongated`
+            or `corrupt`. A truncated file is corrupt: it never becomes a half-grey picture.
     """
+    with _checked(data, limits) as opened:
+        opened.load()
+        return to_rgb(ImageOps.exif_transpose(opened))
+
+
+def check_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> None:
+    """Refuse what `decode_image` would refuse from the header alone; no pixel is decoded.
+
+    Raises:
+        MediaError: As `decode_image`; damage behind the header is not found here.
+    """
+    with _checked(data, limits):
+        pass
+
+
+@contextmanager
+def _checked(data: bytes, limits: MediaLimits) -> Iterator[Image.Image]:
+    """The opened image, within the limits; what Pillow raises meanwhile becomes a MediaError."""
     if not data:
         raise MediaError("empty", "the image has no bytes")
     if len(data) > limits.max_bytes:
@@ -50,14 +72,8 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Ima
         )
     try:
         with _open(data) as opened:
-            width, height = opened.size
-            if width * height > limits.max_pixels:
-                raise MediaError(  # noqa: TRY301 - the handlers below name what Pillow raises
-                    "too_many_pixels",
-                    f"the image is {width}x{height}; at most {limits.max_pixels} pixels are allowed",
-                )
-            opened.load()
-            return to_rgb(ImageOps.exif_transpose(opened))
+            _check_size(*opened.size, limits)
+            yield opened
     except MediaError:
         raise
     except UnidentifiedImageError:
@@ -68,6 +84,19 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Ima
         ) from None
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise almost anything on damaged files
         raise MediaError("corrupt", f"the image cannot be decoded: {error}") from None
+
+
+def _check_size(width: int, height: int, limits: MediaLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise MediaError(
+            "too_many_pixels",
+            f"the image is {width}x{height}; at most {limits.max_pixels} pixels are allowed",
+        )
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise MediaError(
+            "too_elongated",
+            f"the image is {width}x{height}; its longer side may be at most {limits.max_aspect:g} times its shorter",
+        )
 
 
 def _open(data: bytes) -> Image.Image:

@@ -50,6 +50,16 @@ class Prefix:
         """
         return DynamicCache(ddp_cache_data=list(zip(self.keys, self.values, strict=True)))
 
+    def to(self, device: torch.device | str) -> "Prefix":
+        """The same tensors on a device; itself if they are there already."""
+        return Prefix(
+            keys=tuple(key.to(device) for key in self.keys),
+            values=tuple(value.to(device) for value in self.values),
+            mask=self.mask.to(device),
+            next_position=self.next_position.to(device),
+            last_hidden=self.last_hidden.to(device),
+        )
+
     def select(self, rows: Tensor) -> "Prefix":
         """The given rows, (n,) int64, in that order; a row may occur several times."""
         return Prefix(
@@ -95,18 +105,20 @@ class Prefix:
 
 
 class PrefixCache:
-    """Least-recently-used single-row prefixes, bounded in bytes.
+    """Least-recently-used single-row prefixes in host memory, bounded in bytes.
 
     Args:
         max_bytes: Keys and values held at most; 0 keeps nothing.
+        device: Where batches are wanted.
 
     Attributes:
         hits: Rows that were found.
         misses: Rows that had to be computed.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, device: torch.device | str = "cpu") -> None:
         self._max_bytes = max_bytes
+        self._device = device
         self._rows: OrderedDict[Hashable, Prefix] = OrderedDict()
         self._num_bytes = 0
         self.hits = 0
@@ -125,16 +137,19 @@ class PrefixCache:
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
-            for number, row in zip(missing, compute(missing).split(), strict=True):
+            computed = compute(missing).to("cpu").split()
+            for number, row in zip(missing, computed, strict=True):
                 found[keys[number]] = row
         for key in keys:
             self._keep(key, found[key])
-        return Prefix.stack([found[key] for key in keys])
+        return Prefix.stack([found[key] for key in keys]).to(self._device)
 
     def _keep(self, key: Hashable, row: Prefix) -> None:
         if key in self._rows:
             self._rows.move_to_end(key)
             return
+        if row.num_bytes > self._max_bytes:
+            return  # it would only push out all others, and then itself
         self._rows[key] = row
         self._num_bytes += row.num_bytes
         while self._num_bytes > self._max_bytes:

@@ -16,7 +16,7 @@ from slq.encoder import as_item
 from slq.errors import ConfigError, DataError
 from slq.prefix import Prefix
 from slq.schema import Item
-from slq.scoring import Framing, framing_by_name
+from slq.scoring import Framing, framing_by_name, margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +133,13 @@ class Reranker:
         hidden = self.backbone.follow(opened, self.backbone.embed_tokens(ids), mask)
         last = mask.sum(1) - 1
         answer = hidden[torch.arange(len(last), device=last.device), last]  # (batch, hidden)
-        positive = self._label_logits(answer, self._positive)
-        negative = self._label_logits(answer, self._negative)
-        return positive.logsumexp(-1) - negative.logsumexp(-1)
-
-    def _label_logits(self, hidden: Tensor, ids: list[int]) -> Tensor:
         head: Any = self.backbone.model.get_output_embeddings()
-        logits: Tensor = hidden.float() @ head.weight[ids].float().T
-        return logits  # (batch, labels): not the whole vocabulary
+        labels = [*self._positive, *self._negative]
+        logits = (
+            answer.float() @ head.weight[labels].float().T
+        )  # label rows, not the whole vocabulary
+        columns = torch.arange(len(labels), device=logits.device)
+        return margin(logits, columns[: len(self._positive)], columns[len(self._positive) :])
 
     def _questions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Right-padded tokens of each question with the closing of the turn."""

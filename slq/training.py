@@ -63,6 +63,8 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     cache_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
     """Prefix keys and values kept in host memory, per worker."""
+    max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of unusable pairs (broken image, empty caption) above which the run is refused."""
     num_threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of each worker; 0 leaves torch's default."""
     seed: int = 0
@@ -206,7 +208,7 @@ class PrefixSource:
         self._backbone = backbone
         self._read = read
         self._chunk = chunk
-        self.cache = PrefixCache(cache_bytes)
+        self.cache = PrefixCache(cache_bytes, backbone.device)
 
     def images(self, pairs: Sequence[int], image_keys: Sequence[str]) -> Prefix:
         """Image prefixes of pairs; captions of one image share one entry."""

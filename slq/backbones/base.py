@@ -175,6 +175,14 @@ class Backbone:
             "max_text_tokens": self.settings.max_text_tokens,
         }
 
+    def weights_sha256(self) -> str:
+        """Digest of every parameter and buffer, to show that training left them bit-identical."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     # Prompts -------------------------------------------------------------------------------------------------
 
     def _render(self, with_image: bool) -> tuple[str, str]:
@@ -265,17 +273,7 @@ class Backbone:
             **self._vision(prompts),
         )
         self._forget()
-        last = prompts.mask.shape[1] - 1 - prompts.mask.long().flip(1).argmax(1)
-        rows = torch.arange(len(last), device=last.device)
-        furthest = positions.amax(0).masked_fill(~prompts.mask, -1).amax(1)
-        layers = output.past_key_values.layers
-        return Prefix(
-            keys=tuple(layer.keys for layer in layers),
-            values=tuple(layer.values for layer in layers),
-            mask=prompts.mask,
-            next_position=furthest + 1,
-            last_hidden=output.last_hidden_state[rows, last],
-        )
+        return prefix_of(output, prompts.mask, positions)
 
     def follow(self, prefix: Prefix, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run what follows a prefix: latent queries, or the tokens of a question.
@@ -320,6 +318,27 @@ class Backbone:
 
     def _forget(self) -> None:
         """Clear state that a family keeps on the module between calls."""
+
+
+def prefix_of(output: Any, mask: Tensor, positions: Tensor) -> Prefix:
+    """What a pass with a cache leaves behind.
+
+    Args:
+        output: Of the model or its language model: `past_key_values` and `last_hidden_state` (batch, seq, hidden).
+        mask: (batch, seq) bool, True at real tokens.
+        positions: (axes, batch, seq) int64, as the pass had them.
+    """
+    last = mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
+    rows = torch.arange(len(last), device=last.device)
+    furthest = positions.amax(0).masked_fill(~mask, -1).amax(1)
+    layers = output.past_key_values.layers
+    return Prefix(
+        keys=tuple(layer.keys for layer in layers),
+        values=tuple(layer.values for layer in layers),
+        mask=mask,
+        next_position=furthest + 1,
+        last_hidden=output.last_hidden_state[rows, last],
+    )
 
 
 def _digest(value: Any) -> str:

@@ -73,10 +73,7 @@ def load_backbone(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of float32, bfloat16, float16")
     source = str(tiny_folder()) if name == TINY else name
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone {name!r} cannot be loaded: {error}") from None
+    config = _config(name, source, revision)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ConfigError(
@@ -98,6 +95,23 @@ def load_backbone(
         settings=settings,
         max_pixels=max_pixels,
     )
+
+
+def backbone_revision(name: str = TINY, revision: str | None = None) -> str:
+    """The revision that `load_backbone` would record, without loading any weights.
+
+    Raises:
+        ConfigError: The model cannot be found.
+    """
+    source = str(tiny_folder()) if name == TINY else name
+    return _revision(source, _config(name, source, revision), revision)
+
+
+def _config(name: str, source: str, revision: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"backbone {name!r} cannot be loaded: {error}") from None
 
 
 def load_processor(

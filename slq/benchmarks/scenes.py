@@ -4,7 +4,10 @@ The gallery is made of groups that share objects and background and differ in on
 the hard subset: a coarse embedding easily takes one for the other.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +32,10 @@ from slq.schema import ITEMS, PAIRS, RELEVANCE
 
 _ROWS_PER_GROUP = 1024
 _GALLERY_SEED_OFFSET = 1000
+_GENERATOR_VERSION = (
+    1  # raise it when captions or drawing change, so that files of an older one are made anew
+)
+_FILES = ("train.parquet", "gallery.parquet", "queries.parquet", "relevance.parquet")
 
 
 class ScenesConfig(Section):
@@ -63,9 +70,10 @@ def write_scenes(folder: Path, config: ScenesConfig) -> None:
         StorageError: The files cannot be written.
     """
     marker = folder / "scenes.json"
-    recorded = config.model_dump_json()
+    recorded = json.dumps({"generator": _generator(), **config.model_dump()}, sort_keys=True)
     try:
-        if marker.is_file() and marker.read_text() == recorded:
+        complete = all((folder / name).is_file() for name in _FILES)
+        if complete and marker.is_file() and marker.read_text() == recorded:
             return
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "train.parquet", PAIRS, training_pairs(config))
@@ -78,6 +86,12 @@ def write_scenes(folder: Path, config: ScenesConfig) -> None:
         raise StorageError(
             f"{folder} cannot be written: {error}; free space or choose another folder"
         ) from None
+
+
+def _generator() -> str:
+    """What the files depend on beside their settings."""
+    sprites = resources.files("slq.scenes").joinpath("sprites.parquet").read_bytes()
+    return f"{_GENERATOR_VERSION}-{hashlib.sha256(sprites).hexdigest()[:12]}"
 
 
 def training_pairs(config: ScenesConfig) -> Iterator[dict[str, Any]]:

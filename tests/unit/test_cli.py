@@ -1,6 +1,8 @@
 """The `slq` command: help with examples, dry runs of every shipped recipe, errors of one line."""
 
+import errno
 import json
+import os
 import re
 import socket
 from pathlib import Path
@@ -96,12 +98,19 @@ def test_a_dry_run_of_embedding_without_its_corpus_names_the_key_and_path() -> N
     assert "ConfigError: data.corpus: /data/coco/images does not exist" in text
 
 
-def test_the_demo_dry_runs_into_its_folder(tmp_path: Path) -> None:
-    result = slq("demo", "--out", tmp_path / "demo", "--dry-run")
+def test_a_dry_run_of_embedding_before_the_scenes_exist_knows_their_number(tmp_path: Path) -> None:
+    where = ("--set", f"data.dir={tmp_path / 'none'}", "--set", "embed.shard_rows=100")
+    shown = json.loads(slq("embed", DEMO, "--dry-run", "--json", *where).stdout)
+    assert shown["plan"] == {"shards": 7, "rows": 640, "corpus": "generated first"}
+
+
+@pytest.mark.parametrize("name", ["demo", "2026-11-21", "x #1", "a: b"])
+def test_the_demo_dry_runs_into_its_folder(tmp_path: Path, name: str) -> None:
+    result = slq("demo", "--out", tmp_path / name, "--dry-run")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
-    assert shown["storage"]["dir"] == str(tmp_path / "demo")
-    assert shown["data"]["dir"].startswith(str(tmp_path / "demo"))
+    assert shown["storage"]["dir"] == str(tmp_path / name)
+    assert shown["data"]["dir"] == str(tmp_path / name / "data")
     assert not list(tmp_path.iterdir())
 
 
@@ -157,6 +166,28 @@ def test_a_search_with_a_missing_picture_or_index_says_so(tmp_path: Path) -> Non
     assert f"image {tmp_path}/x.png does not exist" in text
     text = refusal("search", "a fox", "--index", tmp_path)
     assert "holds no index; build one with `slq index`" in text
+
+
+def test_the_fine_stage_needs_a_service(tmp_path: Path) -> None:
+    text = refusal("search", "a fox", "--index", tmp_path, "--mode", "fine")
+    assert "--mode fine needs a service" in text
+
+
+def test_a_full_disk_is_one_line_and_a_bug_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/results.json")
+
+    monkeypatch.setattr("slq.benchmarks.scenes.write_scenes", lambda *_: fail(errno.ENOSPC))
+    text = refusal("index", DEMO, "--set", f"storage.dir={tmp_path}")
+    assert "StorageError: runs/results.json cannot be written: No space left on device" in text
+    monkeypatch.setattr("slq.benchmarks.scenes.write_scenes", lambda *_: fail(errno.EBADF))
+    assert isinstance(slq("index", DEMO).exception, OSError)
+
+
+def test_an_unknown_benchmark_names_the_known_ones() -> None:
+    assert "benchmark 'speed' is unknown; choose one of train" in refusal("bench", "speed")
 
 
 def test_results_wanted_must_be_positive() -> None:

@@ -1,6 +1,7 @@
 """Corpora: the plan covers every row once, rows come back as they were written, `uri` leads back to the image."""
 
 import io
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from pipelines.corpus import (
     Record,
     ShardPlan,
     corpus_digest,
+    corpus_state,
     fetch_image,
     plan_shards,
     read_shard,
+    require_unchanged,
 )
 from slq.errors import ConfigError, DataError
+from slq.media import DEFAULT_LIMITS
 
 NUM_ROWS = 23
 
@@ -109,19 +113,112 @@ def test_a_uri_leads_back_to_the_image_in_a_folder(tmp_path: Path) -> None:
         assert fetch_image(record.uri) == record.image
 
 
-@pytest.mark.parametrize("name", ["pictures/a.png", "absolute"])
+@pytest.mark.parametrize("uri", ["pictures/a.png", "pictures/../pictures/a.png", "link.png"])
 def test_a_uri_column_names_files_beside_the_table_and_leads_back_to_them(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "pictures/a.png"
     file.parent.mkdir()
     file.write_bytes(png(9))
-    uri = str(file) if name == "absolute" else name
+    (tmp_path / "link.png").symlink_to(file)
     pq.write_table(pa.table({"id": ["a"], "uri": [uri]}), tmp_path / "c.parquet")
     (record,) = everything(tmp_path / "c.parquet", 10)
     assert record.image == png(9)
     monkeypatch.chdir("/")  # a service runs elsewhere than the embedding command did
     assert fetch_image(record.uri) == png(9)
+
+
+@pytest.fixture
+def inner(tmp_path: Path) -> Path:
+    """A folder for a table, with a picture outside of it and links that lead there."""
+    (tmp_path / "secret.png").write_bytes(png(66))
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "link.png").symlink_to(tmp_path / "secret.png")
+    (inner / "up").symlink_to(tmp_path)
+    (inner / "loop").symlink_to(inner / "loop")
+    (inner / "c.parquet#row=0").write_bytes(png(7))
+    return inner
+
+
+OUTSIDE = [
+    "../secret.png",
+    "up/secret.png",
+    "link.png",
+    "{outer}/secret.png",
+    "{outer}/inner/c.parquet",
+    "https://example.org/a.png",
+    "file:///etc/hostname",
+    "a\x00.png",
+    "c.parquet#row=0",
+    ".",
+]
+
+
+@pytest.mark.parametrize("uri", OUTSIDE[:-1])
+def test_a_uri_that_leaves_the_tables_folder_is_refused(
+    inner: Path, tmp_path: Path, uri: str
+) -> None:
+    uri = uri.format(outer=tmp_path)
+    pq.write_table(pa.table({"id": ["a"], "uri": [uri]}), inner / "c.parquet")
+    (record,) = everything(inner / "c.parquet", 10)
+    assert (record.image, record.reason) == (None, "path_refused")
+    assert "no relative path" in str(record.problem) or "names no file" in str(record.problem)
+    assert record.uri == f"{inner}/c.parquet#row=0"
+    assert fetch_image(record.uri) is None
+
+
+@pytest.mark.parametrize("uri", [*OUTSIDE, "../gone.png"])
+def test_bytes_win_over_the_uri_and_are_what_is_shown_later(
+    inner: Path, tmp_path: Path, uri: str
+) -> None:
+    table = pa.table({"id": ["a"], "uri": [uri.format(outer=tmp_path)], "image": [png(1)]})
+    pq.write_table(table, inner / "c.parquet")
+    (record,) = everything(inner / "c.parquet", 10)
+    assert (record.image, record.problem) == (png(1), None)
+    assert record.uri == f"{inner}/c.parquet#row=0"
+    assert fetch_image(record.uri) == png(1)
+
+
+def test_a_file_of_a_folder_cannot_pass_for_a_row_of_a_table(inner: Path) -> None:
+    found = {record.id: record for record in everything(inner, 10)}
+    assert "c.parquet#row=0" not in found  # no image by its suffix
+    (inner / "c.parquet#row=0.png").write_bytes(png(7))
+    record = {r.id: r for r in everything(inner, 10)}["c.parquet#row=0.png"]
+    assert (record.image, record.reason) == (None, "path_refused")
+
+
+@pytest.mark.parametrize("kind", ["folder", "uri"])
+def test_a_file_above_the_byte_limit_is_never_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "c"
+    place.mkdir()
+    with (place / "large.png").open("wb") as file:
+        file.truncate(DEFAULT_LIMITS.max_bytes + 1)
+    pq.write_table(pa.table({"id": ["a"], "uri": ["large.png"]}), place / "c.parquet")
+    plans = plan_shards(place if kind == "folder" else place / "c.parquet", 10)
+    opened: list[str] = []
+    genuine = Path.open
+
+    def watched(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path.name)
+        return genuine(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", watched)
+    (record,) = read_shard(plans[0])
+    assert (record.image, record.reason) == (None, "too_many_bytes")
+    assert "large.png" not in opened
+    with pytest.raises(DataError, match="at most"):
+        fetch_image(str(place / "large.png"))
+    assert "large.png" not in opened
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_named_like_an_image_does_not_hang_the_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    (record,) = everything(tmp_path, 10)
+    assert (record.image, record.reason) == (None, "unreadable")
 
 
 def test_a_text_corpus_has_no_images_behind_its_uris(tmp_path: Path) -> None:
@@ -195,8 +292,61 @@ def test_the_digest_names_the_content_wherever_it_lies(tmp_path: Path, kind: str
         place.mkdir()
     make = (lambda p: parquet(p / "c.parquet")) if kind == "parquet" else folder
     first, second = (make(place) for place in places)
+    for path in first.rglob("*.*"):  # a copy that keeps times, as cp -p and rsync -t make it
+        found = path.stat()
+        os.utime(second / path.relative_to(first), ns=(found.st_atime_ns, found.st_mtime_ns))
     assert corpus_digest(first) == corpus_digest(second)
     changed = second if kind == "parquet" else second / "00.PNG"
     with changed.open("ab") as file:
         file.write(b"!")
     assert corpus_digest(first) != corpus_digest(second)
+
+
+def test_the_digest_of_a_folder_changes_with_a_file_of_equal_size(tmp_path: Path) -> None:
+    corpus = folder(tmp_path / "c")
+    before, size = corpus_digest(corpus), (corpus / "00.PNG").stat().st_size
+    (corpus / "00.PNG").write_bytes(b"x" * size)
+    assert corpus_digest(corpus) != before
+
+
+def test_files_that_come_or_go_after_the_plan_shift_no_row(tmp_path: Path) -> None:
+    corpus = folder(tmp_path / "c")
+    plans = plan_shards(corpus, 4)
+    planned = [record.id for plan in plans for record in read_shard(plan)]
+    (corpus / "000.png").write_bytes(png(1))  # first of all by name
+    (corpus / planned[2]).unlink()
+    found = [record for plan in plans for record in read_shard(plan)]
+    assert [record.id for record in found] == planned
+    assert [record.id for record in found if record.problem] == [planned[2]]
+
+
+@pytest.mark.parametrize("change", ["added", "gone", "another"])
+def test_a_folder_that_changed_is_named_with_its_file_and_shard(
+    tmp_path: Path, change: str
+) -> None:
+    corpus = folder(tmp_path / "c")
+    before, plans = corpus_state(corpus), plan_shards(corpus, 4)
+    require_unchanged(corpus, before, plans)
+    name = {"added": "000.png"}.get(change, plans[1].paths[0])
+    if change == "gone":
+        (corpus / name).unlink()
+    else:
+        (corpus / name).write_bytes(png(77))
+    place = "of no shard was added" if change == "added" else f"of shard 1 is {change}"
+    with pytest.raises(DataError, match=f"corpus changed while it was read: {name} {place}"):
+        require_unchanged(corpus, before, plans)
+
+
+def test_a_parquet_file_that_lost_rows_after_the_plan_is_named_with_the_shard(
+    tmp_path: Path,
+) -> None:
+    corpus = parquet(tmp_path / "c.parquet")
+    before, plans = corpus_state(corpus), plan_shards(corpus, 8)
+    pq.write_table(pa.Table.from_pylist(rows()[:18]), corpus)
+    with pytest.raises(DataError, match=r"changed while it was read: shard 2 has 2 rows, 7 were"):
+        read_shard(plans[2])
+    with pytest.raises(DataError, match="the Parquet file of shards 0 to 2 is another"):
+        require_unchanged(corpus, before, plans)
+    corpus.write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match=r"shard 2 of .*c\.parquet cannot be read"):
+        read_shard(plans[2])

@@ -3,13 +3,14 @@
 import errno
 import multiprocessing
 import os
-from dataclasses import replace
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.ledger import Commit, Ledger, new_attempt
+from pipelines.ledger import LOCK, Commit, Ledger, attempt_path, new_attempt
 from slq.artifacts import file_sha256
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 
@@ -17,46 +18,167 @@ IDENTITY = {"fingerprint": "3f2a", "corpus": "c.parquet", "shard_rows": 8}
 
 
 def written(ledger: Ledger, shard_id: int, content: bytes = b"vectors") -> Commit:
-    path = ledger.shard_path(shard_id)
-    path.write_bytes(content)
-    return Commit(shard_id, 8, 0, file_sha256(path), len(content), new_attempt())
+    """An attempt as a worker leaves it: one quarantined row, nothing under a final name."""
+    attempt, digests = new_attempt(), []
+    for final in (ledger.shard_path(shard_id), ledger.errors_path(shard_id)):
+        path = attempt_path(final, attempt)
+        path.write_bytes(content)
+        digests.append(file_sha256(path))
+    return Commit(shard_id, 7, 1, digests[0], len(content), attempt, digests[1])
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    ledger = Ledger(tmp_path / "embeddings")
-    ledger.begin(IDENTITY)
-    return ledger
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(tmp_path / "embeddings") as ledger:
+        ledger.begin(IDENTITY)
+        yield ledger
 
 
 def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def names(ledger: Ledger) -> set[str]:
+    """Every file but those of the run itself."""
+    return files(ledger.root).keys() - {LOCK, "run.json"}
+
+
+def published(shard_id: int) -> set[str]:
+    part = f"part-{shard_id:06d}.parquet"
+    return {f"shards/{part}", f"errors/{part}", f"commits/{shard_id:06d}.json"}
+
+
 def test_a_shard_is_committed_once_and_the_first_attempt_stays(ledger: Ledger) -> None:
     first = written(ledger, 3)
+    assert not ledger.shard_path(3).exists()
     assert ledger.commit(first)
+    assert names(ledger) == published(3)
     before = files(ledger.root)
-    assert not ledger.commit(replace(first, rows=1, attempt=new_attempt()))
+    zombie = written(ledger, 3, b"other vectors")
+    assert not ledger.commit(zombie)
     assert files(ledger.root) == before
     assert ledger.commits() == {3: first}
+    assert ledger.commit(first)  # told twice, done once
+    assert files(ledger.root) == before
 
 
-def _race(root: str, attempt: int, barrier: Any, results: Any) -> None:
-    commit = Commit(0, attempt, 0, "sha", 1, f"attempt{attempt}")
+def test_an_attempt_whose_file_is_gone_leaves_no_record(ledger: Ledger) -> None:
+    commit = written(ledger, 0)
+    attempt_path(ledger.shard_path(0), commit.attempt).unlink()
+    with pytest.raises(StorageError, match=r"is gone; free space and run the same command again"):
+        ledger.commit(commit)
+    assert ledger.commits() == {}
+
+
+def again(ledger: Ledger) -> Ledger:
+    """The next driver, after the first one died: the kernel gave its lock back."""
+    ledger.close()
+    ledger.begin(IDENTITY)
+    return ledger
+
+
+def _die_before_the_file_gets_its_name(root: str, commit: Commit, final_renames: int) -> None:
+    genuine, left = Path.replace, [final_renames]
+
+    def replace_or_die(path: Path, target: Path) -> Path:
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return genuine(path, target)
+
+    Path.replace = replace_or_die  # type: ignore[method-assign]
+    Ledger(Path(root)).commit(commit)
+
+
+@pytest.mark.parametrize("final_renames", [0, 1])
+def test_a_driver_killed_after_the_record_is_completed_by_the_next(
+    ledger: Ledger, final_renames: int
+) -> None:
+    commit = written(ledger, 0)
+    arguments = (str(ledger.root), commit, final_renames)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_die_before_the_file_gets_its_name, args=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert ledger.commits() == {0: commit}
+    assert not ledger.shard_path(0).exists()
+    again(ledger)
+    assert names(ledger) == published(0)
+    assert file_sha256(ledger.shard_path(0)) == commit.sha256
+    assert file_sha256(ledger.errors_path(0)) == commit.errors_sha256
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+@pytest.mark.parametrize("part", ["shard", "errors"])
+def test_a_record_whose_attempt_is_lost_is_dropped(ledger: Ledger, damage: str, part: str) -> None:
+    kept, lost = written(ledger, 0), written(ledger, 1)
+    ledger.commit(kept)
+    ledger.commit(lost)
+    finals = {"shard": ledger.shard_path(1), "errors": ledger.errors_path(1)}
+    for final in finals.values():  # as if its driver had died before the renames
+        final.rename(attempt_path(final, lost.attempt))
+    path = attempt_path(finals[part], lost.attempt)
+    path.unlink() if damage == "gone" else path.write_bytes(b"vec")
+    again(ledger)
+    assert ledger.commits() == {0: kept}
+    assert not [name for name in names(ledger) if "/." in name]
+    assert ledger.commit(written(ledger, 1))
+    assert names(ledger) == published(0) | published(1)
+
+
+def test_what_dead_attempts_left_is_removed_by_the_next_driver(ledger: Ledger) -> None:
+    ledger.commit(written(ledger, 0))
+    written(ledger, 0)
+    written(ledger, 1)
+    (ledger.root / "commits" / ".000001.json.abc").write_text("{")
+    assert names(again(ledger)) == published(0)
+
+
+def test_a_second_driver_removes_nothing_that_the_first_may_still_commit(ledger: Ledger) -> None:
+    won, pending = written(ledger, 0), written(ledger, 1)
+    ledger.commit(won)
+    late = written(ledger, 0, b"late")
+    with Ledger(ledger.root) as second:
+        second.begin(IDENTITY)
+        assert not attempt_path(ledger.shard_path(0), late.attempt).exists()
+        assert not ledger.commit(late)
+        assert ledger.commit(pending)
+    assert names(ledger) == published(0) | published(1)
+
+
+def test_a_record_in_the_making_by_a_live_driver_is_not_dropped(ledger: Ledger) -> None:
+    commit = written(ledger, 0)
+    ledger.commit(commit)
+    ledger.shard_path(0).unlink()
+    with Ledger(ledger.root) as second:
+        second.begin(IDENTITY)
+        assert second.commits() == {0: commit}
+        with pytest.raises(ArtifactError, match=r"shards \[0\] are missing; run the same command"):
+            second.finish({"num_shards": 1})
+
+
+def test_a_manifest_never_claims_shards_that_are_not_there(ledger: Ledger) -> None:
+    for shard_id in (0, 2):
+        ledger.commit(written(ledger, shard_id))
+    with pytest.raises(ArtifactError, match=r"2 commit records for 3 shards, and shards \[1\]"):
+        ledger.finish({"num_shards": 3})
+    assert ledger.manifest() is None
+
+
+def _race(root: str, commit: Commit, barrier: Any, results: Any) -> None:
     barrier.wait()
-    results.put((attempt, Ledger(Path(root)).commit(commit)))
+    results.put((commit.attempt, Ledger(Path(root)).commit(commit)))
 
 
 def test_of_many_processes_that_commit_one_shard_exactly_one_wins(ledger: Ledger) -> None:
     context = multiprocessing.get_context("fork")
-    for _ in range(5):
-        for path in (ledger.root / "commits").iterdir():
-            path.unlink()
+    for shard_id in range(5):
         barrier, results = context.Barrier(6), context.Queue()
+        attempts = [written(ledger, shard_id, f"vectors {n}".encode()) for n in range(6)]
         workers = [
-            context.Process(target=_race, args=(str(ledger.root), n, barrier, results))
-            for n in range(6)
+            context.Process(target=_race, args=(str(ledger.root), attempt, barrier, results))
+            for attempt in attempts
         ]
         for worker in workers:
             worker.start()
@@ -65,8 +187,11 @@ def test_of_many_processes_that_commit_one_shard_exactly_one_wins(ledger: Ledger
             worker.join()
         winners = [attempt for attempt, won in found if won]
         assert len(winners) == 1
-        assert ledger.commits()[0].rows == winners[0]
-        assert [path.name for path in (ledger.root / "commits").iterdir()] == ["000000.json"]
+        commit = ledger.commits()[shard_id]
+        assert commit.attempt == winners[0]
+        assert file_sha256(ledger.shard_path(shard_id)) == commit.sha256
+        assert file_sha256(ledger.errors_path(shard_id)) == commit.errors_sha256
+    assert names(ledger) == set().union(*(published(n) for n in range(5)))
 
 
 def test_the_same_run_may_go_on_and_another_is_refused_with_the_difference(ledger: Ledger) -> None:

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
+from slq.backbones.random_weights import INTERN_TOKENS, QWEN_TOKENS, byte_level_core
 from slq.errors import DataError, MediaError
-from slq.media import MediaLimits, decode_image, sanitise_text
-from tests.families import BUILDERS, INTERN_TOKENS, QWEN_TOKENS, byte_level_core
+from slq.media import MediaLimits, check_image, decode_image, sanitise_text
+from tests.families import BUILDERS
 
 LEFT, RIGHT = (200, 30, 30), (30, 30, 200)
 
@@ -137,6 +138,48 @@ def test_the_pixel_limit_counts_width_times_height() -> None:
     data = encoded(two_halves(40, 24), "PNG")
     assert reason_of(data, MediaLimits(max_pixels=40 * 24 - 1)) == "too_many_pixels"
     assert decode_image(data, MediaLimits(max_pixels=40 * 24)).size == (40, 24)
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (1001, 5)])
+def test_a_picture_longer_than_the_vision_towers_take_is_too_elongated(
+    size: tuple[int, int],
+) -> None:
+    data = encoded(Image.new("RGB", size), "PNG")
+    assert reason_of(data) == "too_elongated"
+    assert decode_image(data, MediaLimits(max_aspect=201)).size == size
+
+
+@pytest.mark.parametrize("size", [(200, 1), (1, 200)])
+def test_the_aspect_limit_itself_is_allowed(size: tuple[int, int]) -> None:
+    assert decode_image(encoded(Image.new("RGB", size), "PNG")).size == size
+
+
+@pytest.mark.parametrize(
+    ("data", "limits", "reason"),
+    [
+        (b"", MediaLimits(), "empty"),
+        (b"x" * 11, MediaLimits(max_bytes=10), "too_many_bytes"),
+        (b"no picture", MediaLimits(), "unknown_format"),
+        (png_header(10_000, 10_000), MediaLimits(), "too_many_pixels"),
+        (png_header(2_000, 3), MediaLimits(), "too_elongated"),
+    ],
+)
+def test_the_header_check_refuses_for_the_reason_that_decoding_has(
+    data: bytes, limits: MediaLimits, reason: str
+) -> None:
+    with pytest.raises(MediaError) as caught:
+        check_image(data, limits)
+    assert caught.value.reason == reason == reason_of(data, limits)
+
+
+def test_the_header_check_decodes_no_pixel() -> None:
+    data = png_header(7_000, 7_000)  # promises 147 MB, holds 64 bytes
+    tracemalloc.start()
+    check_image(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**21
+    assert reason_of(data) == "corrupt"
 
 
 def test_a_cmyk_jpeg_keeps_its_colours() -> None:

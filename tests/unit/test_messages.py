@@ -144,17 +144,42 @@ def test_inputs_are_texts_images_or_both_alone_or_in_a_list() -> None:
     assert [item.modality for item in request.items()] == ["text", "image", "image+text"]
 
 
-def test_a_given_vector_must_fit_the_index() -> None:
-    assert vector_of(SearchQuery(embedding=[0.0, 1.0]), 2) == [0.0, 1.0]
+def test_a_given_vector_becomes_a_unit_float32_vector() -> None:
+    vector = vector_of(SearchQuery(embedding=[3.0, -4.0]), 2)
+    assert vector is not None
+    assert vector.dtype == np.float32
+    np.testing.assert_allclose(vector, [0.6, -0.8], rtol=1e-6)
     assert vector_of(SearchQuery(text="x"), 2) is None
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-20, 1.0, 1e20, 3e38])
+def test_the_length_of_a_given_vector_does_not_matter(scale: float) -> None:
+    vector = vector_of(SearchQuery(embedding=[scale, scale]), 2)
+    np.testing.assert_allclose(vector, [0.5**0.5] * 2, rtol=1e-6)
+
+
+def test_a_given_vector_must_fit_the_index() -> None:
     with pytest.raises(DataError, match=r"query\.embedding has 3 values; this index has 2"):
         vector_of(SearchQuery(embedding=[0.0, 1.0, 2.0]), 2)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_given_vector_must_be_finite(value: float) -> None:
-    with pytest.raises((DataError, ValidationError)):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, -1e300])
+def test_a_given_vector_must_be_finite_in_float32(value: float) -> None:
+    with pytest.raises(DataError, match="NaN, infinity or a value too large for float32"):
         vector_of(SearchQuery(embedding=[value, 1.0]), 2)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-60])  # the second one underflows
+def test_a_given_vector_must_have_a_direction(value: float) -> None:
+    with pytest.raises(DataError, match="norm 0"):
+        vector_of(SearchQuery(embedding=[value, value]), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [("a", 1), ({"text": "a"}, 1), ([], 0), (["a", {"image": "no base64!"}], 2)]
+)
+def test_inputs_are_counted_before_any_is_decoded(given: object, count: int) -> None:
+    assert EmbeddingsRequest.model_validate({"input": given}).num_inputs == count
 
 
 def test_errors_have_the_shape_that_openai_clients_read() -> None:

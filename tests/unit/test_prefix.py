@@ -253,6 +253,15 @@ def test_the_cache_never_holds_more_than_its_bytes() -> None:
         assert held == cache._num_bytes
 
 
+def test_a_row_that_is_too_large_pushes_out_no_other() -> None:
+    cache = PrefixCache(2 * ROW_BYTES)
+    get(cache, "ab")
+    large = make_rows(1, 9)
+    assert large.num_bytes > 2 * ROW_BYTES
+    cache.get(["large"], lambda _: large)
+    assert get(cache, "ab") == (["a", "b"], [])
+
+
 def test_a_cache_of_no_bytes_keeps_nothing_and_still_answers() -> None:
     cache = PrefixCache(0)
     assert get(cache, "ab") == (["a", "b"], ["a", "b"])

@@ -16,17 +16,11 @@ import pytest
 from PIL import Image
 
 from jobs.demo import demo_recipe
-from jobs.report import (
-    Runs,
-    choose,
-    gallery_picture,
-    hit_depths,
-    outcome_counts,
-    p_text,
-    read_runs,
-    reproduce_command,
-    write_report,
-)
+from jobs.report import write_report
+from jobs.report.galleries import Runs, choose, outcome_counts, read_runs
+from jobs.report.picture import gallery_picture
+from jobs.report.settings import reproduce_command
+from jobs.report.tables import hit_depths, p_text
 from jobs.results import SYSTEM_NAMES
 from pipelines.corpus import Record
 from pipelines.recipe import Recipe

@@ -1,0 +1,99 @@
+"""What a run's numbers depend on, and the command that repeats it."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from pipelines.recipe import Recipe, load_recipe
+from slq.artifacts import ADAPTER_CONFIG, read_json
+
+JOBS = Path(__file__).parents[1]
+_PACKAGES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu")
+
+
+def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the numbers depend on, as label and value."""
+    train, rerank, data = recipe.train, recipe.rerank, recipe.data
+    pairs = data.path("train")
+    count = f"{pq.ParquetFile(pairs).metadata.num_rows:,} pairs, " if pairs.is_file() else ""
+    device = f"{recipe.backbone.device}, {recipe.backbone.dtype}"
+    rows = [
+        ("backbone (frozen)", f"{recipe.backbone.name} on {device}"),
+        ("revision", str(results["backbone"].get("revision") or "")),
+        ("latent queries", _latents(recipe)),
+        (
+            "training",
+            f"{count}{train.num_steps:,} steps of {train.global_batch:,} pairs on "
+            f"{recipe.resources.train_workers} workers, peak learning rate {train.lr:g}, "
+            f"seed {train.seed}",
+        ),
+        ("gallery", f"{results['num_items']:,} items, {results['num_queries']:,} queries"),
+        ("index", recipe.index.kind),
+    ]
+    if "slq_fine" in results["systems"]:
+        framing = rerank.framing.replace("_", "/")
+        rows.append(("fine stage", f"{framing} question on the first {rerank.depth} candidates"))
+    rows += [
+        ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"),
+        ("versions", ", ".join(versions())),
+        ("fingerprint", _adapter(recipe).get("fingerprint", "")),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _adapter(recipe: Recipe) -> dict[str, Any]:
+    path = recipe.storage.adapter / ADAPTER_CONFIG
+    config: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return config
+
+
+def _latents(recipe: Recipe) -> str:
+    number, hidden = recipe.adapter.num_latents, _adapter(recipe).get("hidden_size")
+    if hidden is None:
+        return str(number)
+    shape = f"{number} \N{MULTIPLICATION SIGN} {hidden}"
+    return f"{shape}, with the temperature {number * hidden + 1:,} trained numbers"
+
+
+def versions() -> Iterator[str]:
+    """Python and the installed packages that compute the numbers."""
+    yield f"Python {platform.python_version()}"
+    for name in _PACKAGES:
+        try:
+            yield f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def reproduce_command(recipe: Recipe) -> str:
+    """The `slq demo` command of this run; it names every setting that differs from the demo's."""
+    out_dir = recipe.storage.dir
+    demo = load_recipe(JOBS / "recipes" / "demo.yaml")
+    usual = dict(_leaves(demo.model_dump(mode="json")))
+    usual |= {"storage.dir": str(out_dir), "data.dir": str(out_dir / "data")}
+    parts = ["slq", "demo", "--out", str(out_dir)]
+    for key, value in _leaves(recipe.model_dump(mode="json")):
+        if key not in usual or usual[key] != value:
+            parts += ["--set", f"{key}={_yaml_value(value)}"]
+    return shlex.join(parts)
+
+
+def _leaves(values: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{parent}{name}.")
+        else:
+            yield f"{parent}{name}", value
+
+
+def _yaml_value(value: Any) -> str:
+    plain = isinstance(value, str) and yaml.safe_load(value) == value
+    return value if plain else json.dumps(value)
