@@ -1,5 +1,6 @@
 """Measures several systems on one gallery, in parallel Ray tasks that share each prefix pass."""
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -16,21 +17,24 @@ from pipelines.corpus import plan_shards, read_shard
 from pipelines.loading import backbone_of, encoder_of, use_threads
 from pipelines.progress import show
 from pipelines.recipe import Recipe, System, require_files
-from slq.artifacts import load_adapter_config, write_json
+from slq.artifacts import load_adapter_config, require_same_fingerprint, write_json
 from slq.backbones import Backbone
+from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
-from slq.errors import DataError, MediaError
+from slq.errors import DataError, MediaError, SlqError, StorageError
 from slq.media import decode_image
 from slq.metrics import (
     bootstrap_interval,
     hits,
     paired_permutation,
     pessimistic_order,
+    recalls,
     reciprocal_ranks,
 )
 from slq.reranker import Reranker
 from slq.schema import RUN, Item
 
+log = logging.getLogger(__name__)
 _GALLERY_ROWS = 4096
 
 
@@ -42,11 +46,13 @@ class Benchmark:
         items: Gallery items.
         queries: Query items; `columns` hold kind, hard, split where given.
         relevant: (queries, items) bool.
+        num_unreadable: Items and queries that could not be read, with the queries that only those answer.
     """
 
     items: list[Item]
     queries: list[Item]
     relevant: NDArray[np.bool_]
+    num_unreadable: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,52 +70,101 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
         DataError: Relevance names an unknown query or item, or a query has none.
     """
     require_files(recipe, "corpus", "queries", "relevance")
-    items = _read_items(recipe.data.path("corpus"))
-    queries = _read_items(recipe.data.path("queries"))
+    items, lost_items = _read_items(recipe.data.path("corpus"))
+    queries, lost_queries = _read_items(recipe.data.path("queries"))
     row = {query.id: n for n, query in enumerate(queries)}
     column = {item.id: n for n, item in enumerate(items)}
     relevant = np.zeros((len(queries), len(items)), dtype=bool)
+    orphaned = set()
     for entry in pq.read_table(recipe.data.path("relevance")).to_pylist():
+        if entry["query_id"] in lost_queries:
+            continue
+        if entry["item_id"] in lost_items and entry["query_id"] in row:
+            orphaned.add(entry["query_id"])
+            continue
         if entry["query_id"] not in row or entry["item_id"] not in column:
             raise DataError(
                 f"{recipe.data.path('relevance')}: {entry['query_id']} -> {entry['item_id']} names a query or item "
                 "that is not in the files"
             )
         relevant[row[entry["query_id"]], column[entry["item_id"]]] = entry["grade"] > 0
-    missing = [queries[n].id for n in np.flatnonzero(~relevant.any(axis=1))]
-    if missing:
-        raise DataError(f"{len(missing)} queries have no relevant item, first {missing[0]!r}")
-    return Benchmark(items, queries, relevant)
+    answered: NDArray[np.bool_] = np.asarray(relevant.any(axis=1))
+    missing = [queries[n].id for n in np.flatnonzero(~answered)]
+    unknown = [name for name in missing if name not in orphaned]
+    if unknown:
+        raise DataError(f"{len(unknown)} queries have no relevant item, first {unknown[0]!r}")
+    kept = [queries[n] for n in np.flatnonzero(answered)]
+    num_unreadable = len(lost_items) + len(lost_queries) + len(missing)
+    if num_unreadable:
+        log.warning(
+            "%d items and %d queries cannot be read, and %d queries lost their only answer: left out",
+            len(lost_items),
+            len(lost_queries),
+            len(missing),
+        )
+    if not items or not kept:
+        raise DataError("nothing is left to measure: no item or no query can be read")
+    return Benchmark(items, kept, relevant[answered], num_unreadable)
 
 
-def _read_items(path: Path) -> list[Item]:
-    items = []
+def _read_items(path: Path) -> tuple[list[Item], set[str]]:
+    """Readable items in order, and the ids of the others; the embedding flow quarantines the same ones."""
+    items, lost = [], set()
     for plan in plan_shards(path, _GALLERY_ROWS):
         for record in read_shard(plan):
             try:
                 image = decode_image(record.image) if record.image is not None else None
             except MediaError as error:
-                raise DataError(
-                    f"{record.uri}: item {record.id!r} cannot be measured: {error}"
-                ) from None
+                log.warning("%s: item %r is left out: %s", record.uri, record.id, error)
+                lost.add(record.id)
+                continue
+            if record.problem or (image is None and not (record.text or "").strip()):
+                log.warning(
+                    "%s: item %r is left out: %s", record.uri, record.id, record.problem or "empty"
+                )
+                lost.add(record.id)
+                continue
             items.append(Item(id=record.id, text=record.text, image=image, columns=record.columns))
-    return items
+    return items, lost
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure every system of the recipe; writes results.json and run files, and returns the results."""
+    space = embedding_space(recipe)
     benchmark = load_benchmark(recipe)
     scores = score_systems(recipe, benchmark)
-    results = summarise(recipe, benchmark, scores)
+    results = {**space, **summarise(recipe, benchmark, scores)}
     folder = recipe.storage.evaluation
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("run_*.parquet"):
-        stale.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for system, found in scores.items():
+            partial = folder / f".run_{system}.parquet.partial"
+            pq.write_table(run_table(benchmark, found, depth=max(recipe.eval.ks)), partial)
+            partial.replace(folder / f"run_{system}.parquet")
+        for stale in folder.glob("run_*.parquet"):
+            if stale.stem.removeprefix("run_") not in scores:
+                stale.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written: {error}; free space or choose another folder"
+        ) from None
     write_json(folder / "results.json", results)
-    for system, found in scores.items():
-        table = run_table(benchmark, found, depth=max(recipe.eval.ks))
-        pq.write_table(table, folder / f"run_{system}.parquet")
     return results
+
+
+def embedding_space(recipe: Recipe) -> dict[str, Any]:
+    """What the results speak of: backbone, revision and, where an adapter is measured, its fingerprint.
+
+    Raises:
+        ArtifactError: A trained system is asked for and there is no adapter; found before any work is done.
+    """
+    if not {"slq", "slq_fine"} & set(recipe.eval.systems):
+        section = recipe.backbone
+        revision = backbone_revision(section.name, section.revision)
+        return {"backbone": {"model": section.name, "revision": revision}, "fingerprint": ""}
+    adapter = load_adapter_config(recipe.storage.adapter)
+    named = {"model": adapter.base_model_name_or_path, "revision": adapter.revision}
+    return {"backbone": named, "fingerprint": adapter.fingerprint}
 
 
 def score_systems(recipe: Recipe, benchmark: Benchmark) -> dict[System, Scores]:
@@ -175,7 +230,12 @@ def _collect(tasks: list[Any], what: str) -> list[Any]:
         ended = len(tasks) - len(waiting)
         eta = (time.monotonic() - started) / ended * len(waiting)
         show(f"{what} {ended}/{len(tasks)}  ETA {eta:.0f} s")
-    results: list[Any] = ray.get(tasks)
+    try:
+        results: list[Any] = ray.get(tasks)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SlqError):
+            raise error.cause from None  # ours say all in one line; Ray's wrapper adds a traceback
+        raise
     return results
 
 
@@ -194,6 +254,14 @@ def embed_part(recipe_json: str, items: list[Item]) -> dict[System, NDArray[np.f
     if "slq_fine" in recipe.eval.systems and "slq" not in wanted:
         wanted.append("slq")
     encoders = {system: encoder_of(recipe, system, backbone) for system in wanted}
+    if "slq" in encoders:
+        require_same_fingerprint(
+            load_adapter_config(recipe.storage.adapter).fingerprint,
+            encoders["slq"].fingerprint,
+            expected_in=f"adapter {recipe.storage.adapter}",
+            found_in="the recipe's backbone with it",
+            remedy="measure with the backbone section that it was trained with",
+        )
     shape = (len(items), backbone.hidden_size)
     vectors = {system: np.empty(shape, np.float32) for system in encoders}
     for chunk in batches_by_length(items, recipe.embed.batch_size):
@@ -248,12 +316,10 @@ def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
 def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[System, Scores]) -> dict[str, Any]:
     """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals."""
     ks = recipe.eval.ks
-    adapter = load_adapter_config(recipe.storage.adapter)
     results: dict[str, Any] = {
         "num_items": len(benchmark.items),
         "num_queries": len(benchmark.queries),
-        "backbone": {"model": adapter.base_model_name_or_path, "revision": adapter.revision},
-        "fingerprint": adapter.fingerprint,
+        "num_unreadable": benchmark.num_unreadable,
         "systems": {},
     }
     per_query: dict[System, NDArray[np.float64]] = {}
@@ -284,6 +350,7 @@ def _metrics(ranked: NDArray[np.bool_], ks: tuple[int, ...]) -> dict[str, Any]:
         values = hits(ranked, k)
         report[f"hit@{k}"] = float(values.mean())
         report[f"hit@{k}_interval"] = bootstrap_interval(values)
+        report[f"recall@{k}"] = float(recalls(ranked, ranked.sum(axis=1), k).mean())
     return report
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from slq.errors import ArtifactError
-from slq.index import IndexConfig, VectorIndex, build, current_version, publish
+from slq.index import IndexConfig, VectorIndex, build, publish
 
 log = logging.getLogger(__name__)
 _STORED = ("id", "uri", "text", "modality", "content_hash")
@@ -70,10 +70,9 @@ def index(recipe: Recipe) -> Path:
 
 def _is_current(folder: Path, config: IndexConfig, rows: pa.Table, fingerprint: str) -> bool:
     try:
-        current_version(folder)
-    except ArtifactError:
+        present = VectorIndex(folder)
+    except ArtifactError:  # none yet, or a damaged one: both are built anew
         return False
-    present = VectorIndex(folder)
     return (
         present.fingerprint == fingerprint
         and present.manifest["config"] == config.model_dump()

@@ -2,9 +2,10 @@
 
 import base64
 import binascii
-import math
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from slq.errors import DataError, MediaError
@@ -79,8 +80,10 @@ class SearchResponse(Message):
 
     results: list[SearchResult]
     timings_ms: dict[str, float]
-    reranked: int
-    degraded: bool
+    reranked: int = Field(description="candidates that the fine stage scored")
+    degraded: bool = Field(
+        description="some candidates could not be read or scored; they keep their coarse order, after the scored ones"
+    )
     index_version: str
     fingerprint: str
 
@@ -97,6 +100,11 @@ class EmbeddingsRequest(Message):
     model_config = ConfigDict(
         json_schema_extra={"example": {"input": ["a red apple"], "model": "slq"}}
     )
+
+    @property
+    def num_inputs(self) -> int:
+        """How many vectors are asked for; nothing is decoded to know it."""
+        return len(self.input) if isinstance(self.input, list) else 1
 
     def items(self) -> list[Item]:
         """The decoded inputs."""
@@ -147,11 +155,11 @@ def decode_base64(text: str) -> bytes:
         raise MediaError("bad_base64", "the image is not valid base64") from None
 
 
-def vector_of(query: SearchQuery, dimension: int) -> list[float] | None:
-    """The query's own embedding, checked, or None.
+def vector_of(query: SearchQuery, dimension: int) -> NDArray[np.float32] | None:
+    """The query's own embedding as a (dimension,) float32 unit vector, or None.
 
     Raises:
-        DataError: It has the wrong length, or a value that is not finite.
+        DataError: It has the wrong length, no direction, or a value that is not a finite float32.
     """
     if query.embedding is None:
         return None
@@ -159,6 +167,13 @@ def vector_of(query: SearchQuery, dimension: int) -> list[float] | None:
         raise DataError(
             f"query.embedding has {len(query.embedding)} values; this index has {dimension}"
         )
-    if not all(math.isfinite(value) for value in query.embedding):
-        raise DataError("query.embedding holds NaN or infinity")
-    return query.embedding
+    with np.errstate(over="ignore"):  # 1e39 becomes infinity, which is refused below
+        vector = np.asarray(query.embedding, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise DataError("query.embedding holds NaN, infinity or a value too large for float32")
+    wide = vector.astype(np.float64)  # squares of large float32 values overflow float32
+    norm = np.linalg.norm(wide)
+    if not norm > 0:
+        raise DataError("query.embedding has norm 0; it must point somewhere")
+    unit: NDArray[np.float32] = (wide / norm).astype(np.float32)
+    return unit

@@ -82,7 +82,7 @@ class EvalConfig(Section):
 
     systems: tuple[System, ...] = ("last_token", "untrained", "slq", "slq_fine")
     """Zero-shot last token, zero-shot untrained latents, trained SLQ, and SLQ with the fine stage."""
-    ks: tuple[int, ...] = (1, 5, 10)
+    ks: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 5, 10)
     """Depths of hit@k and recall@k."""
     num_threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of each evaluation task; 0 leaves torch's default."""
@@ -106,6 +106,10 @@ class ServeConfig(Section):
     """CPU threads of each backbone replica; 0 leaves torch's default."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 2**20
     """Largest request body."""
+    max_inputs: Annotated[int, Field(gt=0)] = 256
+    """Most inputs of one embeddings request."""
+    max_queued_requests: Annotated[int, Field(gt=0)] = 128
+    """Requests that may wait for a busy model or index; more are answered 503 at once, to be tried again."""
 
 
 class ResourcesConfig(Section):
@@ -234,9 +238,5 @@ def require_files(recipe: Recipe, *names: str) -> None:
     for name in names:
         path = recipe.data.path(name)
         if not path.exists():
-            hint = (
-                ""
-                if recipe.data.scenes is None
-                else " (run `slq demo` or add `scenes` to generate it)"
-            )
+            hint = " (data.scenes would generate it)" if recipe.data.scenes is None else ""
             raise ConfigError(f"data.{name}: {path} does not exist{hint}")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -16,7 +17,7 @@ from pipelines.loading import backbone_of, untrained_latents
 from pipelines.progress import progress_sink
 from pipelines.recipe import Recipe, require_files
 from slq.artifacts import (
-    AdapterConfig,
+    ADAPTER_WEIGHTS,
     file_sha256,
     load_adapter_config,
     read_json,
@@ -24,9 +25,18 @@ from slq.artifacts import (
     write_json,
 )
 from slq.backbones import Backbone
+from slq.backbones.loading import backbone_revision
 from slq.collectives import all_agree
-from slq.errors import DataError, TrainingError
+from slq.errors import (
+    ArtifactError,
+    DataError,
+    HardwareError,
+    MediaError,
+    StorageError,
+    TrainingError,
+)
 from slq.latent_queries import LatentQueries
+from slq.media import decode_image
 from slq.training import (
     PairSampler,
     PrefixSource,
@@ -70,9 +80,50 @@ class Pairs:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
+    def check(self, max_error_share: float) -> tuple[list[int], dict[str, str]]:
+        """Try every image and caption once, so that a bad one is left out here instead of failing a worker later.
+
+        Args:
+            max_error_share: More unusable pairs than this share are an error.
+
+        Returns:
+            Positions of the usable pairs, and the reason of each id that is left out.
+
+        Raises:
+            DataError: Too many pairs are unusable; the first is named.
+        """
+        refused: dict[str, str] = {}
+        usable = []
+        verdicts: dict[str, str | None] = {}
+        for number, (key, text) in enumerate(
+            zip(self.image_keys, self._table["text"].to_pylist(), strict=True)
+        ):
+            if key not in verdicts:
+                verdicts[key] = _refusal(self._table["image"][number].as_py())
+            reason = verdicts[key] or (None if text.strip() else "the caption is empty")
+            if reason is None:
+                usable.append(number)
+            else:
+                refused[self._table["id"][number].as_py()] = reason
+        if len(refused) > max_error_share * len(self):
+            name, reason = next(iter(refused.items()))
+            raise DataError(
+                f"{len(refused)} of {len(self)} training pairs cannot be used, first {name!r}: {reason}; "
+                "mend them or raise train.max_error_share"
+            )
+        return usable, refused
+
     def read(self, number: int) -> tuple[bytes, str]:
         """(image bytes, caption) of one pair."""
         return self._table["image"][number].as_py(), self._table["text"][number].as_py()
+
+
+def _refusal(image: bytes) -> str | None:
+    try:
+        decode_image(image)
+    except MediaError as error:
+        return str(error)
+    return None
 
 
 def settings_digest(recipe: Recipe) -> str:
@@ -82,6 +133,9 @@ def settings_digest(recipe: Recipe) -> str:
         for name in ("backbone", "adapter", "train")
     }
     sections["data"] = file_sha256(recipe.data.path("train"))
+    sections["revision"] = backbone_revision(recipe.backbone.name, recipe.backbone.revision)
+    # DeepSpeed's checkpoints hold one part per rank, so another number of workers cannot read them
+    sections["workers"] = recipe.resources.train_workers
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -106,21 +160,39 @@ def train(recipe: Recipe) -> Path:
         log.info("adapter %s is up to date: nothing to do", recipe.storage.adapter)
         return recipe.storage.adapter
     # Refuse here what would otherwise fail in every worker, with a long traceback.
-    PairSampler(
-        Pairs(recipe.data.path("train")).image_keys, recipe.train.global_batch, recipe.train.seed
-    )
+    _require_workers(recipe)
+    pairs = Pairs(recipe.data.path("train"))
+    usable, refused = pairs.check(recipe.train.max_error_share)
+    for name, reason in refused.items():
+        log.warning("training pair %r is left out: %s", name, reason)
+    PairSampler([pairs.image_keys[n] for n in usable], recipe.train.global_batch, recipe.train.seed)
     started = time.monotonic()
     with progress_sink() as sink:
-        result = _fit(recipe, digest, sink)
+        result = _fit(recipe, digest, {"sink": sink, "usable": np.array(usable)})
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         _install(Path(folder), recipe)
-    write_json(done, {"settings": digest, "seconds": time.monotonic() - started})
+    seconds = time.monotonic() - started
+    write_json(done, {"settings": digest, "seconds": seconds, "refused": refused})
     return recipe.storage.adapter
 
 
-def _fit(recipe: Recipe, digest: str, sink: Any) -> Any:
+def _require_workers(recipe: Recipe) -> None:
+    """Ray Train would wait for ever for workers that the cluster cannot hold."""
+    import ray
+
+    resources, present = recipe.resources, ray.cluster_resources()
+    for kind, each in (("CPU", 1.0), ("GPU", resources.gpus_per_worker)):
+        needed = resources.train_workers * each
+        if needed > present.get(kind, 0):
+            raise HardwareError(
+                f"resources.train_workers is {resources.train_workers}, which needs {needed:g} {kind}s, but the "
+                f"cluster has {present.get(kind, 0):g}; lower it or add nodes"
+            )
+
+
+def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
     """Run the workers to the end; Ray restarts the group after a failure and resumes from its last checkpoint."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -128,7 +200,7 @@ def _fit(recipe: Recipe, digest: str, sink: Any) -> Any:
     gpus = recipe.resources.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "sink": sink},
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), **worker},
         scaling_config=ScalingConfig(
             num_workers=recipe.resources.train_workers,
             use_gpu=gpus > 0,
@@ -137,7 +209,9 @@ def _fit(recipe: Recipe, digest: str, sink: Any) -> Any:
         run_config=RunConfig(
             name=f"train-{digest}",
             storage_path=str(recipe.storage.dir.resolve() / "ray"),
-            failure_config=FailureConfig(max_failures=recipe.train.max_failures),
+            failure_config=FailureConfig(
+                max_failures=recipe.train.max_failures, controller_failure_limit=3
+            ),
         ),
     )
     try:
@@ -153,17 +227,27 @@ def history(recipe: Recipe) -> list[dict[str, float]]:
 
 
 def _adapter_complete(folder: Path) -> bool:
-    return folder.is_dir() and isinstance(load_adapter_config(folder), AdapterConfig)
+    """Whether both files are there; an adapter that lost one is given back from the last checkpoint."""
+    try:
+        load_adapter_config(folder)
+    except ArtifactError:
+        return False
+    return (folder / ADAPTER_WEIGHTS).is_file()
 
 
 def _install(checkpoint: Path, recipe: Recipe) -> None:
     """Move the adapter and the history out of the last checkpoint into the run folder."""
     target = recipe.storage.adapter
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint / "adapter", partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(checkpoint / "adapter", partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except OSError as error:
+        raise StorageError(
+            f"adapter {target} cannot be written: {error}; free space and run `slq train` again"
+        ) from None
     (recipe.storage.dir / "train").mkdir(parents=True, exist_ok=True)
     write_json(recipe.storage.dir / "train" / _HISTORY, read_json(checkpoint / _HISTORY))
 
@@ -182,13 +266,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     latent_queries = untrained_latents(recipe, backbone)
     engine = make_engine(recipe, backbone, latent_queries, world)
     pairs = Pairs(recipe.data.path("train"))
-    sampler = PairSampler(pairs.image_keys, config.global_batch, config.seed)
+    usable = settings["usable"]
+    keys = [pairs.image_keys[n] for n in usable]
+    sampler = PairSampler(keys, config.global_batch, config.seed)
     source = PrefixSource(backbone, pairs.read, cache_bytes=config.cache_bytes)
     steps: list[dict[str, float]] = []
     first = _restore(engine, steps)
+    frozen = backbone.weights_sha256() if rank == 0 else ""
     started = time.monotonic()
     for step, batch in sampler.batches(first, config.num_steps):
-        mine = rank_slice(batch, rank, world).tolist()
+        mine = usable[rank_slice(batch, rank, world)].tolist()
         for group in engine.optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_scale(step, config)
         loss = engine(source.images(mine, pairs.image_keys), source.texts(mine))
@@ -211,6 +298,10 @@ def train_worker(settings: dict[str, Any]) -> None:
             eta = elapsed / (step + 1 - first) * (config.num_steps - step - 1)
             settings["sink"].add.remote(progress_line(metrics, config.num_steps, eta))
         if (step + 1) % config.checkpoint_every == 0 or last:
+            if last and rank == 0 and backbone.weights_sha256() != frozen:
+                raise TrainingError(
+                    "the frozen backbone changed during training; please report this"
+                )
             _report(engine, backbone, latent_queries, steps, rank)
     if first >= config.num_steps:
         _report(engine, backbone, latent_queries, steps, rank)

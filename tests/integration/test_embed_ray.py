@@ -12,16 +12,25 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.embed import embed, read_and_decode, require_free_cpu, write_shard
+from pipelines.corpus import plan_shards
+from pipelines.embed import (
+    EncodeShard,
+    embed,
+    read_and_check,
+    require_free_cpu,
+    require_planned_rows,
+    write_shard,
+)
 from pipelines.index import index, read_embeddings
-from pipelines.ledger import MANIFEST, Ledger
+from pipelines.ledger import MANIFEST, Commit, Ledger
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
 from slq.artifacts import load_adapter_config
-from slq.errors import ArtifactMismatchError, ConfigError, DataError
+from slq.encoder import Encoder
+from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
 from slq.index import VectorIndex
 from slq.media import decode_image
-from slq.schema import ERRORS
+from slq.schema import ERRORS, embedding_schema
 from tests.integration.runs import changed, fingerprints_of_files, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -272,6 +281,41 @@ def test_texts_images_and_both_stand_in_one_corpus_with_their_own_columns(
     np.testing.assert_allclose(vectors[:3], direct, rtol=0, atol=FP16)
 
 
+def test_a_picture_with_a_blank_caption_is_a_picture(
+    finished: Recipe, tmp_path: Path, scenes_dir: Path
+) -> None:
+    image = gallery(scenes_dir)[0]["image"]
+    rows = [{"id": f"{n}", "image": image, "text": text} for n, text in enumerate((None, " ", ""))]
+    recipe = corpus_run(
+        changed(finished, storage={"dir": tmp_path / "run"}), tmp_path / "c.parquet", rows
+    )
+    embed(recipe)
+    found, vectors, _ = read_embeddings(recipe.storage.embeddings)
+    assert found["modality"].to_pylist() == ["image"] * 3
+    np.testing.assert_allclose(vectors, vectors[:1].repeat(3, axis=0), rtol=0, atol=FP16)
+    assert quarantine(recipe) == []
+
+
+def test_a_path_out_of_the_corpus_folder_is_quarantined_and_bytes_win_over_a_path(
+    finished: Recipe, tmp_path: Path, scenes_dir: Path
+) -> None:
+    image = gallery(scenes_dir)[0]["image"]
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "secret.png").write_bytes(image)
+    rows = [
+        {"id": "both", "image": image, "uri": str(tmp_path / "secret.png")},
+        {"id": "up", "image": None, "uri": "../secret.png"},
+    ]
+    corpus = tmp_path / "inner" / "c.parquet"
+    settings = changed(finished, storage={"dir": tmp_path / "run"}, embed={"max_error_share": 0.5})
+    recipe = corpus_run(settings, corpus, rows)
+    embed(recipe)
+    found, _, _ = read_embeddings(recipe.storage.embeddings)
+    assert found["uri"].to_pylist() == [f"{corpus}#row=0"]
+    (bad,) = quarantine(recipe)
+    assert (bad["id"], bad["error"], bad["uri"]) == ("up", "path_refused", f"{corpus}#row=1")
+
+
 def test_a_column_that_is_null_in_one_shard_keeps_its_type_in_every_shard(
     finished: Recipe, tmp_path: Path
 ) -> None:
@@ -366,6 +410,8 @@ def test_an_adapter_that_the_recipe_cannot_reproduce_is_refused_in_words(
 class Recorder:
     """Stands for a Ray data set: keeps how each step was asked for, and runs the steps in this process."""
 
+    lost_shards = 0
+
     def __init__(self, tables: list[pa.Table]) -> None:
         self.tables = tables
         self.steps: list[tuple[Any, dict[str, Any]]] = []
@@ -379,29 +425,39 @@ class Recorder:
         return self
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        for table in self.tables:
+        for table in self.tables[self.lost_shards :]:
             yield from table.to_pylist()
 
 
-def test_the_flow_asks_ray_for_one_block_per_shard_and_one_cpu_per_encoder(
-    tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def without_cluster(
+    monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None] = lambda: None
+) -> list[Recorder]:
+    """Let `embed` run in this process; `meanwhile` happens after the plan and before anything is read."""
     import ray
 
     recorders: list[Recorder] = []
 
     def from_items(items: Rows, *, override_num_blocks: int) -> Recorder:
-        assert override_num_blocks == len(items) == 4
+        assert override_num_blocks == len(items)
         recorders.append(Recorder([pa.Table.from_pylist([item]) for item in items]))
+        meanwhile()
         return recorders[-1]
 
     monkeypatch.setattr(ray.data, "from_items", from_items)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    return recorders
+
+
+def test_the_flow_asks_ray_for_one_block_per_shard_and_one_cpu_per_encoder(
+    tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorders = without_cluster(monkeypatch)
     recipe = with_untrained_adapter(tiny_run)
     embed(recipe)
     assert len(stored(recipe)) == 32
+    assert len(recorders[0].tables) == 4
     (read, encode, write) = recorders[0].steps
-    assert (read[0], write[0]) == (read_and_decode, write_shard)
+    assert (read[0], write[0]) == (read_and_check, write_shard)
     for _, options in recorders[0].steps:
         assert options["batch_size"] is None  # a whole block, so a whole shard
         assert options["batch_format"] == "pyarrow"
@@ -413,6 +469,176 @@ def test_the_flow_asks_ray_for_one_block_per_shard_and_one_cpu_per_encoder(
 def test_the_schema_of_quarantined_rows_is_the_public_one(finished: Recipe, tmp_path: Path) -> None:
     Ledger(tmp_path).begin({})
     row = {"shard_id": 0, "row": 0, "id": "a", "uri": "u", "error": "corrupt", "message": "m"}
+    row["stage"] = "decode"
     table = pa.Table.from_pylist([{**row, "columns": b"", "vector": None}])
-    write_shard(table, str(tmp_path))
+    (record,) = write_shard(table, str(tmp_path), 192).to_pylist()
+    Ledger(tmp_path).commit(Commit(**record))
+    shard = pq.read_schema(Ledger(tmp_path).shard_path(0))
+    assert shard.equals(
+        embedding_schema(192, [])
+    )  # no row is left, and the type is that of other shards
     assert pq.read_schema(Ledger(tmp_path).errors_path(0)).equals(ERRORS)
+
+
+@pytest.mark.parametrize("change", ["added", "gone", "another"])
+def test_a_folder_that_changes_during_the_run_fails_it_and_gets_no_manifest(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    corpus = tmp_path / "pictures"
+    for n in range(12):
+        picture(corpus / f"{n:02d}.png", 20 * n)
+    name = "00a.png" if change == "added" else "03.png"
+
+    def meanwhile() -> None:
+        if change == "gone":
+            (corpus / name).unlink()
+        else:
+            picture(corpus / name, 255)
+
+    without_cluster(monkeypatch, meanwhile)
+    recipe = with_untrained_adapter(changed(tiny_run, data={"corpus": corpus}))
+    with pytest.raises(DataError, match=f"the corpus changed while it was read: {name} of .*shard"):
+        embed(recipe)
+    assert Ledger(recipe.storage.embeddings).manifest() is None
+
+
+def test_a_table_that_shrinks_during_the_run_fails_it_and_names_the_shard(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenes_dir: Path
+) -> None:
+    rows, corpus = gallery(scenes_dir), tmp_path / "c.parquet"
+    recipe = corpus_run(tiny_run, corpus, rows)
+    without_cluster(monkeypatch, lambda: pq.write_table(pa.Table.from_pylist(rows[:20]), corpus))
+    with pytest.raises(DataError, match=r"corpus changed .*: shard 2 has 4 rows, 8 were planned"):
+        embed(recipe)
+    assert Ledger(recipe.storage.embeddings).manifest() is None
+
+
+def test_a_commit_that_does_not_account_for_every_planned_row_is_refused(scenes_dir: Path) -> None:
+    plans = plan_shards(scenes_dir / "gallery.parquet", 8)
+    commits = {p.shard_id: Commit(p.shard_id, 7, 1, "", 0, "") for p in plans}
+    require_planned_rows(plans, commits)
+    commits[2] = Commit(2, 7, 0, "", 0, "")
+    with pytest.raises(DataError, match=r"changed while it was read: shard 2 has 7 rows, 8 were"):
+        require_planned_rows(plans, commits)
+
+
+def test_shards_that_never_came_back_are_named_and_no_manifest_claims_them(
+    tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_cluster(monkeypatch)
+    monkeypatch.setattr(Recorder, "lost_shards", 2)
+    recipe = with_untrained_adapter(tiny_run)
+    with pytest.raises(ArtifactError, match=r"2 commit records for 4 shards, and shards \[0, 1\]"):
+        embed(recipe)
+    assert Ledger(recipe.storage.embeddings).manifest() is None
+    monkeypatch.setattr(Recorder, "lost_shards", 0)
+    embed(recipe)
+    assert len(stored(recipe)) == 32
+
+
+# ---- the stages by themselves ----
+
+
+def plan_table(corpus: Path) -> pa.Table:
+    (plan,) = plan_shards(corpus, 1_000)
+    row = {"shard_id": 0, "source": plan.source, "start": plan.start, "stop": plan.stop}
+    return pa.Table.from_pylist([{**row, "paths": list(plan.paths)}])
+
+
+def encoder_stage(recipe: Recipe) -> EncodeShard:
+    fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
+    return EncodeShard(recipe.model_dump(mode="json"), fingerprint)
+
+
+def test_images_travel_as_their_encoded_bytes(tmp_path: Path) -> None:
+    for n in range(8):
+        Image.new("RGB", (2_000, 2_000), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    encoded = sum(path.stat().st_size for path in tmp_path.iterdir())
+    table = read_and_check(plan_table(tmp_path))
+    assert table["id"].to_pylist() == [f"{n}.png" for n in range(8)]
+    assert table.nbytes < encoded + 10_000  # raw RGB would be 96 MB
+
+
+def test_an_encoder_holds_the_pixels_of_one_batch_at_a_time(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipelines.embed as flow
+
+    for n in range(20):
+        picture(tmp_path / "c" / f"{n:02d}.png", 12 * n)
+    stage = encoder_stage(with_untrained_adapter(tiny_run))
+    waiting, most = [0], [0]
+
+    def counted(data: bytes) -> Image.Image:
+        waiting[0] += 1
+        most[0] = max(most[0], waiting[0])
+        return decode_image(data)
+
+    genuine = Encoder.encode
+
+    def encode(self: Encoder, inputs: Any, **options: Any) -> NDArray[np.float32]:
+        waiting[0] -= len(inputs)
+        return genuine(self, inputs, **options)
+
+    monkeypatch.setattr(flow, "decode_image", counted)
+    monkeypatch.setattr(Encoder, "encode", encode)
+    rows = stage(read_and_check(plan_table(tmp_path / "c"))).to_pylist()
+    assert most[0] == tiny_run.embed.batch_size == 8
+    assert [row["id"] for row in rows] == [f"{n:02d}.png" for n in range(20)]
+    assert {(row["width"], row["height"], row["error"]) for row in rows} == {(24, 24, None)}
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, refused: Callable[[Any], bool]) -> None:
+    """The real encoder, but for a model that raises on some items."""
+    genuine = Encoder.encode_items
+
+    def encode_items(self: Encoder, items: Any) -> Any:
+        if any(refused(item) for item in items):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return genuine(self, items)
+
+    monkeypatch.setattr(Encoder, "encode_items", encode_items)
+
+
+def test_a_row_that_the_model_refuses_is_set_aside_and_its_neighbours_are_encoded(
+    tiny_run: Recipe, scenes_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = encoder_stage(with_untrained_adapter(tiny_run))
+    table = read_and_check(plan_table(scenes_dir / "gallery.parquet"))
+    clean = stage(table).to_pylist()
+    guilty = {clean[3]["id"], clean[17]["id"]}
+    refusing(monkeypatch, lambda item: item.id in guilty)
+    found = stage(table).to_pylist()
+    for row, before in zip(found, clean, strict=True):
+        assert row["id"] == before["id"]
+        if row["id"] in guilty:
+            assert (row["error"], row["stage"], row["vector"]) == ("model_refused", "encode", None)
+            assert "aspect ratio" in row["message"]
+        else:
+            ours, theirs = (np.frombuffer(r["vector"], np.float16) for r in (row, before))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=FP16)
+    assert stage(table).to_pylist() == found  # a resumed run gives the same bytes
+
+
+def test_a_model_that_refuses_everything_stops_the_run_instead_of_emptying_it(
+    tiny_run: Recipe, scenes_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = encoder_stage(with_untrained_adapter(tiny_run))
+    table = read_and_check(plan_table(scenes_dir / "gallery.parquet"))
+    refusing(monkeypatch, lambda item: True)
+    with pytest.raises(ValueError, match="aspect ratio"):
+        stage(table)
+
+
+def test_memory_that_ran_out_is_no_rows_fault(
+    tiny_run: Recipe, scenes_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def no_memory(self: Encoder, items: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage = encoder_stage(with_untrained_adapter(tiny_run))
+    monkeypatch.setattr(Encoder, "encode_items", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        stage(read_and_check(plan_table(scenes_dir / "gallery.parquet")))

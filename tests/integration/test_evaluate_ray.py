@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.evaluate import evaluate
+from jobs.results import results_table
+from pipelines.evaluate import evaluate, load_benchmark
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
-from slq.errors import DataError
+from slq.errors import ArtifactError, ArtifactMismatchError, DataError
 from slq.media import decode_image
-from slq.schema import RELEVANCE
+from slq.schema import ITEMS, RELEVANCE
 from tests.integration.runs import changed, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -99,6 +100,42 @@ def test_run_files_hold_the_ranking_with_margins_only_where_pairs_were_scored(
         assert {row["item_id"] for row in fine[:3]} == set(coarse[:3])  # the depth of the recipe
         assert [row["item_id"] for row in fine[3:]] == coarse[3:]
         assert [row["fine_score"] is not None for row in fine] == [True] * 3 + [False] * 7
+
+
+def test_unreadable_items_are_left_out_and_counted(
+    measured: tuple[Recipe, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe, whole = measured
+    rows = pq.read_table(recipe.data.path("corpus")).to_pylist()
+    rows[2]["image"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(rows, schema=ITEMS), tmp_path / "corpus.parquet")
+    found = load_benchmark(changed(recipe, data={"corpus": tmp_path / "corpus.parquet"}))
+    assert len(found.items) == whole["num_items"] - 1
+    assert rows[2]["id"] not in {item.id for item in found.items}
+    assert not any(query.id.startswith(f"{rows[2]['id']}-") for query in found.queries)
+    assert found.num_unreadable == 1 + whole["num_queries"] - len(found.queries)
+    assert found.relevant.shape == (len(found.queries), len(found.items))
+    assert found.relevant.any(axis=1).all()
+
+
+def test_an_adapter_of_another_weight_type_is_refused_with_both_fingerprints(
+    measured: tuple[Recipe, dict[str, Any]],
+) -> None:
+    recipe, _ = measured
+    other = changed(recipe, backbone={"dtype": "bfloat16"}, eval={"systems": ("slq",)})
+    with pytest.raises(
+        ArtifactMismatchError, match=r"fingerprint [0-9a-f]{64}, but .*[0-9a-f]{64}"
+    ):
+        evaluate(other)
+
+
+def test_only_trained_systems_need_an_adapter(tiny_run: Recipe) -> None:
+    with pytest.raises(ArtifactError, match="holds no adapter"):
+        evaluate(changed(tiny_run, eval={"systems": ("slq",)}))
+    results = evaluate(changed(tiny_run, eval={"systems": ("last_token",), "ks": (5,)}))
+    assert results["backbone"]["model"] == "tiny"
+    assert "hit@5" in results["systems"]["last_token"]["text_to_image"]["explicit"]
+    assert results_table(results).title == "text -> image, hit@5 in % (95% interval)"
 
 
 def test_relevance_that_fits_no_file_is_a_data_error(

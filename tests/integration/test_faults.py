@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
-from pipelines.embed import embed
+import pipelines.embed as embedding
+from pipelines.embed import embed, write_shard
 from pipelines.index import index, read_embeddings
-from pipelines.ledger import Ledger
+from pipelines.ledger import Commit, Ledger
 from pipelines.recipe import Recipe
 from slq.artifacts import file_sha256
 from slq.errors import StorageError
@@ -166,12 +169,44 @@ def test_a_killed_encoder_costs_no_row_and_doubles_none(tiny_run: Recipe, tmp_pa
     assert committed_bytes(recipe) == committed_bytes(again)
 
 
+def leftovers(recipe: Recipe) -> list[str]:
+    names = [path.name for path in recipe.storage.embeddings.rglob("*") if path.is_file()]
+    return [name for name in names if name.startswith(".") or name.endswith(".partial")]
+
+
+def write_with_bytes_of_its_own(
+    rows: pa.Table, root: str, dimension: int, user_schema: bytes | None = None
+) -> pa.Table:
+    """`write_shard`, but no two attempts at a shard give the same bytes."""
+    import secrets
+
+    import pipelines.embed as flow
+
+    genuine = flow.shard_table
+
+    def marked(*arguments: Any) -> pa.Table:
+        return genuine(*arguments).replace_schema_metadata({"attempt": secrets.token_hex(8)})
+
+    flow.shard_table = marked
+    try:
+        return flow.write_shard(
+            rows, root, dimension, user_schema
+        )  # in a worker nobody has replaced it
+    finally:
+        flow.shard_table = genuine
+
+
 def test_two_runs_at_once_end_in_one_data_set(
-    tiny_run: Recipe, clean: Recipe, tmp_path: Path
+    clean: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Every attempt has other bytes, so a loser that touched a committed file would be seen."""
     recipe = changed(clean, storage={"dir": tmp_path / "shared"}, resources={"embed_workers": 1})
     with_untrained_adapter(recipe)
     problems: list[BaseException] = []
+
+    # by value: a worker cannot import the tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(embedding, "write_shard", write_with_bytes_of_its_own)
 
     def run() -> None:
         try:
@@ -184,7 +219,31 @@ def test_two_runs_at_once_end_in_one_data_set(
         thread.start()
     for thread in threads:
         thread.join()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert problems == []
-    assert committed_bytes(recipe) == committed_bytes(clean)
-    names = [path.name for path in recipe.storage.embeddings.rglob("*") if path.is_file()]
-    assert not [name for name in names if name.startswith(".") or name.endswith(".partial")]
+    found = committed_bytes(recipe)
+    assert found.keys() == committed_bytes(clean).keys()
+    assert not set(found.values()) & set(committed_bytes(clean).values())  # the marks were written
+    ours, theirs = (read_embeddings(r.storage.embeddings) for r in (recipe, clean))
+    assert ours[0]["id"].to_pylist() == theirs[0]["id"].to_pylist()
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    assert leftovers(recipe) == []
+
+
+def test_a_zombie_attempt_after_the_end_changes_no_committed_byte(clean: Recipe) -> None:
+    before = committed_bytes(clean)
+    row: dict[str, Any] = {"shard_id": 0, "row": 0, "id": "late", "uri": "u", "text": "t"}
+    row |= {"width": None, "height": None, "content_hash": "", "error": None, "message": None}
+    row |= {"columns": embedding.pa_json({}), "vector": bytes(2 * 192), "stage": "decode"}
+    bad = {**row, "id": "bad", "error": "corrupt", "message": "m", "vector": None}
+    root = clean.storage.embeddings
+    (record,) = write_shard(pa.Table.from_pylist([row, bad]), str(root), 192).to_pylist()
+    assert committed_bytes(clean) == before
+    assert len(leftovers(clean)) == 2
+    assert not Ledger(root).commit(Commit(**record))
+    assert leftovers(clean) == []
+    write_shard(pa.Table.from_pylist([row, bad]), str(root), 192)  # and nobody hears of this one
+    embed(clean)
+    assert leftovers(clean) == []
+    assert committed_bytes(clean) == before
+    assert not list((root / "errors").iterdir())

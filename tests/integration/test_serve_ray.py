@@ -1,7 +1,13 @@
 """The service over real HTTP: answers equal encoder, index and fine stage; every refusal is in OpenAI's shape."""
 
+import asyncio
 import base64
+import io
+import os
+import shutil
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +18,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from ray import serve
+from ray.serve.exceptions import BackPressureError
 
 from pipelines.embed import embed
 from pipelines.index import index
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
-from pipelines.serve import check_before_start, start, stop
+from pipelines.serve import (
+    APP_NAME,
+    cause_in,
+    check_before_start,
+    running_endpoint,
+    serve_until_stopped,
+    start,
+    stop,
+)
+from pipelines.serving.ingress import Ingress, UnavailableError, answer_of
+from pipelines.serving.replicas import BackboneService, IndexService, Pinned, each_alone
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
-from slq.errors import ArtifactError, ArtifactMismatchError, ServiceError
-from slq.index import VectorIndex
+from slq.errors import ArtifactError, ArtifactMismatchError, DataError, ServiceError
+from slq.index import IndexConfig, VectorIndex, build, publish
 from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.schema import ITEMS, Item
@@ -29,16 +48,21 @@ from tests.integration.runs import changed, free_port, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PATH_LIKE, TEXT_ONLY = "deep/er/scene 0.png", "only-a-text"
+REPLACED = "replaced"  # its file holds a secret by the time the service runs
+SECRET = b"root:x:0:0:a secret of the machine"
 QUERY = "a red apple left of two dogs"
 DEPTH = 5
 
 
 def recipe_of(scenes_dir: Path, folder: Path) -> Recipe:
-    """The gallery, with an id that looks like a path, and a text among the images."""
+    """The gallery, with an id that looks like a path, a text, and an image in a file of its own."""
     rows = pq.read_table(scenes_dir / "gallery.parquet").to_pylist()
     rows[0]["id"] = PATH_LIKE
     rows.append({"id": TEXT_ONLY, "image": None, "text": QUERY})
-    pq.write_table(pa.Table.from_pylist(rows, schema=ITEMS), folder / "corpus.parquet")
+    (folder / "replaced.png").write_bytes(rows[1]["image"])
+    rows.append({"id": REPLACED, "image": None, "text": None, "uri": "replaced.png"})
+    schema = ITEMS.append(pa.field("uri", pa.string()))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "corpus.parquet")
     return changed(
         Recipe(),
         data={"dir": scenes_dir, "corpus": folder / "corpus.parquet"},
@@ -52,6 +76,8 @@ def recipe_of(scenes_dir: Path, folder: Path) -> Recipe:
             "batch_wait_s": 0.2,  # so that concurrent requests surely share a pass
             "num_threads": 1,
             "max_body_bytes": 2**20,
+            "max_inputs": 40,
+            "max_queued_requests": 12,
         },
         storage={"dir": folder / "run"},
     )
@@ -62,6 +88,7 @@ def recipe(ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPat
     recipe = with_untrained_adapter(recipe_of(scenes_dir, tmp_path_factory.mktemp("serve")))
     embed(recipe)
     index(recipe)
+    (recipe.data.path("corpus").parent / "replaced.png").write_bytes(SECRET)
     return recipe
 
 
@@ -98,6 +125,234 @@ def refusal(answer: httpx.Response, status: int) -> str:
     return str(error["message"])
 
 
+# ---- before the start ----
+
+
+def test_an_index_of_another_adapter_is_refused_and_both_fingerprints_are_named(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    other = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "other"}), seed=9)
+    (tmp_path / "other" / "index").symlink_to(recipe.storage.index)
+    mine, theirs = (load_adapter_config(r.storage.adapter).fingerprint for r in (recipe, other))
+    with pytest.raises(
+        ArtifactMismatchError, match=rf"{mine}.*{theirs}.*rebuild it with `slq embed`"
+    ):
+        start(other)
+
+
+def test_a_port_in_use_is_a_service_error_that_names_it(recipe: Recipe) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServiceError, match=rf"127\.0\.0\.1:{port}.*choose another serve\.port"):
+            check_before_start(changed(recipe, serve={"port": port}))
+
+
+def test_a_missing_adapter_or_index_says_what_to_run(recipe: Recipe, tmp_path: Path) -> None:
+    empty = changed(recipe, storage={"dir": tmp_path})
+    with pytest.raises(ArtifactError, match="run `slq train` first"):
+        check_before_start(empty)
+    with pytest.raises(ArtifactError, match="build one with `slq index`"):
+        check_before_start(with_untrained_adapter(empty))
+
+
+def pinned(recipe: Recipe) -> Pinned:
+    current = VectorIndex(recipe.storage.index)
+    return Pinned(fingerprint=current.fingerprint, index_version=current.version)
+
+
+def with_foreign_weights(recipe: Recipe, folder: Path) -> Recipe:
+    """The run, but with latent queries that its adapter's configuration does not speak of."""
+    shutil.copytree(recipe.storage.dir, folder / "run")
+    other = with_untrained_adapter(changed(recipe, storage={"dir": folder / "other"}), seed=9)
+    weights = "adapter_model.safetensors"
+    shutil.copy(other.storage.adapter / weights, folder / "run" / "adapter" / weights)
+    return changed(recipe, storage={"dir": folder / "run"})
+
+
+def test_a_replica_refuses_another_adapter_than_the_service_started_with(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    foreign = with_foreign_weights(recipe, tmp_path)
+    with pytest.raises(ArtifactMismatchError, match=pinned(recipe).fingerprint):
+        BackboneService.func_or_class(foreign.model_dump(mode="json"), pinned(recipe))
+
+
+def test_a_replica_keeps_the_index_version_that_the_service_started_with(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "index"
+    shutil.copytree(recipe.storage.index, folder)
+    start_of_service = pinned(recipe)
+    rows = pa.table({"id": ["x"], "uri": [None], "text": ["x"], "modality": ["text"]})
+    vectors = np.eye(1, 64, dtype=np.float32)
+    publish(folder, build(IndexConfig(), vectors), rows, fingerprint="other", config=IndexConfig())
+    replica = IndexService.func_or_class(str(folder), start_of_service)
+    assert replica.describe()["index_version"] == "v000001"
+    for wrong in (Pinned("0" * 64, "v000001"), Pinned(start_of_service.fingerprint, "v000002")):
+        with pytest.raises(ArtifactMismatchError, match=wrong.fingerprint):
+            IndexService.func_or_class(str(folder), wrong)
+
+
+class Recorder:
+    """Stands where a deployment's handle stands; counts how often it was asked to describe itself."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint, self.asked = fingerprint, 0
+        self.describe = self
+
+    async def remote(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"fingerprint": self.fingerprint}
+
+
+def test_health_asks_model_and_index_every_time_and_refuses_a_foreign_one(recipe: Recipe) -> None:
+    async def scenario() -> None:
+        model, vectors = Recorder("a"), Recorder("a")
+        plain = recipe.model_dump(mode="json")
+        face = Ingress.func_or_class.__bases__[0]  # below what makes an ASGI app of it
+        ingress = face(plain, Pinned("a", "v000001"), model, vectors)
+        for _ in range(3):
+            assert await ingress.healthz() == {"status": "ok"}
+        assert (model.asked, vectors.asked) == (3, 3)
+        model.fingerprint = "b"
+        with pytest.raises(
+            ArtifactMismatchError, match="fingerprint a, but the loaded model has b"
+        ):
+            await ingress.healthz()
+
+    asyncio.run(scenario())
+
+
+def test_overload_leaves_our_routes_as_an_error_of_ours() -> None:
+    async def full() -> None:
+        raise BackPressureError(3, 3)
+
+    with pytest.raises(UnavailableError, match="too many requests are waiting"):
+        asyncio.run(answer_of(full()))
+
+
+def test_only_the_guilty_item_of_a_pass_fails() -> None:
+    def roots(values: list[float]) -> list[float]:
+        if min(values) < 0:
+            raise ValueError("negative")
+        return [value**0.5 for value in values]
+
+    assert each_alone(roots, [4.0, 9.0]) == [2.0, 3.0]
+    first, guilty, last = each_alone(roots, [4.0, -1.0, 9.0])
+    assert (first, last) == (2.0, 3.0)
+    assert isinstance(guilty, ValueError)
+
+
+def test_an_input_that_the_model_raises_for_fails_alone_in_its_pass(
+    recipe: Recipe, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+
+    def encode(items: list[Item]) -> Any:
+        passes.append(len(items))
+        if any(item.text == "guilty" for item in items):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return encoder.encode(items)
+
+    service = BackboneService.func_or_class(recipe.model_dump(mode="json"), pinned(recipe))
+    monkeypatch.setattr(service._encoder, "encode", encode)
+    # below Ray's batching: used outside a replica it leaves the class impossible to send to one
+    one_pass = type(service)._embed_batch.__wrapped__
+
+    async def alone(item: Item) -> Any:
+        return (await one_pass(service, [item]))[0]
+
+    shared = [Item(text=text) for text in ("a cat", "guilty", "a dog")]
+    first, error, last = asyncio.run(one_pass(service, shared))
+    assert passes == [3, 1, 1, 1]
+    np.testing.assert_allclose([first, last], encoder.encode(["a cat", "a dog"]), atol=1e-5)
+    assert isinstance(error, ValueError)
+    monkeypatch.setattr(service, "_embed_batch", alone)
+    with pytest.raises(DataError, match="the model cannot take this input: absolute aspect ratio"):
+        asyncio.run(service.embed([shared[1]]))
+
+
+@pytest.mark.parametrize(
+    ("report", "cause"),
+    [
+        (
+            "Deploying application slq failed: Failed to update the deployments.\n"
+            'Traceback (most recent call last):\n  File "a.py", line 3, in f\n'
+            "slq.errors.ArtifactMismatchError: index has a, model has b; rebuild it",
+            "index has a, model has b; rebuild it",
+        ),
+        (
+            "Error:\nTraceback\nRuntimeError: CUDA out of memory\n",
+            "RuntimeError: CUDA out of memory",
+        ),
+        ("Deploying application slq failed", "Deploying application slq failed"),
+    ],
+)
+def test_the_cause_of_a_failed_start_is_the_last_exception(report: str, cause: str) -> None:
+    assert cause_in(report) == cause
+
+
+# ---- starting and stopping; each of these starts Serve and takes it down ----
+
+
+def on_a_new_port(recipe: Recipe) -> Recipe:
+    """Serve's proxy frees its port a moment after it was shut down, so each start has its own."""
+    return changed(recipe, serve={"port": free_port()})
+
+
+def test_a_replica_that_cannot_start_is_a_service_error_with_its_reason(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(ServiceError, match=r"cannot start: .*was built with fingerprint") as caught:
+        start(on_a_new_port(with_foreign_weights(recipe, tmp_path)))
+    assert "Traceback" not in str(caught.value)
+    assert str(caught.value).endswith("then start the service again")
+    assert running_endpoint() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_start_ends_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def endless(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(300)
+
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(serve, "run", endless)
+    started = time.monotonic()
+    serve_until_stopped(on_a_new_port(recipe))
+    assert time.monotonic() - started < 120
+    assert running_endpoint() is None
+    assert signal.getsignal(number) is handler
+
+
+@serve.deployment
+class Neighbour:
+    """An application of someone else on the same Serve."""
+
+    def __call__(self) -> str:
+        return "hello"
+
+
+def test_stopping_leaves_a_serve_that_was_there_before(recipe: Recipe) -> None:
+    recipe = on_a_new_port(recipe)
+    serve.start(http_options={"host": recipe.serve.host, "port": recipe.serve.port})
+    try:
+        serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
+        url = start(recipe)
+        assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
+        with pytest.raises(ServiceError, match="already runs on this cluster"):
+            start(recipe)
+        assert set(serve.status().applications) == {"neighbour", APP_NAME}
+        stop()
+        assert set(serve.status().applications) == {"neighbour"}
+    finally:
+        serve.shutdown()
+
+
 # ---- answers ----
 
 
@@ -106,7 +361,7 @@ def test_health_and_info_say_what_is_served(service: httpx.Client, recipe: Recip
     info = service.get("/info").json()
     adapter = load_adapter_config(recipe.storage.adapter)
     assert info["fingerprint"] == adapter.fingerprint
-    assert (info["num_vectors"], info["dimension"]) == (33, adapter.hidden_size)
+    assert (info["num_vectors"], info["dimension"]) == (34, adapter.hidden_size)
     assert (info["index_version"], info["backbone"]) == ("v000001", "tiny")
     assert service.get("/v1/models").json()["data"][0]["id"] == "slq"
 
@@ -163,15 +418,45 @@ def test_fine_search_orders_the_best_candidates_by_margin(
             assert result["fine_score"] is None
 
 
+def test_a_candidate_that_cannot_be_read_keeps_its_coarse_place_and_is_told(
+    service: httpx.Client, encoder: Encoder, corpus: dict[str, dict[str, Any]]
+) -> None:
+    twin = corpus["test-00001"]["image"]  # what the lost file held when it was indexed
+    query = {"embedding": encoder.encode([{"image": twin}])[0].tolist(), "text": QUERY}
+    coarse = [r["id"] for r in search(service, query=query, top_k=9, mode="coarse")["results"]]
+    assert REPLACED in coarse[:2]
+    found = search(service, query=query, top_k=9, rerank_k=6, mode="fine")
+    assert found["degraded"] is True
+    scored = [r["id"] for r in found["results"] if r["fine_score"] is not None]
+    assert set(scored) == set(coarse[:6]) - {REPLACED, TEXT_ONLY}
+    assert found["reranked"] == len(scored)
+    rest = [name for name in coarse if name not in scored]
+    assert [r["id"] for r in found["results"]] == scored + rest
+
+
 def test_the_fine_stage_scores_as_many_as_asked(service: httpx.Client) -> None:
     found = search(service, query={"text": QUERY}, top_k=10, rerank_k=9, mode="fine")
-    assert found["reranked"] in (8, 9)  # the text item may stand among the nine
+    assert found["reranked"] in (7, 8, 9)  # the text and the lost image may stand among the nine
     assert sum(result["fine_score"] is not None for result in found["results"]) == found["reranked"]
+
+
+def test_the_length_of_a_given_vector_changes_nothing(
+    service: httpx.Client, encoder: Encoder
+) -> None:
+    vector = encoder.encode([QUERY])[0]
+    unit, long = (
+        search(service, query={"embedding": (scale * vector).tolist()}, mode="coarse")["results"]
+        for scale in (1.0, 7.0)
+    )
+    assert [result["id"] for result in unit] == [result["id"] for result in long]
+    np.testing.assert_allclose(
+        [result["score"] for result in unit], [result["score"] for result in long], atol=1e-6
+    )
 
 
 def test_more_results_than_items_gives_every_item_once(service: httpx.Client) -> None:
     found = search(service, query={"text": QUERY}, top_k=50, mode="coarse")
-    assert len({result["id"] for result in found["results"]}) == 33
+    assert len({result["id"] for result in found["results"]}) == 34
 
 
 def test_the_index_version_and_the_fingerprint_come_with_every_answer(
@@ -255,6 +540,40 @@ def test_an_id_without_an_image_is_not_found_however_it_looks(
     assert b"root:" not in answer.content
 
 
+def test_a_file_that_is_no_image_is_never_handed_out(service: httpx.Client) -> None:
+    answer = service.get(f"/items/{REPLACED}/image")
+    assert "has no image that can be read" in refusal(answer, 404)
+    assert SECRET not in answer.content
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/absent", 404),
+        ("POST", "/v1/absent", 404),
+        ("GET", "/search", 405),
+        ("DELETE", "/v1/embeddings", 405),
+    ],
+)
+def test_unknown_routes_and_wrong_methods_have_the_error_shape(
+    service: httpx.Client, method: str, path: str, status: int
+) -> None:
+    body = {"json": {}} if method == "POST" else {}
+    answer = service.request(method, path, **body)
+    assert path in refusal(answer, status)
+    assert status == 404 or answer.headers["allow"] == "POST"
+
+
+def test_another_endpoint_on_a_cluster_that_serves_already_is_refused(
+    service: httpx.Client, recipe: Recipe
+) -> None:
+    other = free_port()
+    with pytest.raises(ServiceError, match=rf":{recipe.serve.port} .*:{other};") as caught:
+        start(changed(recipe, serve={"port": other}))
+    assert "already listens" in str(caught.value)
+    assert service.get("/healthz").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -291,6 +610,7 @@ def test_a_query_that_cannot_be_answered_is_a_400_with_the_reason(
         {"input": [1, 2]},
         {"input": "a", "modle": "slq"},
         {"input": {"image": "no base64!"}},
+        {"input": ["a"] * 41},
     ],
 )
 def test_embeddings_that_cannot_be_made_are_a_400(
@@ -309,7 +629,7 @@ def test_a_fine_search_without_anything_to_score_is_refused_not_ignored(
     assert found["reranked"] == 0
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "1e39"])
 def test_a_vector_that_is_not_finite_is_a_400(
     service: httpx.Client, encoder: Encoder, value: str
 ) -> None:
@@ -320,6 +640,11 @@ def test_a_vector_that_is_not_finite_is_a_400(
         headers={"content-type": "application/json"},
     )
     assert refusal(answer, 400)
+
+
+def test_a_vector_without_a_direction_is_a_400(service: httpx.Client, encoder: Encoder) -> None:
+    body = {"query": {"embedding": [0.0] * encoder.dimension}}
+    assert "norm 0" in refusal(service.post("/search", json=body), 400)
 
 
 def test_a_body_that_is_no_json_or_too_large_is_refused(service: httpx.Client) -> None:
@@ -347,33 +672,32 @@ def test_a_poisoned_query_does_not_harm_those_that_share_its_pass(
     np.testing.assert_allclose(vectors, encoder.encode(texts), atol=1e-5)
 
 
-# ---- before the start ----
-
-
-def test_an_index_of_another_adapter_is_refused_and_both_fingerprints_are_named(
-    recipe: Recipe, tmp_path: Path
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
+def test_an_extreme_image_does_not_harm_those_that_share_its_pass(
+    service: httpx.Client, encoder: Encoder, size: tuple[int, int]
 ) -> None:
-    other = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "other"}), seed=9)
-    (tmp_path / "other" / "index").symlink_to(recipe.storage.index)
-    mine, theirs = (load_adapter_config(r.storage.adapter).fingerprint for r in (recipe, other))
-    with pytest.raises(
-        ArtifactMismatchError, match=rf"{mine}.*{theirs}.*rebuild it with `slq embed`"
-    ):
-        start(other)
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, "PNG")
+    strip = {"image": base64.b64encode(buffer.getvalue()).decode()}
+    inputs = ["a cat", strip, "a dog"]
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        answers = list(
+            pool.map(lambda value: service.post("/v1/embeddings", json={"input": value}), inputs)
+        )
+    good = [answers[0], answers[2]]
+    assert [answer.status_code for answer in good] == [200, 200]
+    assert answers[1].status_code in (200, 400)  # families differ in what they take
+    vectors = [answer.json()["data"][0]["embedding"] for answer in good]
+    np.testing.assert_allclose(vectors, encoder.encode(["a cat", "a dog"]), atol=1e-5)
 
 
-def test_a_port_in_use_is_a_service_error_that_names_it(recipe: Recipe) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ServiceError, match=rf"127\.0\.0\.1:{port}.*choose another serve\.port"):
-            check_before_start(changed(recipe, serve={"port": port}))
-
-
-def test_a_missing_adapter_or_index_says_what_to_run(recipe: Recipe, tmp_path: Path) -> None:
-    empty = changed(recipe, storage={"dir": tmp_path})
-    with pytest.raises(ArtifactError, match="run `slq train` first"):
-        check_before_start(empty)
-    with pytest.raises(ArtifactError, match="build one with `slq index`"):
-        check_before_start(with_untrained_adapter(empty))
+def test_overload_is_refused_at_once_with_a_time_to_retry(service: httpx.Client) -> None:
+    body = {"input": [f"a dog and {n} cats" for n in range(40)]}
+    with ThreadPoolExecutor(100) as pool:  # 64 run, 12 may wait
+        answers = list(pool.map(lambda _: service.post("/v1/embeddings", json=body), range(100)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < len(answers)
+    for answer in refused:
+        assert "too many requests" in refusal(answer, 503)
+        assert int(answer.headers["retry-after"]) > 0
+    assert service.get("/healthz").status_code == 200

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,24 +12,25 @@ from safetensors.torch import load_file
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe
 from pipelines.train import Pairs, history, train
-from slq.artifacts import load_adapter_config
-from slq.backbones.loading import tiny_folder
-from slq.errors import ConfigError, DataError
+from slq.artifacts import read_json
+from slq.errors import ConfigError, DataError, HardwareError
 from slq.losses import info_nce
 from slq.media import decode_image
-from slq.schema import Item
-from slq.training import PairSampler, learning_rate_scale
-from tests.integration.runs import changed, fingerprints_of_files
+from slq.schema import PAIRS, Item
+from slq.training import PairSampler, PrefixSource, learning_rate_scale
+from tests.integration.runs import changed, fingerprints_of_files, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
-def weight_files() -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in tiny_folder().iterdir()
-        if path.suffix == ".safetensors"
-    }
+# what Ray Train sets for a worker group, for one process
+ENGINE_ENVIRONMENT = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": str(free_port()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +104,85 @@ def test_the_adapter_holds_the_latents_and_the_temperature_and_nothing_else(
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
-def test_the_backbone_is_what_it_was(recipe: Recipe) -> None:
-    """Weight files before and after an (idempotent) run, and the revision that the adapter records."""
-    before, revision = weight_files(), backbone_of(recipe).revision
-    folder = train(recipe)
-    assert weight_files() == before
-    assert backbone_of(recipe).revision == revision == load_adapter_config(folder).revision
+def test_the_engine_leaves_weights_and_logits_bit_identical(recipe: Recipe) -> None:
+    """`train` itself refuses to finish when the digest has changed; this shows it for DeepSpeed's engine."""
+    import ray
+
+    from pipelines import train as flow
+
+    @ray.remote(num_cpus=1)
+    def probe(settings: Recipe) -> tuple[str, str, bool]:
+        backbone = flow.backbone_of(settings)
+        first = backbone.weights_sha256()
+        latents = flow.untrained_latents(settings, backbone)
+        engine = flow.make_engine(settings, backbone, latents, 1)
+        pairs = Pairs(settings.data.path("train"))
+        source = PrefixSource(backbone, pairs.read, cache_bytes=0)
+        prompt = backbone.prompts([Item(text="a fox")])
+        before = backbone.model(input_ids=prompt.input_ids).logits
+        for _ in range(3):
+            rows = list(range(8))
+            loss = engine(source.images(rows, pairs.image_keys), source.texts(rows))
+            engine.backward(loss)
+            engine.step()
+        after = backbone.model(input_ids=prompt.input_ids).logits
+        return first, backbone.weights_sha256(), bool(torch.equal(before, after))
+
+    first, last, same_logits = ray.get(
+        probe.options(runtime_env={"env_vars": ENGINE_ENVIRONMENT}).remote(recipe)
+    )
+    assert first == last == backbone_of(recipe).weights_sha256()
+    assert same_logits
+
+
+def test_a_changed_backbone_would_be_noticed(recipe: Recipe) -> None:
+    backbone = backbone_of(recipe)
+    before = backbone.weights_sha256()
+    parameter = next(backbone.model.parameters())
+    parameter.data.view(-1)[0] += 1e-6
+    assert backbone.weights_sha256() != before
+
+
+def test_bad_pairs_are_left_out_by_name_and_too_many_are_refused(
+    recipe: Recipe, scenes_dir: Path, tmp_path: Path
+) -> None:
+    rows = pq.read_table(scenes_dir / "train.parquet").to_pylist()
+    rows[3]["image"], rows[7]["text"] = b"no image", "  "
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), path)
+    usable, refused = Pairs(path).check(0.05)
+    assert set(range(64)) - set(usable) == {3, 7}
+    assert set(refused) == {rows[3]["id"], rows[7]["id"]}
+    with pytest.raises(DataError, match="2 of 64 training pairs cannot be used, first 'train-"):
+        Pairs(path).check(0.01)
+    local = changed(
+        recipe,
+        data={"train": path},
+        train={"num_steps": 1, "max_error_share": 0.05},
+        storage={"dir": tmp_path / "run"},
+    )
+    train(local)
+    done = read_json(tmp_path / "run" / "train" / "done.json")
+    assert done["refused"][rows[7]["id"]] == "the caption is empty"
+    assert len(history(local)) == 1
+
+
+def test_more_workers_than_the_cluster_holds_are_refused_at_once(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    large = changed(recipe, resources={"train_workers": 512}, storage={"dir": tmp_path / "x"})
+    with pytest.raises(HardwareError, match="needs 512 CPUs, but the cluster has"):
+        train(large)
+
+
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_lost_a_file_is_given_back(
+    recipe: Recipe, adapter: Path, lost: str
+) -> None:
+    before = (adapter / lost).read_bytes()
+    (adapter / lost).unlink()
+    train(recipe)
+    assert (adapter / lost).read_bytes() == before
 
 
 def test_a_second_run_does_nothing(recipe: Recipe, adapter: Path) -> None:
@@ -137,7 +212,11 @@ def test_replicated_and_partitioned_optimisers_give_the_same_losses(
 
 
 def test_a_run_is_not_taken_for_finished_after_its_data_changed(
-    recipe: Recipe, adapter: Path, scenes_dir: Path, tmp_path: Path
+    recipe: Recipe,
+    adapter: Path,
+    scenes_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pipelines.train import settings_digest
 
@@ -145,6 +224,11 @@ def test_a_run_is_not_taken_for_finished_after_its_data_changed(
     local = changed(recipe, data={"train": tmp_path / "pairs.parquet"})
     pq.write_table(pairs, tmp_path / "pairs.parquet")
     before = settings_digest(local)
+    assert settings_digest(changed(local, resources={"train_workers": 1})) != before
+    monkeypatch.setattr("pipelines.train.backbone_revision", lambda *_: "another")
+    assert settings_digest(local) != before
+    monkeypatch.undo()
+    assert settings_digest(local) == before
     pq.write_table(pairs.slice(1), tmp_path / "pairs.parquet")
     assert settings_digest(local) != before
 
@@ -155,10 +239,6 @@ def test_training_data_that_cannot_be_used_is_refused_by_name(
     with pytest.raises(ConfigError, match=r"data\.train: .*absent\.parquet does not exist"):
         train(changed(recipe, data={"train": tmp_path / "absent.parquet"}))
     pairs = pq.read_table(scenes_dir / "train.parquet").to_pylist()
-    import pyarrow as pa
-
-    from slq.schema import PAIRS
-
     pairs[3]["text"] = None
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.Table.from_pylist(pairs, schema=PAIRS), path)

@@ -1,0 +1,1 @@
+"""What runs in the replicas of the online service; `pipelines.serve` starts and stops it."""

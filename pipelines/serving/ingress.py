@@ -1,0 +1,340 @@
+"""The HTTP face of the online service: routes, limits, and errors in OpenAI's shape.
+
+Handlers and middleware stand before the ingress class: Ray Serve freezes the app when it decorates that class.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from importlib import resources as package_files
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from numpy.typing import NDArray
+from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from pipelines.corpus import fetch_image
+from pipelines.messages import (
+    EmbeddingsRequest,
+    SearchRequest,
+    SearchResponse,
+    SearchResult,
+    embeddings_response,
+    error_body,
+    vector_of,
+)
+from pipelines.recipe import Recipe
+from pipelines.serving.replicas import Pinned
+from slq.errors import ArtifactMismatchError, DataError, MediaError, ServiceError
+from slq.media import decode_image
+from slq.schema import Item
+
+log = logging.getLogger(__name__)
+_RETRY_AFTER_S = 1
+_HEALTH_TIMEOUT_S = 10.0
+app = FastAPI(
+    title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
+)
+
+
+class UnavailableError(ServiceError):
+    """The service cannot answer now: too many requests wait, or no replica is up; try again."""
+
+
+def _status_of(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, UnavailableError):
+        return 503, "service_unavailable"
+    if isinstance(error, ArtifactMismatchError):
+        return 409, "fingerprint_mismatch"
+    if isinstance(error, MediaError) and error.reason == "too_many_bytes":
+        return 413, "too_large"
+    if isinstance(error, DataError):
+        return 400, "invalid_request_error"
+    return 500, "server_error"
+
+
+@app.middleware("http")
+async def _limit_body(request: Request, call_next: Any) -> Any:
+    replica: Any = serve.get_replica_context().servable_object
+    limit = replica.max_body_bytes
+    length = request.headers.get("content-length")
+    if length is None and request.method == "POST":
+        message = "send a content-length; chunked bodies are not accepted"
+        return JSONResponse(error_body(message, "length_required"), 411)
+    if int(length or 0) > limit:
+        return JSONResponse(error_body(f"the body exceeds {limit} bytes", "too_large"), 413)
+    return await call_next(request)
+
+
+@app.exception_handler(Exception)
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    status, kind = _status_of(cause)
+    message = str(cause) if status != 500 else "internal error; see the service's log"
+    headers = {"retry-after": str(_RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse(error_body(message, kind), status, headers=headers)
+
+
+@app.exception_handler(DataError)
+@app.exception_handler(ArtifactMismatchError)
+@app.exception_handler(UnavailableError)
+@app.exception_handler(RayTaskError)
+async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
+    return await _on_error(request, error)
+
+
+@app.exception_handler(RequestValidationError)
+async def _on_bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
+    parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
+    return JSONResponse(error_body("; ".join(parts), "invalid_request_error"), 400)
+
+
+@app.exception_handler(HTTPException)
+async def _on_no_route(request: Request, error: HTTPException) -> JSONResponse:
+    kind = "not_found" if error.status_code == 404 else "invalid_request_error"
+    message = f"{request.method} {request.url.path}: {error.detail}; see /docs for the routes"
+    return JSONResponse(error_body(message, kind), error.status_code, headers=error.headers)
+
+
+async def answer_of(call: Awaitable[Any]) -> Any:
+    """The answer of a deployment.
+
+    Ray Serve answers BackPressureError itself, in plain text, and replaces any handler for it (Ray 2.60), so it never
+    leaves our routes.
+
+    Raises:
+        UnavailableError: The deployment's queue is full, or it has failed.
+    """
+    try:
+        return await call
+    except BackPressureError:
+        raise UnavailableError("too many requests are waiting; try again later") from None
+    except DeploymentUnavailableError:
+        raise UnavailableError("a part of the service is down; try again later") from None
+
+
+def read_image(uri: str) -> bytes | None:
+    """The bytes of an indexed item's image, only after they decoded as one; None where the item has no image.
+
+    Raises:
+        DataError: The file is gone, or it is no image: its content is never handed out.
+    """
+    data = fetch_image(uri)
+    if data is not None:
+        decode_image(data)
+    return data
+
+
+def content_type(image: bytes) -> str:
+    """Media type of bytes that `decode_image` accepts."""
+    return {b"\x89PN": "image/png", b"RIF": "image/webp"}.get(image[:3], "image/jpeg")
+
+
+@serve.deployment
+@serve.ingress(app)
+class Ingress:
+    """The HTTP face; it holds no model and no vectors."""
+
+    def __init__(
+        self,
+        recipe: dict[str, Any],
+        pinned: Pinned,
+        backbone: DeploymentHandle,
+        index: DeploymentHandle,
+    ) -> None:
+        self._recipe = Recipe.model_validate(recipe)
+        self._pinned = pinned
+        self._backbone = backbone
+        self._index = index
+        self.max_body_bytes = self._recipe.serve.max_body_bytes
+        self._info: dict[str, Any] = {}
+        self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
+
+    async def _describe(self) -> dict[str, Any]:
+        """Ask both deployments; replicas are pinned, so the answer stays true and searches reuse it."""
+        calls = (
+            answer_of(self._backbone.describe.remote()),
+            answer_of(self._index.describe.remote()),
+        )
+        try:
+            model, index = await asyncio.wait_for(asyncio.gather(*calls), _HEALTH_TIMEOUT_S)
+        except TimeoutError:
+            raise UnavailableError(
+                f"model or index did not answer within {_HEALTH_TIMEOUT_S:g} s"
+            ) from None
+        self._pinned.require(model["fingerprint"], found_in="the loaded model")
+        self._pinned.require(index["fingerprint"], found_in="the loaded index")
+        self._info = {**model, **index}
+        return self._info
+
+    async def _known(self) -> dict[str, Any]:
+        return self._info or await self._describe()
+
+    async def _embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
+        vectors: list[NDArray[np.float32]] = await answer_of(self._backbone.embed.remote(items))
+        return vectors
+
+    @app.post("/search")
+    async def search(self, body: SearchRequest, response: Response) -> SearchResponse:
+        """Coarse search, then the fine stage on the best candidates (`auto` scores them when a pair has one image)."""
+        info = await self._known()
+        self._check_limits(body)
+        started = time.perf_counter()
+        vector = vector_of(body.query, info["dimension"])
+        item = None
+        if vector is None or body.query.text or body.query.image:
+            item = await asyncio.to_thread(body.query.item)
+        if item is None and body.mode == "fine":
+            raise DataError(
+                "the fine stage needs the query's text or image, not only its embedding"
+            )
+        if vector is None:
+            assert item is not None
+            vector = (await self._embed([item]))[0]
+        embedded = time.perf_counter()
+        depth = self._depth(body, info["num_vectors"])
+        hits, rows, version = await answer_of(
+            self._index.search.remote(vector, max(body.top_k, depth))
+        )
+        searched = time.perf_counter()
+        results = [
+            SearchResult(
+                id=hit.id, score=hit.score, coarse_score=hit.score, uri=row["uri"], text=row["text"]
+            )
+            for hit, row in zip(hits, rows, strict=True)
+        ]
+        reranked, degraded = 0, False
+        if depth and item is not None:
+            reranked, degraded = await self._rerank(
+                item, results, rows, depth, required=body.mode == "fine"
+            )
+        scored = time.perf_counter()
+        response.headers["x-slq-fingerprint"] = info["fingerprint"]
+        return SearchResponse(
+            results=results[: body.top_k],
+            timings_ms={
+                "embed": 1000 * (embedded - started),
+                "search": 1000 * (searched - embedded),
+                "fine": 1000 * (scored - searched),
+            },
+            reranked=reranked,
+            degraded=degraded,
+            index_version=version,
+            fingerprint=info["fingerprint"],
+        )
+
+    def _depth(self, body: SearchRequest, num_vectors: int) -> int:
+        """How many candidates the fine stage may score."""
+        if body.mode == "coarse":
+            return 0
+        return min(body.rerank_k or self._recipe.rerank.depth, num_vectors)
+
+    async def _rerank(
+        self,
+        item: Item,
+        results: list[SearchResult],
+        rows: list[dict[str, Any]],
+        depth: int,
+        *,
+        required: bool,
+    ) -> tuple[int, bool]:
+        """Put the scored block in front, by margin, then coarse score.
+
+        Returns:
+            How many were scored, and whether any that should have been could not.
+        """
+        query_has_image = item.image is not None
+        scorable = [
+            n
+            for n in range(min(depth, len(results)))
+            if ("image" in rows[n]["modality"]) != query_has_image
+        ]
+        if not scorable:
+            if required:
+                raise DataError(
+                    "the fine stage needs one image in each pair; use mode `coarse` for this query"
+                )
+            return 0, False
+        uris, texts = ([rows[n][key] for n in scorable] for key in ("uri", "text"))
+        margins = await answer_of(self._backbone.score.remote(item, uris, texts))
+        scored = {n: m for n, m in zip(scorable, margins, strict=True) if m is not None}
+        for n, margin in scored.items():
+            results[n].fine_score = results[n].score = margin
+        block = sorted(
+            (results[n] for n in scored), key=lambda r: (-r.score, -r.coarse_score, r.id)
+        )
+        rest = [result for n, result in enumerate(results) if n not in scored]
+        results[:] = block + rest
+        return len(scored), len(scored) < len(scorable)
+
+    def _check_limits(self, body: SearchRequest) -> None:
+        limits = self._recipe.serve
+        if body.top_k > limits.max_top_k:
+            raise DataError(f"top_k is {body.top_k}; at most {limits.max_top_k} is allowed")
+        if (body.rerank_k or 0) > limits.max_rerank:
+            raise DataError(f"rerank_k is {body.rerank_k}; at most {limits.max_rerank} is allowed")
+
+    @app.post("/v1/embeddings")
+    async def embeddings(self, body: EmbeddingsRequest, response: Response) -> dict[str, Any]:
+        """Embeddings in OpenAI's shape."""
+        info = await self._known()
+        if body.dimensions not in (None, info["dimension"]):
+            raise DataError(f"dimensions must be {info['dimension']} for this adapter")
+        limit = self._recipe.serve.max_inputs
+        if not 0 < body.num_inputs <= limit:
+            raise DataError(
+                f"input has {body.num_inputs} entries; send at least one text or image and at most {limit}"
+            )
+        items = await asyncio.to_thread(body.items)
+        vectors = await self._embed(items)
+        response.headers["x-slq-fingerprint"] = info["fingerprint"]
+        words = sum(len((item.text or "").split()) for item in items)
+        return await asyncio.to_thread(embeddings_response, vectors, body, words)
+
+    @app.get("/v1/models")
+    async def models(self) -> dict[str, Any]:
+        """The served adapter, in OpenAI's shape."""
+        info = await self._known()
+        return {
+            "object": "list",
+            "data": [{"id": "slq", "object": "model", "owned_by": info["backbone"]}],
+        }
+
+    @app.get("/info")
+    async def info(self) -> dict[str, Any]:
+        """Fingerprint, dimension, index version and size."""
+        return await self._describe()
+
+    @app.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        """Answers when model and index answer now and belong together."""
+        await self._describe()
+        return {"status": "ok"}
+
+    @app.get("/items/{item_id:path}/image")
+    async def image(self, item_id: str) -> Response:
+        """The image of an indexed item."""
+        uri = await answer_of(self._index.uri_of.remote(item_id))
+        try:
+            data = await asyncio.to_thread(read_image, uri) if uri else None
+        except (DataError, OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            log.warning("image of item %r: %s", item_id, error)
+            data = None
+        if data is None:
+            message = f"item {item_id!r} has no image that can be read"
+            return JSONResponse(error_body(message, "not_found"), 404)
+        headers = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
+        return Response(data, media_type=content_type(data), headers=headers)
+
+    @app.get("/")
+    async def page(self) -> HTMLResponse:
+        """A small gallery to try searches in."""
+        return HTMLResponse(self._page)

@@ -1,0 +1,222 @@
+"""The deployments behind the HTTP face: the resident backbone and one index version.
+
+Both are told at the start which embedding space and which index version they serve. A replica that Ray Serve starts
+later, after a crash or to scale up, finds what the first one found, or refuses to start.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from pipelines.corpus import fetch_image
+from pipelines.loading import encoder_of, use_threads
+from pipelines.recipe import Recipe
+from slq.artifacts import require_same_fingerprint
+from slq.errors import DataError, ServiceError
+from slq.index import Hit, VectorIndex
+from slq.media import decode_image
+from slq.reranker import Reranker
+from slq.schema import Item
+
+log = logging.getLogger(__name__)
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What every replica of one service must agree on.
+
+    Attributes:
+        fingerprint: Of the embedding space.
+        index_version: The version that was current when the service started.
+    """
+
+    fingerprint: str
+    index_version: str
+
+    def require(self, found: str, *, found_in: str) -> None:
+        """Refuse another embedding space.
+
+        Raises:
+            ArtifactMismatchError: The fingerprints differ; both are named.
+        """
+        require_same_fingerprint(
+            self.fingerprint,
+            found,
+            expected_in=f"index version {self.index_version} of this service",
+            found_in=found_in,
+            remedy="rebuild it with `slq embed` and `slq index`, then start the service again",
+        )
+
+
+def each_alone(
+    run: Callable[[list[_In]], Iterable[_Out]], items: list[_In]
+) -> list[_Out | Exception]:
+    """Run a pass over items; when it raises, run them one by one, so that only the guilty one fails.
+
+    Args:
+        run: Gives one result per item, in order.
+        items: What strangers may have sent together.
+
+    Returns:
+        In order, each item's result, or the exception that it raises on its own.
+    """
+    try:
+        return list(run(items))
+    except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to its item
+        if len(items) == 1:
+            return [error]
+        log.warning("a pass over %d items failed, running them one by one: %s", len(items), error)
+        return [result for item in items for result in each_alone(run, [item])]
+
+
+@serve.deployment
+class BackboneService:
+    """The resident backbone: embeds queries, scores candidates.
+
+    Args:
+        recipe: The resolved recipe as plain values.
+        pinned: What the service was started with.
+
+    Raises:
+        ArtifactMismatchError: Another adapter lies in the run folder by now.
+    """
+
+    def __init__(self, recipe: dict[str, Any], pinned: Pinned) -> None:
+        self._recipe = Recipe.model_validate(recipe)
+        use_threads(self._recipe.serve.num_threads)
+        self._encoder = encoder_of(self._recipe)
+        adapter = self._recipe.storage.adapter
+        pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
+        rerank = self._recipe.rerank
+        self._reranker = Reranker(
+            self._encoder.backbone, framing=rerank.framing, batch_size=rerank.batch_size
+        )
+        batch = self._recipe.serve
+        self._embed_batch.set_max_batch_size(batch.max_batch)
+        self._embed_batch.set_batch_wait_timeout_s(batch.batch_wait_s)
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
+    async def _embed_batch(self, items: list[Item]) -> list[NDArray[np.float32] | Exception]:
+        """Exceptions travel as data: a raised one would fail every request in the pass."""
+        return await asyncio.to_thread(each_alone, self._encoder.encode, items)
+
+    async def embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
+        """The (dimension,) float32 unit vector of each item; concurrent calls share forward passes.
+
+        Raises:
+            DataError: The model cannot take one of the items.
+        """
+        results = await asyncio.gather(*[self._embed_batch(item) for item in items])
+        for result in results:
+            if isinstance(result, ValueError):  # processors refuse shapes of images this way
+                raise DataError(f"the model cannot take this input: {result}")
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    async def score(
+        self, query: Item, uris: list[str | None], texts: list[str | None]
+    ) -> list[float | None]:
+        """Margins of candidates, given where their images lie and what their texts are.
+
+        None stands for a candidate that cannot be read or scored: its file may be gone since it was indexed.
+        """
+        return await asyncio.to_thread(self._score, query, uris, texts)
+
+    def _score(
+        self, query: Item, uris: list[str | None], texts: list[str | None]
+    ) -> list[float | None]:
+        margins: list[float | None] = [None] * len(uris)
+        candidates = {
+            number: candidate
+            for number, (uri, text) in enumerate(zip(uris, texts, strict=True))
+            if (candidate := candidate_of(uri, text)) is not None
+        }
+        if not candidates:
+            return margins
+        scored = each_alone(
+            lambda pairs: self._reranker.score(pairs).tolist(),
+            [(query, candidate) for candidate in candidates.values()],
+        )
+        for number, margin in zip(candidates, scored, strict=True):
+            if isinstance(margin, Exception):
+                log.warning("candidate %s cannot be scored: %s", uris[number], margin)
+            else:
+                margins[number] = margin
+        return margins
+
+    def describe(self) -> dict[str, Any]:
+        """What `/info` says about the model."""
+        encoder = self._encoder
+        return {
+            "fingerprint": encoder.fingerprint,
+            "dimension": encoder.dimension,
+            "backbone": encoder.backbone.name,
+            "framing": self._reranker.framing.name,
+        }
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica whose model cannot embed a word any more."""
+        if not np.isfinite(self._encoder.encode(["health"])).all():
+            raise ServiceError("the backbone gives vectors that are not finite")
+
+
+def candidate_of(uri: str | None, text: str | None) -> Item | None:
+    """A stored item as the fine stage reads it, or None where its image cannot be read any more."""
+    try:
+        data = fetch_image(uri) if uri else None
+        return Item(text=text, image=decode_image(data) if data is not None else None)
+    except (DataError, OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        log.warning("candidate %s cannot be read: %s", uri, error)
+        return None
+
+
+@serve.deployment
+class IndexService:
+    """One loaded index version.
+
+    Args:
+        folder: The index folder.
+        pinned: What the service was started with.
+
+    Raises:
+        ArtifactError: The version is gone or damaged.
+        ArtifactMismatchError: It belongs to another embedding space.
+    """
+
+    def __init__(self, folder: str, pinned: Pinned) -> None:
+        self._index = VectorIndex(Path(folder), pinned.index_version)
+        pinned.require(self._index.fingerprint, found_in=f"index {folder}")
+        self._row_of = {
+            item_id: row for row, item_id in enumerate(self._index.rows["id"].to_pylist())
+        }
+
+    def search(
+        self, vector: NDArray[np.float32], top_k: int
+    ) -> tuple[list[Hit], list[dict[str, Any]], str]:
+        """Hits of one query vector, their stored columns, and the version that answered."""
+        found = self._index.search(vector[None, :], top_k)[0]
+        return found, [self._index.row(hit.row) for hit in found], self._index.version
+
+    def describe(self) -> dict[str, Any]:
+        """What `/info` says about the index."""
+        return {
+            "index_version": self._index.version,
+            "num_vectors": len(self._index),
+            "fingerprint": self._index.fingerprint,
+            "dimension": int(self._index.manifest["dimension"]),
+        }
+
+    def uri_of(self, item_id: str) -> str | None:
+        """Where the item's image lies, or None when there is no such item."""
+        row = self._row_of.get(item_id)
+        return None if row is None else self._index.row(row)["uri"]
