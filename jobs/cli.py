@@ -183,6 +183,11 @@ def pretrain(
         Path, typer.Option("--out", help="checkpoints, log and the finished model")
     ] = Path("runs/tiny"),
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's default")] = 0,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(help="train nothing: a backbone's held-out accuracies; `tiny` or a folder"),
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="with --evaluate: test scenes")] = 384,
     dry_run: DryRun = False,
 ) -> None:
     """Train the shipped tiny backbone from scratch; run it again to resume."""
@@ -191,6 +196,7 @@ def pretrain(
 
     from slq.errors import ConfigError
     from slq.pretraining.config import PretrainConfig
+    from slq.pretraining.evaluation import accuracies_of
     from slq.pretraining.loop import pretrain as stage
 
     with friendly_errors():
@@ -203,6 +209,9 @@ def pretrain(
             return
         if threads:
             torch.set_num_threads(threads)
+        if evaluate is not None:
+            out.print_json(data=accuracies_of(evaluate, config, num_scenes=scenes))
+            return
         folder = stage(
             config, out_dir, lambda metrics: err.print(pretrain_line(metrics, config.num_steps))
         )
