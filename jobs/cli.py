@@ -58,6 +58,8 @@ def embed(
             rows = scenes.test + scenes.unseen
             shards_needed = -(-rows // resolved.embed.shard_rows)
             return {"plan": {"shards": shards_needed, "rows": rows, "corpus": "generated first"}}
+        if resolved.data.karpathy is not None and not resolved.data.path("corpus").exists():
+            return {"plan": {"corpus": "generated first"}}  # how many images only its source knows
         require_files(resolved, "corpus")
         shards = plan_shards(resolved.data.path("corpus"), resolved.embed.shard_rows)
         return {"plan": {"shards": len(shards), "rows": sum(shard.num_rows for shard in shards)}}

@@ -11,7 +11,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import DataConfig, Recipe, load_recipe
 from slq import log
 from slq.errors import SlqError
 
@@ -87,11 +87,29 @@ def run_stage(
 
 
 def connected(recipe: Recipe, stage: Callable[[Recipe], Any]) -> Any:
-    """Run a flow inside Ray, with missing scene files generated first."""
+    """Run a flow inside Ray, with missing data files generated first."""
     from pipelines.runtime import connect
-    from slq.benchmarks.scenes import write_scenes
 
-    if recipe.data.scenes is not None:
-        write_scenes(recipe.data.dir, recipe.data.scenes)
+    generate_files(recipe.data)
     with connect(recipe.resources):
         return stage(recipe)
+
+
+def generate_files(data: DataConfig) -> None:
+    """Write the files that `data.scenes`, `data.karpathy` or `data.mmeb` describes, unless they are there.
+
+    Raises:
+        ConfigError: What they are made from is missing, or files of another origin are in their place.
+        DataError: What they are made from is malformed, or training data holds what is measured.
+        StorageError: They cannot be written.
+    """
+    from slq.benchmarks.karpathy import write_karpathy
+    from slq.benchmarks.mmeb import write_mmeb
+    from slq.benchmarks.scenes import write_scenes
+
+    if data.scenes is not None:
+        write_scenes(data.dir, data.scenes)
+    if data.karpathy is not None:
+        write_karpathy(data.dir, data.karpathy, train=data.path("train"))
+    if data.mmeb is not None:
+        write_mmeb(data.dir, data.mmeb)

@@ -3,9 +3,10 @@
 import torch
 
 from pipelines.recipe import Recipe, System
-from slq.artifacts import load_latent_queries
+from slq.artifacts import Adapter, load_adapter
 from slq.backbones import Backbone, PromptSettings, load_backbone
 from slq.encoder import Encoder
+from slq.finetuning import TunedBackbone
 from slq.latent_queries import LatentQueries
 
 
@@ -37,6 +38,22 @@ def untrained_latents(recipe: Recipe, backbone: Backbone) -> LatentQueries:
     ).to(backbone.device)
 
 
+def untrained_adapter(recipe: Recipe, backbone: Backbone) -> Adapter:
+    """What the recipe trains, as it starts; a baseline changes the backbone in place."""
+    settings = recipe.adapter
+    if settings.method == "slq":
+        return untrained_latents(recipe, backbone)
+    return TunedBackbone(
+        backbone,
+        settings.method,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+    )
+
+
 def encoder_of(recipe: Recipe, system: System = "slq", backbone: Backbone | None = None) -> Encoder:
     """The encoder of a system: last token, untrained latents, or the trained adapter of the run folder.
 
@@ -53,7 +70,7 @@ def encoder_of(recipe: Recipe, system: System = "slq", backbone: Backbone | None
         return Encoder(backbone)
     if system == "untrained":
         return Encoder(backbone, untrained_latents(recipe, backbone))
-    return Encoder(backbone, load_latent_queries(recipe.storage.adapter, backbone))
+    return Encoder(backbone, load_adapter(recipe.storage.adapter, backbone))
 
 
 def use_threads(count: int) -> None:

@@ -16,6 +16,7 @@ _POLL_S = 0.5
 class _Lines:
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._refusal = ""
 
     def add(self, line: str) -> None:
         self._lines.append(line)
@@ -23,6 +24,13 @@ class _Lines:
     def take(self) -> list[str]:
         lines, self._lines = self._lines, []
         return lines
+
+    def refuse(self, reason: str) -> None:
+        """A worker's reason to end the run for good: raised there, it would only be tried again."""
+        self._refusal = reason
+
+    def refusal(self) -> str:
+        return self._refusal
 
 
 @contextmanager

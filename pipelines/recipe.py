@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from slq.benchmarks.karpathy import KarpathyConfig
+from slq.benchmarks.mmeb import MmebConfig
 from slq.benchmarks.scenes import ScenesConfig
 from slq.config import Section
 from slq.errors import ConfigError
@@ -29,20 +31,31 @@ class BackboneConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the records are. With `scenes`, missing files are generated into `dir`."""
+    """Where the records are. With `scenes`, `karpathy` or `mmeb`, missing files are generated into `dir`."""
 
     dir: Path = Path("runs/demo/data")
     """Folder that relative file names below belong to."""
     train: Path = Path("train.parquet")
-    """Pairs: id, image (bytes), text."""
+    """Pairs: id, image (bytes) or uri, text; or pairs of items, as `pipelines.pairs.Pairs` reads them."""
     corpus: Path = Path("gallery.parquet")
-    """Items to embed: a Parquet file (id, image and/or text) or a folder of images."""
+    """Items to embed: a Parquet file (id, image or uri, and/or text) or a folder of images."""
     queries: Path = Path("queries.parquet")
     """Queries: id, text and/or image, kind."""
     relevance: Path = Path("relevance.parquet")
     """query_id, item_id, grade."""
     scenes: ScenesConfig | None = None
     """Generate the shipped scenes."""
+    karpathy: KarpathyConfig | None = None
+    """Make tables of COCO or Flickr30K in Karpathy's splits."""
+    mmeb: MmebConfig | None = None
+    """Make a table of MMEB-train."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DataConfig":
+        given = [name for name in ("scenes", "karpathy", "mmeb") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} would write the same files; keep one of them")
+        return self
 
     def path(self, name: str) -> Path:
         """Absolute or `dir`-relative path of one of the files above."""
@@ -133,6 +146,8 @@ class StorageConfig(Section):
 
     dir: Path = Path("runs/demo")
     """Run folder: `train/`, `adapter/`, `embeddings/`, `index/`, `eval/`."""
+    checkpoints: str | None = None
+    """Where training checkpoints go: a folder or `s3://bucket/prefix`; `dir`/ray if null. All workers must reach it."""
 
     @property
     def adapter(self) -> Path:
@@ -203,10 +218,12 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
     name = recipe.backbone.name
     if "/" in name and Path(name).is_dir():
         name = str(Path(name).resolve())
+    cache = recipe.train.disk_cache
     sections = {
         "backbone": recipe.backbone.model_copy(update={"name": name}),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
         "storage": recipe.storage.model_copy(update={"dir": recipe.storage.dir.resolve()}),
+        "train": recipe.train.model_copy(update={"disk_cache": cache and cache.resolve()}),
     }
     return recipe.model_copy(update=sections)
 

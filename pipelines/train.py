@@ -1,129 +1,110 @@
-"""SLQ training on Ray Train with DeepSpeed: frozen backbones, and one small engine for the latents."""
+"""Training on Ray Train: checks before the start, the worker group, and what is installed at the end."""
 
 import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import torch
+import ray
+from numpy.typing import NDArray
 
-from pipelines.loading import backbone_of, untrained_latents
+from pipelines.pairs import Pairs
 from pipelines.progress import progress_sink
 from pipelines.recipe import Recipe, require_files
+from pipelines.trainer import ADAPTER, Trainer
+from pipelines.training_log import HISTORY, read_history
 from slq.artifacts import (
     ADAPTER_WEIGHTS,
     file_sha256,
     load_adapter_config,
     read_json,
-    save_adapter,
     write_json,
 )
-from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
-from slq.collectives import all_agree
 from slq.errors import (
     ArtifactError,
-    DataError,
+    ConfigError,
     HardwareError,
-    MediaError,
     StorageError,
     TrainingError,
 )
-from slq.latent_queries import LatentQueries
-from slq.media import decode_image
-from slq.training import (
-    PairSampler,
-    PrefixSource,
-    RetrievalModule,
-    deepspeed_config,
-    finite,
-    learning_rate_scale,
-    rank_slice,
-)
+from slq.schema import Item
+from slq.training import PairSampler, Side
 
 log = logging.getLogger(__name__)
-_HISTORY = "history.json"
+_HOLD_OUT_STREAM = 2**30  # keeps its generator apart from those of the sampler
+_FREE = (  # what may change between two parts of one run
+    "zero_stage",
+    "chunk_rows",
+    "frozen_rows",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "cache_bytes",
+    "text_cache_bytes",
+    "disk_cache",
+    "disk_cache_bytes",
+    "num_threads",
+    "max_failures",
+)
 
 
-class Pairs:
-    """Training pairs of a Parquet file.
+class ChosenPairs:
+    """Some of the pairs, numbered anew.
 
-    Attributes:
-        image_keys: For each pair a digest of its image bytes: pairs with one key share the image.
-
-    Raises:
-        DataError: A needed column is missing, or a pair lacks its image or caption.
+    Args:
+        pairs: All of them.
+        numbers: (chosen,) int64.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._table = pq.read_table(path, columns=["id", "image", "text"])
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(
-                f"{path} cannot be read as pairs with id, image and text: {error}"
-            ) from None
-        for name in ("image", "text"):
-            if self._table[name].null_count:
-                raise DataError(
-                    f"{path}: {self._table[name].null_count} pairs have no {name}; remove them"
-                )
-        self.image_keys = [
-            hashlib.sha256(image.as_buffer()).hexdigest() for image in self._table["image"]
-        ]
+    def __init__(self, pairs: Pairs, numbers: NDArray[np.int64]) -> None:
+        self._pairs = pairs
+        self._numbers = numbers
+        self.image_keys = [pairs.image_keys[n] for n in numbers]
+        self.query_keys = [pairs.query_keys[n] for n in numbers]
 
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def check(self, max_error_share: float) -> tuple[list[int], dict[str, str]]:
-        """Try every image and caption once, so that a bad one is left out here instead of failing a worker later.
-
-        Args:
-            max_error_share: More unusable pairs than this share are an error.
-
-        Returns:
-            Positions of the usable pairs, and the reason of each id that is left out.
+    def item(self, pair: int, side: Side) -> Item:
+        """One decoded side of a pair.
 
         Raises:
-            DataError: Too many pairs are unusable; the first is named.
+            DataError: It cannot be used.
         """
-        refused: dict[str, str] = {}
-        usable = []
-        verdicts: dict[str, str | None] = {}
-        for number, (key, text) in enumerate(
-            zip(self.image_keys, self._table["text"].to_pylist(), strict=True)
-        ):
-            if key not in verdicts:
-                verdicts[key] = _refusal(self._table["image"][number].as_py())
-            reason = verdicts[key] or (None if text.strip() else "the caption is empty")
-            if reason is None:
-                usable.append(number)
-            else:
-                refused[self._table["id"][number].as_py()] = reason
-        if len(refused) > max_error_share * len(self):
-            name, reason = next(iter(refused.items()))
-            raise DataError(
-                f"{len(refused)} of {len(self)} training pairs cannot be used, first {name!r}: {reason}; "
-                "mend them or raise train.max_error_share"
-            )
-        return usable, refused
-
-    def read(self, number: int) -> tuple[bytes, str]:
-        """(image bytes, caption) of one pair."""
-        return self._table["image"][number].as_py(), self._table["text"][number].as_py()
+        return self._pairs.item(int(self._numbers[pair]), side)
 
 
-def _refusal(image: bytes) -> str | None:
-    try:
-        decode_image(image)
-    except MediaError as error:
-        return str(error)
-    return None
+def hold_out(
+    image_keys: Sequence[str], usable: Sequence[int], count: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Set images aside, with all their pairs.
+
+    Args:
+        image_keys: The image of each pair.
+        usable: The pairs that may be used at all.
+        count: Images to set aside.
+        seed: Of the draw.
+
+    Returns:
+        (pairs,) int64 to train on, and (count,) int64, one pair of each image that is set aside.
+
+    Raises:
+        ConfigError: There are not that many images.
+    """
+    images = list(dict.fromkeys(image_keys[n] for n in usable))
+    if count >= len(images) > 0:
+        raise ConfigError(
+            f"train.held_out is {count}, but the data has only {len(images)} images; lower it"
+        )
+    chosen = np.random.default_rng([seed, _HOLD_OUT_STREAM]).permutation(len(images))[:count]
+    aside = {images[n] for n in chosen}
+    first = {image_keys[n]: n for n in reversed(usable)}
+    kept = [n for n in usable if image_keys[n] not in aside]
+    held = [first[images[n]] for n in sorted(chosen)]
+    return np.array(kept, dtype=np.int64), np.array(held, dtype=np.int64)
 
 
 def settings_digest(recipe: Recipe) -> str:
@@ -132,57 +113,129 @@ def settings_digest(recipe: Recipe) -> str:
         name: getattr(recipe, name).model_dump(mode="json")
         for name in ("backbone", "adapter", "train")
     }
+    for name in _FREE:
+        del sections["train"][name]
     sections["data"] = file_sha256(recipe.data.path("train"))
     sections["revision"] = backbone_revision(recipe.backbone.name, recipe.backbone.revision)
-    # DeepSpeed's checkpoints hold one part per rank, so another number of workers cannot read them
-    sections["workers"] = recipe.resources.train_workers
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def train(recipe: Recipe) -> Path:
-    """Train the latent queries of a recipe; running it again resumes or, when finished, does nothing.
+    """Train what the recipe's adapter section says; running it again resumes or, when finished, does nothing.
 
     Returns:
         The adapter folder.
 
     Raises:
+        ConfigError: No batch can be formed, or the recipe contradicts itself.
         DataError: The training file cannot be used.
-        TrainingError: Workers kept failing, or the loss stayed non-finite.
+        HardwareError: The cluster cannot hold the workers.
+        StorageError: The checkpoints cannot be written.
+        TrainingError: Workers kept failing, or the loss was not finite.
     """
     require_files(recipe, "train")
     digest = settings_digest(recipe)
     done = recipe.storage.dir / "train" / "done.json"
-    if (
-        done.is_file()
-        and read_json(done)["settings"] == digest
-        and _adapter_complete(recipe.storage.adapter)
-    ):
-        log.info("adapter %s is up to date: nothing to do", recipe.storage.adapter)
-        return recipe.storage.adapter
+    if done.is_file() and read_json(done)["settings"] == digest:
+        if _adapter_complete(recipe.storage.adapter):
+            log.info("adapter %s is up to date: nothing to do", recipe.storage.adapter)
+            return recipe.storage.adapter
+        if _given_back(recipe, read_json(done)["checkpoint"]):
+            return recipe.storage.adapter
     # Refuse here what would otherwise fail in every worker, with a long traceback.
     _require_workers(recipe)
+    _require_store(recipe)
     pairs = Pairs(recipe.data.path("train"))
     usable, refused = pairs.check(recipe.train.max_error_share)
     for name, reason in refused.items():
         log.warning("training pair %r is left out: %s", name, reason)
-    PairSampler([pairs.image_keys[n] for n in usable], recipe.train.global_batch, recipe.train.seed)
+    kept, held = hold_out(pairs.image_keys, usable, recipe.train.held_out, recipe.train.seed)
+    PairSampler([pairs.image_keys[n] for n in kept], recipe.train.global_batch, recipe.train.seed)
     started = time.monotonic()
     with progress_sink() as sink:
-        result = _fit(recipe, digest, {"sink": sink, "usable": np.array(usable)})
+        result = _fit(recipe, digest, {"sink": sink, "kept": kept, "held": held})
+        refusal = ray.get(sink.refusal.remote())
+    if refusal:
+        raise TrainingError(refusal)
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         _install(Path(folder), recipe)
-    seconds = time.monotonic() - started
-    write_json(done, {"settings": digest, "seconds": seconds, "refused": refused})
+    entry = {"settings": digest, "seconds": time.monotonic() - started, "refused": refused}
+    write_json(done, {**entry, "checkpoint": result.checkpoint.path})
     return recipe.storage.adapter
+
+
+def _require_store(recipe: Recipe) -> None:
+    """Try an object store before workers start: what Ray says of one that refuses fills a screen."""
+    path, filesystem = checkpoint_store(recipe)
+    if filesystem is None:
+        return
+    try:
+        filesystem.create_dir(path)
+        with filesystem.open_output_stream(f"{path}/.writable") as file:
+            file.write(b"")
+    except Exception as error:  # noqa: BLE001 - botocore's errors share no base with OSError
+        raise StorageError(
+            f"storage.checkpoints {recipe.storage.checkpoints} cannot be written: {error}; "
+            "check the bucket, AWS_ENDPOINT_URL and the credentials in the environment"
+        ) from None
+
+
+def _given_back(recipe: Recipe, path: str) -> bool:
+    """Install the adapter of a finished run again from its last checkpoint, if that is still there."""
+    from ray.train import Checkpoint
+
+    _, filesystem = checkpoint_store(recipe)
+    try:
+        with Checkpoint(path, filesystem).as_directory() as folder:
+            if not (Path(folder) / ADAPTER / ADAPTER_WEIGHTS).is_file():
+                return False
+            _install(Path(folder), recipe)
+    except OSError as error:
+        log.warning(
+            "checkpoint %s cannot be read, so the run goes on from another: %s", path, error
+        )
+        return False
+    log.info("adapter %s is given back from %s", recipe.storage.adapter, path)
+    return True
+
+
+def checkpoint_store(recipe: Recipe) -> tuple[str, Any]:
+    """Where checkpoints go: a path, and the Arrow file system that it belongs to (None: this machine's).
+
+    Raises:
+        ConfigError: `storage.checkpoints` names a store of an unknown kind.
+    """
+    place = recipe.storage.checkpoints
+    if place is None:
+        return str(recipe.storage.dir.resolve() / "ray"), None
+    scheme, separator, path = place.partition("://")
+    if not separator:
+        return str(Path(place).resolve()), None
+    if scheme != "s3":
+        raise ConfigError(f"storage.checkpoints {place!r}: give a folder or s3://bucket/prefix")
+    import s3fs
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return path.rstrip("/"), PyFileSystem(
+        FSSpecHandler(s3fs.S3FileSystem(use_listings_cache=False))
+    )  # workers write there too
 
 
 def _require_workers(recipe: Recipe) -> None:
     """Ray Train would wait for ever for workers that the cluster cannot hold."""
-    import ray
-
     resources, present = recipe.resources, ray.cluster_resources()
+    if recipe.train.global_batch < resources.train_workers:
+        raise ConfigError(
+            f"train.global_batch is {recipe.train.global_batch}, less than one pair for each of "
+            f"{resources.train_workers} workers; raise it or lower resources.train_workers"
+        )
+    if recipe.train.zero_stage == 3 and recipe.train.global_batch % resources.train_workers:
+        raise ConfigError(
+            f"with train.zero_stage 3 all workers must make the same passes, so resources.train_workers "
+            f"({resources.train_workers}) must divide train.global_batch ({recipe.train.global_batch})"
+        )
     for kind, each in (("CPU", 1.0), ("GPU", resources.gpus_per_worker)):
         needed = resources.train_workers * each
         if needed > present.get(kind, 0):
@@ -198,6 +251,7 @@ def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
     from ray.train.torch import TorchTrainer
 
     gpus = recipe.resources.gpus_per_worker
+    storage_path, filesystem = checkpoint_store(recipe)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), **worker},
@@ -208,7 +262,8 @@ def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
         ),
         run_config=RunConfig(
             name=f"train-{digest}",
-            storage_path=str(recipe.storage.dir.resolve() / "ray"),
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(
                 max_failures=recipe.train.max_failures, controller_failure_limit=3
             ),
@@ -222,8 +277,7 @@ def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
 
 def history(recipe: Recipe) -> list[dict[str, float]]:
     """Metrics of every step of the finished run."""
-    steps: list[dict[str, float]] = read_json(recipe.storage.dir / "train" / _HISTORY)
-    return steps
+    return read_history(recipe.storage.dir / "train" / HISTORY)
 
 
 def _adapter_complete(folder: Path) -> bool:
@@ -241,7 +295,7 @@ def _install(checkpoint: Path, recipe: Recipe) -> None:
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(checkpoint / "adapter", partial)
+        shutil.copytree(checkpoint / ADAPTER, partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except OSError as error:
@@ -249,128 +303,36 @@ def _install(checkpoint: Path, recipe: Recipe) -> None:
             f"adapter {target} cannot be written: {error}; free space and run `slq train` again"
         ) from None
     (recipe.storage.dir / "train").mkdir(parents=True, exist_ok=True)
-    write_json(recipe.storage.dir / "train" / _HISTORY, read_json(checkpoint / _HISTORY))
+    shutil.copyfile(checkpoint / HISTORY, recipe.storage.dir / "train" / HISTORY)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """One rank of the training run; Ray Train calls it in every worker process."""
     import ray.train
-
-    recipe = Recipe.model_validate(settings["recipe"])
-    config = recipe.train
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    backbone = backbone_of(recipe)
-    latent_queries = untrained_latents(recipe, backbone)
-    engine = make_engine(recipe, backbone, latent_queries, world)
-    pairs = Pairs(recipe.data.path("train"))
-    usable = settings["usable"]
-    keys = [pairs.image_keys[n] for n in usable]
-    sampler = PairSampler(keys, config.global_batch, config.seed)
-    source = PrefixSource(backbone, pairs.read, cache_bytes=config.cache_bytes)
-    steps: list[dict[str, float]] = []
-    first = _restore(engine, steps)
-    frozen = backbone.weights_sha256() if rank == 0 else ""
-    started = time.monotonic()
-    for step, batch in sampler.batches(first, config.num_steps):
-        mine = usable[rank_slice(batch, rank, world)].tolist()
-        for group in engine.optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate_scale(step, config)
-        loss = engine(source.images(mine, pairs.image_keys), source.texts(mine))
-        if not all_agree(finite(loss), engine.device):
-            raise TrainingError(f"the loss is not finite at step {step + 1}; lower train.lr")
-        engine.backward(loss)
-        engine.step()
-        elapsed = time.monotonic() - started
-        metrics = {
-            "step": step + 1,
-            "loss": loss.item(),
-            "temperature": latent_queries.temperature.item(),
-            "gradient_norm": float(engine.get_global_grad_norm() or 0.0),
-            "cached_share": source.cache.hits / max(1, source.cache.hits + source.cache.misses),
-            "pairs_per_s": (step + 1 - first) * config.global_batch / elapsed,
-        }
-        steps.append(metrics)
-        last = step + 1 == config.num_steps
-        if rank == 0 and ((step + 1) % 10 == 0 or last):
-            eta = elapsed / (step + 1 - first) * (config.num_steps - step - 1)
-            settings["sink"].add.remote(progress_line(metrics, config.num_steps, eta))
-        if (step + 1) % config.checkpoint_every == 0 or last:
-            if last and rank == 0 and backbone.weights_sha256() != frozen:
-                raise TrainingError(
-                    "the frozen backbone changed during training; please report this"
-                )
-            _report(engine, backbone, latent_queries, steps, rank)
-    if first >= config.num_steps:
-        _report(engine, backbone, latent_queries, steps, rank)
-
-
-def progress_line(metrics: dict[str, float], num_steps: int, eta_s: float) -> str:
-    """What a person reads every ten steps."""
-    return (
-        f"train step {metrics['step']:.0f}/{num_steps}  loss {metrics['loss']:.3f}  "
-        f"temperature {metrics['temperature']:.3f}  {metrics['pairs_per_s']:.0f} pairs/s  "
-        f"prefixes cached {metrics['cached_share']:.0%}  ETA {eta_s:.0f} s"
-    )
-
-
-def make_engine(
-    recipe: Recipe, backbone: Backbone, latent_queries: LatentQueries, world: int
-) -> Any:
-    """A DeepSpeed engine whose only parameters are the latent queries and the temperature."""
-    import deepspeed
-
-    if backbone.device.type == "cpu":
-        # deepspeed 0.19 compiles a shared-memory collective on first use, for a minute, and dies without a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if backbone.device.type == "cuda" else "gloo")
-    module = RetrievalModule(backbone, latent_queries)
-    optimiser = torch.optim.AdamW(
-        module.parameters(), lr=recipe.train.lr, weight_decay=recipe.train.weight_decay
-    )
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimiser,
-        config=deepspeed_config(recipe.train, world),
-        dist_init_required=False,
-    )
-    return engine
-
-
-def _restore(engine: Any, steps: list[dict[str, float]]) -> int:
-    """Load the last checkpoint into the engine and the history; gives the first step to run."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        engine.load_checkpoint(folder, tag="engine")
-        steps.extend(read_json(Path(folder) / _HISTORY))
-    return len(steps)
-
-
-def _report(
-    engine: Any,
-    backbone: Backbone,
-    latent_queries: LatentQueries,
-    steps: list[dict[str, float]],
-    rank: int,
-) -> None:
-    """Save every rank's part of the engine and, on rank 0, the adapter and the history; then report to Ray Train."""
-    import ray.train
     from ray.train import Checkpoint
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        engine.save_checkpoint(str(folder), tag="engine")
-        if rank == 0:
-            save_adapter(folder / "adapter", backbone, latent_queries)
-            write_json(folder / _HISTORY, steps)
+    recipe = Recipe.model_validate(settings["recipe"])
+    context = ray.train.get_context()
+    pairs = Pairs(recipe.data.path("train"))
+    trainer = Trainer(
+        recipe,
+        ChosenPairs(pairs, settings["kept"]),
+        ChosenPairs(pairs, settings["held"]),
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        say=settings["sink"].add.remote,
+    )
+
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
         ray.train.report(
-            dict(steps[-1]),
-            checkpoint=Checkpoint.from_directory(temporary),
-            checkpoint_dir_name=f"step_{len(steps):07d}",
+            dict(metrics),
+            checkpoint=None if folder is None else Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"step_{int(metrics['step']):07d}",
         )
+
+    checkpoint = ray.train.get_checkpoint()
+    try:
+        with nullcontext() if checkpoint is None else checkpoint.as_directory() as folder:
+            trainer.run(None if folder is None else Path(folder), report)
+    except TrainingError as error:  # every worker has it: no restart would end otherwise
+        ray.get(settings["sink"].refuse.remote(str(error)))

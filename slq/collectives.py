@@ -71,3 +71,16 @@ def all_agree(condition: bool, device: torch.device | str = "cpu") -> bool:
     flag = torch.tensor([int(condition)], device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def union(mine: set[int]) -> set[int]:
+    """The numbers that any rank holds; every rank must call it.
+
+    Args:
+        mine: This rank's.
+    """
+    if world_size() == 1:
+        return set(mine)
+    parts: list[set[int]] = [set()] * world_size()
+    dist.all_gather_object(parts, mine)
+    return set().union(*parts)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from slq.artifacts import fingerprint, load_adapter_config, load_latent_queries, settings_of
+from slq.artifacts import Adapter, fingerprint, load_adapter, load_adapter_config, settings_of
 from slq.backbones import Backbone, load_backbone
 from slq.errors import DataError
 from slq.latent_queries import LatentQueries
@@ -24,14 +24,14 @@ class Encoder:
     """Embeds texts and images with a frozen backbone.
 
     Args:
-        backbone: The frozen model.
-        latent_queries: The trained (or untrained) latent queries; None reads the last token, zero-shot.
+        backbone: The frozen model, or the one that a baseline changed.
+        adapter: Trained (or untrained) latent queries, or a baseline; None reads the last token, zero-shot.
     """
 
-    def __init__(self, backbone: Backbone, latent_queries: LatentQueries | None = None) -> None:
+    def __init__(self, backbone: Backbone, adapter: Adapter | None = None) -> None:
         self.backbone = backbone
-        self.latent_queries = latent_queries
-        self.fingerprint = fingerprint(backbone, latent_queries)
+        self.adapter = adapter
+        self.fingerprint = fingerprint(backbone, adapter)
 
     @classmethod
     def from_pretrained(
@@ -59,7 +59,7 @@ class Encoder:
             max_pixels=config.max_pixels,
             settings=settings_of(config),
         )
-        return cls(backbone, load_latent_queries(Path(folder), backbone))
+        return cls(backbone, load_adapter(Path(folder), backbone))
 
     @property
     def dimension(self) -> int:
@@ -93,9 +93,9 @@ class Encoder:
     @torch.no_grad()
     def encode_prefix(self, prefix: Prefix) -> Tensor:
         """Embeddings of prefixes that are computed already; several encoders can share them."""
-        if self.latent_queries is None:
-            return unit_norm(prefix.last_hidden.float())
-        return self.latent_queries.embed(self.backbone, prefix)
+        if isinstance(self.adapter, LatentQueries):
+            return self.adapter.embed(self.backbone, prefix)
+        return unit_norm(prefix.last_hidden.float())
 
 
 def batches_by_length(items: Sequence[Item], batch_size: int) -> list[list[int]]:

@@ -27,6 +27,17 @@ class MediaError(DataError):
         return type(self), (self.reason, str(self))
 
 
+class UnusablePairError(DataError):
+    """A training pair turned out to be unusable when it was read; `pair` is its number."""
+
+    def __init__(self, pair: int, message: str) -> None:
+        super().__init__(message)
+        self.pair = pair
+
+    def __reduce__(self) -> tuple[type["UnusablePairError"], tuple[int, str]]:
+        return type(self), (self.pair, str(self))
+
+
 class ArtifactError(SlqError):
     """A stored artefact (adapter, data set, index) is missing, incomplete or damaged."""
 

@@ -31,6 +31,9 @@ class LatentQueries(nn.Module):
         seed: Of the initial values.
     """
 
+    method: Literal["slq"] = "slq"
+    pooling: Literal["mean"] = "mean"
+
     def __init__(
         self,
         num_latents: int,
@@ -65,8 +68,12 @@ class LatentQueries(nn.Module):
 
     def embed(self, backbone: Backbone, prefix: Prefix) -> Tensor:
         """Embeddings of encoded prefixes: (batch, hidden) float32 unit vectors, differentiable in the latents."""
+        return unit_norm(mean_pool(self.states(backbone, prefix)))
+
+    def states(self, backbone: Backbone, prefix: Prefix) -> Tensor:
+        """(batch, num_latents, hidden) states at the latents after the final norm, in the backbone's dtype."""
         latents = self.latents.to(backbone.dtype).expand(len(prefix), -1, -1)
-        return unit_norm(mean_pool(backbone.follow(prefix, latents)))
+        return backbone.follow(prefix, latents)
 
     def embed_items(self, backbone: Backbone, items: Sequence[Item]) -> Tensor:
         """Embeddings of items, (batch, hidden) float32."""

@@ -124,6 +124,9 @@ class PrefixCache:
         self.hits = 0
         self.misses = 0
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._rows
+
     def get(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Prefix]) -> Prefix:
         """The prefixes of `keys` as one batch.
 

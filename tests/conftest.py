@@ -1,6 +1,12 @@
 """One local Ray for the whole session, scenes generated once, and a small recipe for every test."""
 
 import os
+
+# One thread per process: the machine that runs the tests may be small, and Ray adds processes of its own. torch reads
+# it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +16,6 @@ import pytest
 from pipelines.recipe import Recipe, ResourcesConfig, StorageConfig
 from slq.benchmarks.scenes import ScenesConfig, write_scenes
 from slq.training import TrainConfig
-
-# One thread per process: the machine that runs the tests may be small, and Ray adds processes of its own.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SCENES = ScenesConfig(train=64, test=24, unseen=8, seed=7)
 

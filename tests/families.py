@@ -16,7 +16,7 @@ from slq.backbones.random_weights import Draw, Sizes, random_backbone
 
 HIDDEN = 32
 QWEN_FACTOR = 16  # pixels per visual token along one side: patch 8, merge 2
-INTERN_SIDE = 32  # pixels of the one tile: patch 8, pixel shuffle 0.5, so 2 x 2 visual tokens
+TILE_SIDE = 32  # pixels of the one tile: patch 8, and 2 x 2 tokens after a pixel shuffle
 
 
 def _sizes(vision_layers: int, side: int) -> Sizes:
@@ -25,7 +25,15 @@ def _sizes(vision_layers: int, side: int) -> Sizes:
     )  # fmt: skip
 
 
-SIZES = {"qwen3_vl": _sizes(3, 96), "qwen2_5_vl": _sizes(2, 96), "internvl": _sizes(2, INTERN_SIDE)}
+SIZES = {
+    "qwen3_vl": _sizes(3, 96),
+    "qwen2_5_vl": _sizes(2, 96),
+    "qwen2_vl": _sizes(2, 96),
+    **{
+        family: _sizes(2, TILE_SIDE)
+        for family in ("internvl", "llava_onevision", "smolvlm", "idefics3")
+    },
+}
 
 
 def _build(
@@ -37,13 +45,9 @@ def _build(
 
 
 qwen3_vl = partial(_build, "qwen3_vl")
-qwen2_5_vl = partial(_build, "qwen2_5_vl")
-intern_vl = partial(_build, "internvl")
 
 BUILDERS: dict[str, Callable[..., Backbone]] = {
-    "qwen3_vl": qwen3_vl,
-    "qwen2_5_vl": qwen2_5_vl,
-    "intern_vl": intern_vl,
+    "intern_vl" if family == "internvl" else family: partial(_build, family) for family in SIZES
 }
 """Every family by name, for parametrised tests."""
 

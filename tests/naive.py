@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from slq.backbones.base import Backbone
@@ -15,31 +16,67 @@ _GRID_MERGE = 2
 def chat_inputs(
     backbone: Backbone, item: Item, *, add_generation_prompt: bool = True
 ) -> dict[str, Tensor]:
-    """What the processor itself makes of the item as one user turn."""
+    """What the processor itself makes of the item as one user turn.
+
+    An image alone stands beside an empty text, as its prefix is shared with all texts that may follow.
+    """
     content: list[dict[str, Any]] = [] if item.image is None else [{"type": "image"}]
-    if item.text:
-        content.append({"type": "text", "text": item.text})
+    content.append({"type": "text", "text": item.text or ""})
     rendered = backbone.processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
-    images: dict[str, Any] = {}
-    if item.image is not None:
-        square = pad_to_square(item.image) if is_intern(backbone) else item.image
-        images = {"images": [square]}
-        if is_intern(backbone):
-            images["crop_to_patches"] = False
-    encoded = backbone.processor(text=[rendered], return_tensors="pt", **images)
+    if item.image is None:
+        encoded = backbone.processor(text=[rendered], return_tensors="pt")
+    elif family_of(backbone) == "llava_onevision":
+        encoded = _first_of_two_images(backbone, rendered, item.image)
+    else:
+        image = pad_to_square(item.image) if is_intern(backbone) else item.image
+        encoded = backbone.processor(
+            text=[rendered],
+            images=[image],
+            return_tensors="pt",
+            **_ONE_TILE.get(family_of(backbone), {}),
+        )
     return {name: value for name, value in encoded.items() if name in _MODEL_INPUTS}
 
 
-_MODEL_INPUTS = ("input_ids", "pixel_values", "image_grid_thw")
+_MODEL_INPUTS = (
+    "input_ids", "pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "batch_num_images",
+)  # fmt: skip
+_ONE_TILE: dict[str, dict[str, Any]] = {
+    "internvl": {"crop_to_patches": False},
+    "smolvlm": {"do_image_splitting": False},
+    "idefics3": {"do_image_splitting": False},
+}
+
+
+def _first_of_two_images(backbone: Backbone, rendered: str, image: Image.Image) -> dict[str, Any]:
+    """A turn of two images as the processor writes it, with the second image struck out again."""
+    token = backbone.processor.image_token
+    encoded = backbone.processor(
+        text=[rendered.replace(token, token * 2)], images=[[image, image]], return_tensors="pt"
+    )
+    ids = encoded["input_ids"][0]
+    places = (ids == backbone.image_token_id).nonzero()[:, 0]
+    ids = torch.cat([ids[: places[len(places) // 2]], ids[places[-1] + 1 :]])
+    return {
+        "input_ids": ids[None],
+        "pixel_values": encoded["pixel_values"][:1],
+        "image_sizes": encoded["image_sizes"][:1],
+        "batch_num_images": encoded["batch_num_images"],
+    }
+
+
+def family_of(backbone: Backbone) -> str:
+    """The family as transformers names it."""
+    return str(backbone.model.config.model_type)
 
 
 def is_intern(backbone: Backbone) -> bool:
     """Whether the backbone belongs to the InternVL family."""
-    return str(backbone.model.config.model_type) == "internvl"
+    return family_of(backbone) == "internvl"
 
 
 def written_out_positions(
@@ -48,11 +85,11 @@ def written_out_positions(
     """Positions of one sequence and of what follows it, built by hand.
 
     Returns:
-        (1, seq) for InternVL, (3, 1, seq) for M-RoPE: an image of rows x columns tokens keeps its
-        temporal axis still and takes max(rows, columns) positions.
+        (3, 1, seq) for the M-RoPE of Qwen-VL: an image of rows x columns tokens keeps its temporal axis still
+        and takes max(rows, columns) positions. (1, seq) for all others, which count every token.
     """
     ids = inputs["input_ids"][0].tolist()
-    if is_intern(backbone):
+    if not family_of(backbone).startswith("qwen"):
         return torch.arange(len(ids) + num_following)[None]
     triples: list[tuple[int, int, int]] = []
     position = index = 0

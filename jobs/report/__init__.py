@@ -10,7 +10,7 @@ from jobs.report.settings import JOBS, reproduce_command, settings
 from jobs.report.tables import headline, metric_context, timing_rows
 from jobs.results import read_results
 from pipelines.recipe import Recipe
-from slq.artifacts import read_json
+from pipelines.training_log import HISTORY, read_history
 
 _EXAMPLES: tuple[tuple[str, Outcome], ...] = (
     ("explicit hard", "corrected"),
@@ -37,7 +37,7 @@ def write_report(recipe: Recipe, timings: dict[str, float]) -> Path:
     """
     results = read_results(recipe)
     runs = read_runs(recipe, results["systems"])
-    history = recipe.storage.dir / "train" / "history.json"
+    history = recipe.storage.dir / "train" / HISTORY
     page = _template().render(
         recipe=recipe,
         results=results,
@@ -46,7 +46,7 @@ def write_report(recipe: Recipe, timings: dict[str, float]) -> Path:
         metrics=metric_context(results),
         systems=headline(results),
         hits_chart=svg(hits_chart(results)),
-        training_chart=svg(training_chart(read_json(history))) if history.is_file() else None,
+        training_chart=svg(training_chart(read_history(history))) if history.is_file() else None,
         examples=examples(recipe, runs, _EXAMPLES) if runs else [],
         outcomes=outcome_counts(runs) if runs else [],
         timings=timing_rows(timings),

@@ -7,14 +7,16 @@ long text is cut without touching the closing tokens, and an image prefix can be
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from slq.backbones.vision import VisionFeatures, join_features, split_features
 from slq.errors import DataError
 from slq.media import sanitise_text
 from slq.prefix import Prefix
@@ -63,9 +65,15 @@ class Backbone:
         revision: Commit of the hub id, or a digest of the folder's weights.
         settings: How items become prompts.
         max_pixels: As `load_backbone` was told; an adapter stores it, to be loaded the same way.
+
+    Raises:
+        ConfigError: The family cannot follow `max_pixels`.
     """
 
     position_axes = 1  # M-RoPE families have three
+    vision_inputs: tuple[str, ...] = ("pixel_values",)
+    image_settings: ClassVar[Mapping[str, Any]] = {}  # what the processor is told with every image
+    stacks_features = False  # whether the model wants the features of all images as one tensor
 
     def __init__(
         self,
@@ -91,7 +99,12 @@ class Backbone:
             )
         )
         self._opening = {kind: self._render(kind)[0] for kind in (True, False)}
+        # A space before the text belongs to its first token ("User: a dog" is "User", ":", " a", " dog").
+        plain = self._opening[False].rstrip(" ")
+        self._text_lead = self._opening[False][len(plain) :]
+        self._plain_ids = self.token_ids(plain)
         self._closing_ids = self.token_ids(self._render(False)[1])
+        self.fit_processor()
 
     # What the family decides ---------------------------------------------------------------------------------
 
@@ -121,16 +134,33 @@ class Backbone:
     def image_arguments(
         self, images: Sequence[Any]
     ) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
-        """Token ids of `opening` with each image's placeholders, and each image's vision arguments."""
+        """Token ids of `opening` with each image's placeholders, and each image's vision arguments.
+
+        The arguments of several images, joined along their first axis, are those of the batch.
+        """
         opening = self._opening[True]
         ids, vision = [], []
         for image in images:
-            encoded = self.processor(text=[opening], images=[image], return_tensors="pt")
+            encoded = self.processor(
+                text=[opening],
+                images=[self.prepared(image)],
+                return_tensors="pt",
+                **self.image_settings,
+            )
             ids.append(encoded["input_ids"][0].tolist())
             vision.append({name: encoded[name] for name in self.vision_inputs})
         return ids, vision
 
-    vision_inputs: tuple[str, ...] = ("pixel_values",)
+    def prepared(self, image: Image.Image) -> Image.Image:
+        """The image as the processor gets it."""
+        return image
+
+    def image_limits(self) -> dict[str, int]:
+        """What decides how many pixels and tokens an image gets; part of the fingerprint."""
+        raise NotImplementedError
+
+    def fit_processor(self) -> None:
+        """Make the processor agree with the model and `max_pixels`; called once, when all else is set."""
 
     # Sizes and identity --------------------------------------------------------------------------------------
 
@@ -168,6 +198,7 @@ class Backbone:
             "revision": self.revision,
             "config_sha256": _digest(config),
             "image_processor_sha256": _digest(image_processor),
+            "image_limits": self.image_limits(),
             "template_sha256": _digest(
                 [self._opening[True], self._opening[False], self._closing_ids]
             ),
@@ -213,9 +244,9 @@ class Backbone:
         limit = self.settings.max_text_tokens
         return clean if len(ids) <= limit else str(self.tokenizer.decode(ids[:limit]))
 
-    def text_ids(self, text: str) -> list[int]:
-        """Tokens of `clean_text`."""
-        return self.token_ids(self.clean_text(text))[: self.settings.max_text_tokens]
+    def text_ids(self, text: str, *, lead: str = "") -> list[int]:
+        """Tokens of `clean_text`, at most `max_text_tokens`, after a `lead` that is joined with its first token."""
+        return self.token_ids(lead + self.clean_text(text))[: self.settings.max_text_tokens]
 
     def prompts(self, items: Sequence[Item], *, close: bool = True) -> Prompts:
         """Token sequences of a batch of items.
@@ -230,13 +261,13 @@ class Backbone:
         pictures = [item.image for item in items if item.image is not None]
         opened, vision = self.image_arguments(pictures) if pictures else ([], [])
         with_image = iter(opened)
-        plain = self.token_ids(self._opening[False])
         instruction = self.token_ids(self.settings.prompt) if self.settings.prompt else []
         sequences = []
         for item in items:
-            ids = list(next(with_image)) if item.image is not None else list(plain)
+            shown = item.image is not None
+            ids = list(next(with_image)) if shown else list(self._plain_ids)
             if (item.text or "").strip():
-                ids += self.text_ids(str(item.text))
+                ids += self.text_ids(str(item.text), lead="" if shown else self._text_lead)
             sequences.append(ids + (instruction + self._closing_ids if close else []))
         merged = {
             name: torch.cat([part[name] for part in vision])
@@ -262,18 +293,54 @@ class Backbone:
     # Passes --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefix(self, prompts: Prompts) -> Prefix:
-        """Run the frozen model over whole prompts, without gradient and without its head."""
+    def vision_features(self, prompts: Prompts) -> list[VisionFeatures]:
+        """Run the vision tower alone: what `prefix` takes in its place.
+
+        Returns:
+            One for each row with an image, in the order of the rows, on the backbone's device. They depend on the
+            image and the weights only, so they may be kept, and given with other texts or another batch.
+        """
+        if not prompts.vision:
+            return []
+        core: Any = self.core
+        return split_features(core.get_image_features(**prompts.vision, return_dict=True))
+
+    @torch.no_grad()
+    def prefix(self, prompts: Prompts, features: Sequence[VisionFeatures] | None = None) -> Prefix:
+        """Run the frozen model over whole prompts, without gradient and without its head.
+
+        Args:
+            prompts: The token sequences with their images.
+            features: Of the images, in the order of the rows, on any device; the vision tower runs without them.
+
+        Raises:
+            DataError: `features` are not those of the images in `prompts`, by their number or sizes.
+        """
         positions = self.positions(prompts)
+        vision = self._vision(prompts) if features is None else self._seen(prompts, features)
         output = self.core(
             input_ids=prompts.input_ids,
             attention_mask=prompts.mask.long(),
             position_ids=self._for_model(positions),
             use_cache=True,
-            **self._vision(prompts),
+            **vision,
         )
         self._forget()
         return prefix_of(output, prompts.mask, positions)
+
+    def last_states(self, prompts: Prompts) -> Tensor:
+        """(batch, hidden) states of the last tokens after the final norm, with gradient into trainable weights."""
+        positions = self.positions(prompts)
+        output = self.core(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.mask.long(),
+            position_ids=self._for_model(positions),
+            use_cache=False,
+            **self._vision(prompts),
+        )
+        self._forget()
+        states: Tensor = output.last_hidden_state[last_places(prompts.mask)]
+        return states
 
     def follow(self, prefix: Prefix, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run what follows a prefix: latent queries, or the tokens of a question.
@@ -316,6 +383,21 @@ class Backbone:
     def _vision(self, prompts: Prompts) -> dict[str, Tensor]:
         return dict(prompts.vision)
 
+    def _seen(self, prompts: Prompts, features: Sequence[VisionFeatures]) -> dict[str, Any]:
+        """Model arguments that stand for a vision tower's output."""
+        places = (prompts.input_ids == self.image_token_id).sum(1)
+        wanted, given = places[places > 0].tolist(), [len(image) for image in features]
+        if wanted != given:
+            raise DataError(
+                f"the images of these prompts take {wanted} tokens, the vision features have {given}; "
+                "pass those of the same images, one per row with an image"
+            )
+        if not features:
+            return {}
+        return {
+            "mm_encoder_outputs": {"image": join_features(features, stack=self.stacks_features)}
+        }
+
     def _forget(self) -> None:
         """Clear state that a family keeps on the module between calls."""
 
@@ -328,8 +410,6 @@ def prefix_of(output: Any, mask: Tensor, positions: Tensor) -> Prefix:
         mask: (batch, seq) bool, True at real tokens.
         positions: (axes, batch, seq) int64, as the pass had them.
     """
-    last = mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
-    rows = torch.arange(len(last), device=last.device)
     furthest = positions.amax(0).masked_fill(~mask, -1).amax(1)
     layers = output.past_key_values.layers
     return Prefix(
@@ -337,8 +417,14 @@ def prefix_of(output: Any, mask: Tensor, positions: Tensor) -> Prefix:
         values=tuple(layer.values for layer in layers),
         mask=mask,
         next_position=furthest + 1,
-        last_hidden=output.last_hidden_state[rows, last],
+        last_hidden=output.last_hidden_state[last_places(mask)],
     )
+
+
+def last_places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of each row's last real token, (batch,) int64 each, for a (batch, seq) bool mask."""
+    last = mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
+    return torch.arange(len(last), device=last.device), last
 
 
 def _digest(value: Any) -> str:

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     ProcessorMixin,
 )
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from slq.backbones.base import Backbone, PromptSettings
+from slq.backbones.decoder_vlm import LlavaOnevisionBackbone, SmolVLMBackbone
 from slq.backbones.intern_vl import InternVLBackbone
 from slq.backbones.qwen_vl import QwenVLBackbone
 from slq.errors import ConfigError, HardwareError
@@ -31,6 +31,10 @@ FAMILIES: dict[str, tuple[type[Backbone], type[ProcessorMixin]]] = {
     "qwen2_5_vl": (QwenVLBackbone, Qwen2_5_VLProcessor),
     "qwen2_vl": (QwenVLBackbone, Qwen2VLProcessor),
     "internvl": (InternVLBackbone, InternVLProcessor),
+    "llava_onevision": (LlavaOnevisionBackbone, LlavaOnevisionProcessor),
+    # SmolVLM's own processor needs num2words for videos; with images both write the same
+    "smolvlm": (SmolVLMBackbone, Idefics3Processor),
+    "idefics3": (SmolVLMBackbone, Idefics3Processor),
 }
 """Supported `model_type`s with our family and the processor of the model's own code."""
 
@@ -59,11 +63,12 @@ def load_backbone(
         revision: Commit of a hub id; pin it for reproducible fingerprints.
         device: `cpu` or `cuda[:n]`; a GPU that is absent is an error, never a silent CPU run.
         dtype: `float32`, `bfloat16` or `float16`.
-        max_pixels: Largest image area handed to a Qwen-VL vision tower; its processor's default otherwise.
+        max_pixels: Largest image area handed to a Qwen-VL vision tower; its processor's default otherwise. The
+            other families see one tile of their model's size.
         settings: How items become prompts.
 
     Raises:
-        ConfigError: The model cannot be found, or its family is not supported.
+        ConfigError: The model cannot be found, its family is not supported, or cannot follow `max_pixels`.
         HardwareError: `device` names a GPU that is not there.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -84,9 +89,6 @@ def load_backbone(
         source, revision=revision, dtype=getattr(torch, dtype)
     )
     processor = load_processor(source, processor_class, revision=revision)
-    if max_pixels is not None:
-        size = dict(processor.image_processor.size)
-        processor.image_processor.size = {**size, "longest_edge": max_pixels}
     return family(
         model.to(device),
         processor,
@@ -121,16 +123,12 @@ def load_processor(
 
     transformers 5.23 builds video processors on torchvision and fails without it, though we never pass a video.
     """
-    if importlib.util.find_spec("torchvision") is not None:
-        complete: ProcessorMixin = AutoProcessor.from_pretrained(source, revision=revision)
-        return complete
+    if importlib.util.find_spec("torchvision") is None:
+        processor_class = without_video(processor_class)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image_processor = AutoImageProcessor.from_pretrained(source, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    return without_video(processor_class)(
-        image_processor=image_processor, tokenizer=tokenizer, chat_template=tokenizer.chat_template
-    )
+        processor: ProcessorMixin = processor_class.from_pretrained(source, revision=revision)
+    return processor
 
 
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:

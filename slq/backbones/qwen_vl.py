@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from slq.backbones.base import Backbone, Prompts
+from slq.errors import ConfigError
 
 
 class QwenVLBackbone(Backbone):
@@ -16,6 +17,31 @@ class QwenVLBackbone(Backbone):
 
     position_axes = 3
     vision_inputs = ("pixel_values", "image_grid_thw")
+
+    def image_limits(self) -> dict[str, int]:
+        """Smallest and largest area, in pixels, to which an image is scaled."""
+        size = self.processor.image_processor.size
+        return {
+            "min_pixels": int(size["shortest_edge"]),
+            "max_pixels": int(size["longest_edge"]),
+        }
+
+    def fit_processor(self) -> None:
+        """Set the largest area to `max_pixels`.
+
+        Raises:
+            ConfigError: It is below the smallest area.
+        """
+        if self.max_pixels is None:
+            return
+        smallest = self.image_limits()["min_pixels"]
+        if self.max_pixels < smallest:
+            raise ConfigError(
+                f"max_pixels is {self.max_pixels}, but {self.name} scales every image to at least {smallest} pixels; "
+                f"use {smallest} or more"
+            )
+        image_processor = self.processor.image_processor
+        image_processor.size = {**dict(image_processor.size), "longest_edge": self.max_pixels}
 
     def positions(self, prompts: Prompts) -> Tensor:
         """(3, batch, seq): time, height and width."""

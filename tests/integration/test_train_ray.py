@@ -1,19 +1,32 @@
 """Training on two Ray workers with DeepSpeed equals a plain loop in this process; the frozen stays frozen."""
 
 import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from pipelines.engine import make_engine
 from pipelines.loading import backbone_of, untrained_latents
+from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
-from pipelines.train import Pairs, history, train
+from pipelines.train import ChosenPairs, history, hold_out, train
 from slq.artifacts import read_json
-from slq.errors import ConfigError, DataError, HardwareError
+from slq.errors import ConfigError, DataError, HardwareError, StorageError, TrainingError
 from slq.losses import info_nce
 from slq.media import decode_image
 from slq.schema import PAIRS, Item
@@ -23,6 +36,7 @@ from tests.integration.runs import changed, fingerprints_of_files, free_port
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
+STEPS = 6
 # what Ray Train sets for a worker group, for one process
 ENGINE_ENVIRONMENT = {
     "RANK": "0",
@@ -41,7 +55,11 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(tiny_run: Recipe, storage: Path) -> Recipe:
     """All tests here look at one finished run; the first of them pays for it."""
-    return changed(tiny_run, storage={"dir": storage / "run"})
+    return changed(
+        tiny_run,
+        train={"num_steps": STEPS, "checkpoint_every": 2},
+        storage={"dir": storage / "run"},
+    )
 
 
 @pytest.fixture
@@ -61,9 +79,8 @@ def plain_run(recipe: Recipe) -> tuple[list[float], torch.Tensor]:
         latents.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
     losses = []
-    for step, batch in PairSampler(keys, config.global_batch, config.seed).batches(
-        0, config.num_steps
-    ):
+    sampler = PairSampler(keys, config.global_batch, config.seed, order="block")
+    for step, batch in sampler.batches(0, config.num_steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * learning_rate_scale(step, config)
         images = [Item(image=decode_image(rows[n]["image"])) for n in batch]
@@ -84,7 +101,7 @@ def plain_run(recipe: Recipe) -> tuple[list[float], torch.Tensor]:
 def test_two_workers_learn_what_one_plain_process_learns(recipe: Recipe, adapter: Path) -> None:
     losses, latents = plain_run(recipe)
     steps = history(recipe)
-    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-5)
     ours = load_file(adapter / "adapter_model.safetensors")["latents"]
     moved = untrained_latents(recipe, backbone_of(recipe)).latents.detach()
@@ -108,21 +125,19 @@ def test_the_engine_leaves_weights_and_logits_bit_identical(recipe: Recipe) -> N
     """`train` itself refuses to finish when the digest has changed; this shows it for DeepSpeed's engine."""
     import ray
 
-    from pipelines import train as flow
-
     @ray.remote(num_cpus=1)
     def probe(settings: Recipe) -> tuple[str, str, bool]:
-        backbone = flow.backbone_of(settings)
+        backbone = backbone_of(settings)
         first = backbone.weights_sha256()
-        latents = flow.untrained_latents(settings, backbone)
-        engine = flow.make_engine(settings, backbone, latents, 1)
-        pairs = Pairs(settings.data.path("train"))
-        source = PrefixSource(backbone, pairs.read, cache_bytes=0)
+        latents = untrained_latents(settings, backbone)
+        engine = make_engine(settings, backbone, latents, 1)
+        pairs = ChosenPairs(Pairs(settings.data.path("train")), np.arange(8))
+        source = PrefixSource(backbone, pairs, cache_bytes=0)
         prompt = backbone.prompts([Item(text="a fox")])
         before = backbone.model(input_ids=prompt.input_ids).logits
         for _ in range(3):
             rows = list(range(8))
-            loss = engine(source.images(rows, pairs.image_keys), source.texts(rows))
+            loss = engine(source.queries(rows), source.positives(rows))
             engine.backward(loss)
             engine.step()
         after = backbone.model(input_ids=prompt.input_ids).logits
@@ -170,7 +185,12 @@ def test_bad_pairs_are_left_out_by_name_and_too_many_are_refused(
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    large = changed(recipe, resources={"train_workers": 512}, storage={"dir": tmp_path / "x"})
+    large = changed(
+        recipe,
+        train={"global_batch": 512},
+        resources={"train_workers": 512},
+        storage={"dir": tmp_path / "x"},
+    )
     with pytest.raises(HardwareError, match="needs 512 CPUs, but the cluster has"):
         train(large)
 
@@ -197,18 +217,182 @@ def test_a_finished_run_whose_adapter_was_lost_gives_it_back(recipe: Recipe, ada
     adapter.rename(adapter.with_name("lost"))
     train(recipe)
     assert weights.read_bytes() == before
-    assert [step["step"] for step in history(recipe)] == [1, 2, 3, 4]
+    assert [step["step"] for step in history(recipe)] == list(range(1, STEPS + 1))
 
 
-def test_replicated_and_partitioned_optimisers_give_the_same_losses(
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def kill_a_worker_when(ready: Callable[[], bool], rng: random.Random) -> threading.Thread:
+    """SIGKILL one of the training workers at the first moment that `ready` says so."""
+    import psutil
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while not ready():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.002)
+        victims = [
+            process.pid
+            for process in psutil.process_iter(["cmdline"])
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+        ]
+        if victims:
+            os.kill(rng.choice(sorted(victims)), signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_a_run_whose_workers_are_killed_has_the_losses_of_a_whole_one(
+    recipe: Recipe, adapter: Path, tmp_path: Path, seed: int
+) -> None:
+    """One worker dies at a random step, one while a checkpoint is written."""
+    rng = random.Random(seed)
+    local = changed(recipe, train={"max_failures": 4}, storage={"dir": tmp_path / "run"})
+    step, checkpoint = rng.randint(1, STEPS - 1), rng.choice([2, 4])
+    print(f"seed {seed}: kill after step {step}, then as checkpoint {checkpoint} is written")
+    steps = local.storage.dir / "train" / "history.jsonl"
+    folders = local.storage.dir / "ray"
+    first = kill_a_worker_when(lambda: lines_in(steps) >= step, rng)
+    second = kill_a_worker_when(
+        lambda: not first.is_alive() and any(folders.glob(f"*/step_{checkpoint:07d}")), rng
+    )
+    train(local)
+    first.join()
+    second.join()
+    assert history(local) != []
+    assert [s["loss"] for s in history(local)] == [s["loss"] for s in history(recipe)]
+    ours, whole = (r.storage.adapter / "adapter_model.safetensors" for r in (local, recipe))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
+def test_one_worker_goes_on_where_two_gave_up(
     recipe: Recipe, adapter: Path, tmp_path: Path
 ) -> None:
-    """The shared run uses ZeRO-2; this one ZeRO-0."""
-    plain = changed(recipe, train={"zero_stage": 0}, storage={"dir": tmp_path / "zero0"})
-    train(plain)
-    assert [step["loss"] for step in history(plain)] == pytest.approx(
-        [step["loss"] for step in history(recipe)], rel=1e-5
+    rng = random.Random(5)
+    local = changed(recipe, train={"max_failures": 0}, storage={"dir": tmp_path / "run"})
+    folders = local.storage.dir / "ray"
+    steps = local.storage.dir / "train" / "history.jsonl"
+    killer = kill_a_worker_when(
+        lambda: any(folders.glob("*/step_0000002")) and lines_in(steps) >= 3, rng
     )
+    with pytest.raises(TrainingError, match="training failed"):
+        train(local)
+    killer.join()
+    alone = changed(local, resources={"train_workers": 1}, train={"zero_stage": 0})
+    train(alone)
+    found = [s["loss"] for s in history(alone)]
+    whole = [s["loss"] for s in history(recipe)]
+    assert found[:2] == whole[:2]
+    assert found == pytest.approx(whole, rel=1e-5)
+
+
+def test_images_held_out_are_not_trained_on() -> None:
+    keys = [f"image{n % 12}" for n in range(30)]
+    kept, held = hold_out(keys, [n for n in range(30) if n != 3], 4, seed=0)
+    assert len(held) == len({keys[n] for n in held}) == 4
+    assert {keys[n] for n in held}.isdisjoint(keys[n] for n in kept)
+    assert 3 not in {*kept.tolist(), *held.tolist()}
+    again, _ = hold_out(keys, [n for n in range(30) if n != 3], 4, seed=0)
+    assert kept.tolist() == again.tolist()
+    everything, nothing = hold_out(keys, range(30), 0, seed=0)
+    assert everything.tolist() == list(range(30))
+    assert nothing.tolist() == []
+    with pytest.raises(ConfigError, match="held_out is 12, but the data has only 12 images"):
+        hold_out(keys, range(30), 12, seed=0)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    uneven = changed(
+        recipe, train={"zero_stage": 3, "global_batch": 15}, storage={"dir": tmp_path / "x"}
+    )
+    with pytest.raises(ConfigError, match=r"train_workers \(2\) must divide .*global_batch \(15\)"):
+        train(uneven)
+    crowded = changed(recipe, resources={"train_workers": 17}, storage={"dir": tmp_path / "x"})
+    with pytest.raises(ConfigError, match="less than one pair for each of 17 workers"):
+        train(crowded)
+    with pytest.raises(ConfigError, match="give a folder or s3://bucket/prefix"):
+        train(changed(recipe, storage={"dir": tmp_path / "x", "checkpoints": "ftp://x/y"}))
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 bucket on this machine; the environment says where and with which key."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir(f"runs-{port}")  # moto keeps its buckets from server to server
+    yield f"runs-{port}"
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_an_object_store_that_refuses_is_named_in_one_line(
+    recipe: Recipe, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a wrong endpoint or key looks like: no workers start."""
+    local = changed(
+        recipe,
+        train={"seed": 1},
+        storage={"dir": tmp_path / "run", "checkpoints": "s3://Not_A_Bucket/demo"},
+    )
+    with pytest.raises(StorageError, match="s3://Not_A_Bucket/demo cannot be written") as caught:
+        train(local)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_run_goes_on_from_an_object_store_after_its_process_died(
+    recipe: Recipe, adapter: Path, tmp_path: Path, bucket: str, ray_cluster: None
+) -> None:
+    """The command itself, in processes of its own: the first is killed with all its workers."""
+    import s3fs
+
+    path = tmp_path / "recipe.yaml"
+    local = changed(recipe, storage={"dir": tmp_path / "run", "checkpoints": f"s3://{bucket}/demo"})
+    path.write_text(yaml.safe_dump(local.model_dump(mode="json")))
+    command = [sys.executable, "-c", "from jobs.cli import app; app()", "train", str(path)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with (tmp_path / "first.log").open("wb") as output:
+        first = subprocess.Popen(
+            command, stderr=output, stdout=output, env=environment, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while first.poll() is None and time.monotonic() < deadline:
+            s3fs.S3FileSystem.clear_instance_cache()
+            if s3fs.S3FileSystem().glob(f"{bucket}/demo/*/step_0000002/training_state*"):
+                break
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert not (local.storage.dir / "train" / "done.json").exists(), (
+        tmp_path / "first.log"
+    ).read_text()
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "train goes on after step" in second.stderr
+    assert [s["loss"] for s in history(local)] == [s["loss"] for s in history(recipe)]
+    assert not (local.storage.dir / "ray").exists()
+    shutil.rmtree(local.storage.adapter)
+    train(local)  # gives it back without any worker
+    ours, whole = (r.storage.adapter / "adapter_model.safetensors" for r in (local, recipe))
+    assert ours.read_bytes() == whole.read_bytes()
 
 
 def test_a_run_is_not_taken_for_finished_after_its_data_changed(
@@ -224,7 +408,9 @@ def test_a_run_is_not_taken_for_finished_after_its_data_changed(
     local = changed(recipe, data={"train": tmp_path / "pairs.parquet"})
     pq.write_table(pairs, tmp_path / "pairs.parquet")
     before = settings_digest(local)
-    assert settings_digest(changed(local, resources={"train_workers": 1})) != before
+    assert settings_digest(changed(local, resources={"train_workers": 1})) == before
+    assert settings_digest(changed(local, train={"cache_bytes": 0, "zero_stage": 3})) == before
+    assert settings_digest(changed(local, train={"order": "uniform"})) != before
     monkeypatch.setattr("pipelines.train.backbone_revision", lambda *_: "another")
     assert settings_digest(local) != before
     monkeypatch.undo()

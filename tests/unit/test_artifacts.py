@@ -18,8 +18,8 @@ from slq.artifacts import (
     ADAPTER_WEIGHTS,
     file_sha256,
     fingerprint,
+    load_adapter,
     load_adapter_config,
-    load_latent_queries,
     read_json,
     require_same_fingerprint,
     save_adapter,
@@ -50,7 +50,7 @@ def backbone() -> Backbone:
 def test_an_adapter_comes_back_as_it_was_saved(family: str, tmp_path: Path) -> None:
     backbone, latents = BUILDERS[family](settings=PromptSettings("one word", 77)), latent_queries()
     folder = save_adapter(tmp_path / "adapter", backbone, latents)
-    loaded = load_latent_queries(folder, backbone)
+    loaded = load_adapter(folder, backbone)
     assert torch.equal(loaded.latents, latents.latents)
     assert torch.equal(loaded.log_temperature, latents.log_temperature)
     config = load_adapter_config(folder)
@@ -89,7 +89,7 @@ def test_saving_twice_writes_the_same_bytes(backbone: Backbone, tmp_path: Path) 
 def test_saving_replaces_an_older_adapter(backbone: Backbone, tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", backbone, latent_queries(0))
     folder = save_adapter(tmp_path / "a", backbone, latent_queries(1))
-    assert torch.equal(load_latent_queries(folder, backbone).latents, latent_queries(1).latents)
+    assert torch.equal(load_adapter(folder, backbone).latents, latent_queries(1).latents)
 
 
 def test_the_fingerprint_is_the_same_for_the_same_parts_built_again(backbone: Backbone) -> None:
@@ -165,7 +165,7 @@ def test_another_backbone_is_refused_and_both_fingerprints_are_named(
     folder = save_adapter(tmp_path / "adapter", backbone, latent_queries())
     other = qwen3_vl(seed=1)
     with pytest.raises(ArtifactMismatchError) as caught:
-        load_latent_queries(folder, other)
+        load_adapter(folder, other)
     text = str(caught.value)
     assert fingerprint(backbone, latent_queries()) in text
     assert fingerprint(other, latent_queries()) in text
@@ -178,7 +178,7 @@ def test_another_width_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     config = read_json(folder / ADAPTER_CONFIG)
     write_json(folder / ADAPTER_CONFIG, {**config, "hidden_size": 64})
     with pytest.raises(ArtifactMismatchError, match=f"width 64, backbone .* has {HIDDEN}"):
-        load_latent_queries(folder, backbone)
+        load_adapter(folder, backbone)
 
 
 def test_two_fingerprints_must_be_equal_and_both_are_named() -> None:
@@ -201,7 +201,7 @@ def test_missing_tensors_are_named(backbone: Backbone, tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter", backbone, latent_queries())
     (folder / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(ArtifactError, match=r"incomplete: adapter_model\.safetensors is missing"):
-        load_latent_queries(folder, backbone)
+        load_adapter(folder, backbone)
 
 
 def test_damaged_tensors_are_an_artifact_error(backbone: Backbone, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_damaged_tensors_are_an_artifact_error(backbone: Backbone, tmp_path: Pat
     weights = folder / ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:40])
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors"):
-        load_latent_queries(folder, backbone)
+        load_adapter(folder, backbone)
 
 
 def test_a_damaged_or_missing_json_is_an_artifact_error(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_full_disk_is_a_storage_error_and_leaves_the_old_adapter_intact(
     assert folder.is_dir()
     assert contents(folder) == before
     save_adapter(folder, backbone, latent_queries(1))
-    assert torch.equal(load_latent_queries(folder, backbone).latents, latent_queries(1).latents)
+    assert torch.equal(load_adapter(folder, backbone).latents, latent_queries(1).latents)
 
 
 def test_json_is_written_whole_or_not_at_all(

@@ -16,7 +16,7 @@ from slq.errors import DataError, MediaError
 from slq.latent_queries import LatentQueries
 from slq.schema import Item
 from tests.families import BUILDERS, HIDDEN, picture
-from tests.naive import chat_inputs, naive_embedding, naive_hidden
+from tests.naive import chat_inputs, family_of, naive_embedding, naive_hidden
 
 INPUTS: list[Any] = [
     "two blue cats on a white background",
@@ -61,8 +61,8 @@ def test_encode_equals_the_plain_forward_over_the_processors_own_chat(
 ) -> None:
     backbone = build()
     encoder = encoder_of(backbone)
-    assert encoder.latent_queries is not None
-    latents = encoder.latent_queries.latents.detach()
+    assert encoder.adapter is not None
+    latents = encoder.adapter.latents.detach()
     with torch.no_grad():
         slow = torch.stack([naive_embedding(backbone, as_item(value), latents) for value in INPUTS])
     assert_close(encoder.encode(INPUTS), slow.numpy())
@@ -159,6 +159,12 @@ def test_a_transparent_picture_stands_on_white_as_decoded_files_do() -> None:
     assert image.getpixel((1, 1)) == (255, 255, 255)
 
 
+CHATML = "<|im_end|>\n<|im_start|>assistant\n"
+CLOSING = {
+    "llava_onevision": "<|im_end|><|im_start|>assistant\n",
+    "smolvlm": "<end_of_utterance>\nAssistant:",
+    "idefics3": "<end_of_utterance>\nAssistant:",
+}
 LONG = "a small red dog stands left of two blue cats on a white background " * 20
 
 
@@ -170,7 +176,7 @@ def test_a_long_text_is_cut_but_the_closing_template_stays(
     backbone = build(settings=PromptSettings(max_text_tokens=limit))
     image = picture(2, 2) if with_image else None
     tokenizer = backbone.tokenizer
-    closing = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+    closing = tokenizer.encode(CLOSING.get(family_of(backbone), CHATML), add_special_tokens=False)
     whole = chat_inputs(backbone, Item(text=LONG.strip(), image=image))["input_ids"][0].tolist()
     num_text = len(tokenizer.encode(LONG.strip(), add_special_tokens=False))
     opening = whole[: len(whole) - len(closing) - num_text]

@@ -105,7 +105,7 @@ def test_the_last_hidden_state_is_that_of_the_last_real_token(
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "qwen2_vl"])
 def test_after_a_two_by_three_image_the_latents_start_three_positions_on_not_six(
     name: str, padding_side: str
 ) -> None:
@@ -118,7 +118,7 @@ def test_after_a_two_by_three_image_the_latents_start_three_positions_on_not_six
     assert prefix.next_position.tolist() == [int(num_tokens[0]) - 6 + 3, int(num_tokens[1])]
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "qwen2_vl"])
 def test_latents_at_the_cache_length_would_give_another_embedding(name: str) -> None:
     backbone, latents, item = build(name), latent_queries(), Item(image=picture(3, 2))
     inputs = chat_inputs(backbone, item)
@@ -134,8 +134,9 @@ def test_latents_at_the_cache_length_would_give_another_embedding(name: str) -> 
     torch.testing.assert_close(ours, right, rtol=0, atol=1e-10)
 
 
-def test_internvl_counts_every_token_as_one_position() -> None:
-    backbone = build("intern_vl", "left")
+@pytest.mark.parametrize("name", ["intern_vl", "llava_onevision", "smolvlm", "idefics3"])
+def test_without_mrope_every_token_counts_as_one_position(name: str) -> None:
+    backbone = build(name, "left")
     prompts = backbone.prompts(MIXED)
     assert torch.equal(backbone.prefix(prompts).next_position, prompts.mask.sum(1))
 

@@ -24,6 +24,7 @@ from jobs.report.tables import hit_depths, p_text
 from jobs.results import SYSTEM_NAMES
 from pipelines.corpus import Record
 from pipelines.recipe import Recipe
+from pipelines.training_log import write_history
 from slq.errors import DataError
 from slq.schema import ITEMS, RELEVANCE, RUN
 
@@ -138,7 +139,7 @@ def recipe(tmp_path: Path) -> Recipe:
         pq.write_table(table, out / "eval" / f"run_{name}.parquet")
     (out / "eval" / "results.json").write_text(json.dumps(results()))
     steps = [{"step": n + 1, "loss": 4.0 / (n + 1), "temperature": 0.07} for n in range(3)]
-    (out / "train" / "history.json").write_text(json.dumps(steps))
+    write_history(out / "train" / "history.jsonl", steps)
     adapter = {"fingerprint": "f" * 64, "hidden_size": 192}
     (out / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     return demo_recipe(DEMO, out, ["train.num_steps=7", "backbone.name='it''s'"])

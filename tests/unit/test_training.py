@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slq.backbones import Backbone, load_backbone
-from slq.errors import ConfigError
+from slq.errors import ConfigError, TrainingError, UnusablePairError
 from slq.latent_queries import LatentQueries
+from slq.media import decode_image
+from slq.prefix_store import PrefixStore
+from slq.schema import Item
 from slq.training import (
     PairSampler,
     PrefixSource,
@@ -25,6 +28,7 @@ from slq.training import (
     finite,
     learning_rate_scale,
     rank_slice,
+    substitute,
 )
 
 # 60 pairs of 36 images: some with one caption, some with two, some with three
@@ -89,6 +93,108 @@ def test_ranks_together_see_the_global_batch_in_order(sampler: PairSampler, worl
         assert max(sizes) - min(sizes) <= 1
 
 
+# ---- the block-resident order ----
+
+FIVE = [f"image{n % 96}" for n in range(96 * 5)]  # five captions each, as COCO's
+
+
+def block(keys: list[str] = FIVE, batch: int = 16, blocks: int = 2, seed: int = 3) -> PairSampler:
+    return PairSampler(keys, batch, seed, order="block", block_batches=blocks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_block_epoch_shows_every_pair_once_in_as_many_steps_as_a_uniform_one(seed: int) -> None:
+    sampler = block(seed=seed)
+    batches = sampler.epoch(0)
+    assert len(batches) == len(FIVE) // 16
+    assert len(PairSampler(FIVE, 16, seed).epoch(0)) <= len(batches)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(FIVE)))
+    for batch in batches:
+        assert len({FIVE[pair] for pair in batch}) == 16
+
+
+def test_all_captions_of_a_block_come_before_the_next_block() -> None:
+    """So an image's prefix is computed once per epoch, however small the cache beyond one block."""
+    batches = block().epoch(0)
+    for start in range(0, len(batches), 2 * 5):
+        shown = Counter(FIVE[pair] for batch in batches[start : start + 10] for pair in batch)
+        assert len(shown) == 32
+        assert set(shown.values()) == {5}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 16])
+def test_a_worker_meets_its_images_again(world: int) -> None:
+    sampler = block()
+    owners: dict[str, set[int]] = {}
+    for number in range(3):
+        for batch in sampler.epoch(number):
+            for rank in range(world):
+                for pair in rank_slice(batch, rank, world):
+                    owners.setdefault(FIVE[pair], set()).add(rank)
+    assert {len(ranks) for ranks in owners.values()} == {1}
+
+
+def test_sub_epochs_mix_their_batches_anew_and_epochs_their_blocks() -> None:
+    sampler = block()
+    first, second = (
+        [frozenset(FIVE[pair] for pair in batch) for batch in sampler.epoch(number)]
+        for number in range(2)
+    )
+    assert len(set(first[:10])) == 10  # 2 batches of each of 5 sub-epochs over the same 32 images
+    assert set(first).isdisjoint(second)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_uneven_numbers_of_captions_lose_less_than_two_batches(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    keys = [f"image{n}" for n in range(100) for _ in range(int(rng.integers(1, 8)))]
+    batches = block(keys, seed=seed).epoch(0)
+    shown = Counter(int(pair) for batch in batches for pair in batch)
+    assert max(shown.values()) == 1
+    assert len(keys) - len(shown) < 2 * 16
+    for batch in batches:
+        assert len({keys[pair] for pair in batch}) == 16
+
+
+def test_blocks_resume_at_any_step() -> None:
+    full = steps(block(), 0, 70)
+    for first in (1, 9, 30, 31, 69):
+        assert steps(block(), first, 70) == full[first:]
+
+
+# ---- pairs that turn out to be unusable ----
+
+
+def test_a_broken_pair_is_replaced_without_changing_the_others() -> None:
+    batch = np.arange(12)
+    replaced = substitute(batch, KEYS, {3, 7, 40}, seed=1)
+    assert replaced.tolist() == substitute(batch, KEYS, {3, 7, 40}, seed=1).tolist()
+    kept = [place for place in range(12) if place not in (3, 7)]
+    assert replaced[kept].tolist() == batch[kept].tolist()
+    assert {3, 7, 40}.isdisjoint(replaced.tolist())
+    assert len({KEYS[pair] for pair in replaced}) == 12
+    assert substitute(batch, KEYS, {50}, seed=1) is batch
+
+
+def test_with_no_image_left_to_replace_a_broken_one_the_data_is_at_fault() -> None:
+    with pytest.raises(TrainingError, match="none is left"):
+        substitute(np.arange(12), [str(n) for n in range(12)], {3}, seed=0)
+
+
+def test_a_pair_that_cannot_be_read_is_named_before_any_pass(
+    backbone: Backbone, scenes_dir: Path
+) -> None:
+    pairs = pairs_of(scenes_dir)[:6]
+    pairs[4]["image"] = pairs[4]["image"][:200]
+    source = source_of(backbone, pairs)
+    with pytest.raises(UnusablePairError) as caught:
+        source.read([1, 4, 5])
+    assert caught.value.pair == 4
+    assert source.cache.misses == 0
+    source.read([1, 5])
+    assert len(source.queries([1, 5])[0]) == 2
+
+
 def test_too_few_images_for_a_batch_is_an_error_that_names_both_numbers() -> None:
     with pytest.raises(ConfigError, match="global_batch is 12, but the data has only 2 distinct"):
         PairSampler(["a", "a", "b"] * 10, BATCH, seed=0)
@@ -137,11 +243,26 @@ def pairs_of(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / "train.parquet").to_pylist()
 
 
-def source_of(backbone: Backbone, pairs: list[dict[str, Any]], **options: Any) -> PrefixSource:
-    def read(number: int) -> tuple[bytes, str]:
-        return pairs[number]["image"], pairs[number]["text"]
+class Reader:
+    """Pairs in memory that notes what was decoded."""
 
-    return PrefixSource(backbone, read, cache_bytes=options.pop("cache_bytes", 2**28), **options)
+    def __init__(self, pairs: list[dict[str, Any]], keys: list[str] | None = None) -> None:
+        self._pairs = pairs
+        self.image_keys = self.query_keys = keys or [str(n) for n in range(len(pairs))]
+        self.reads: list[tuple[int, str]] = []
+
+    def item(self, pair: int, side: str) -> Item:
+        self.reads.append((pair, side))
+        row = self._pairs[pair]
+        if side == "query":
+            return Item(image=decode_image(row["image"]))
+        return Item(text=row["text"])
+
+
+def source_of(backbone: Backbone, pairs: list[dict[str, Any]], **options: Any) -> PrefixSource:
+    return PrefixSource(
+        backbone, Reader(pairs), cache_bytes=options.pop("cache_bytes", 2**28), **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -159,61 +280,134 @@ def same_prefix(first: Any, second: Any) -> bool:
 
 
 def test_captions_of_one_image_share_its_prefix(backbone: Backbone, scenes_dir: Path) -> None:
-    pairs = pairs_of(scenes_dir)[:4]
-    reads: list[int] = []
-
-    def read(number: int) -> tuple[bytes, str]:
-        reads.append(number)
-        return pairs[number]["image"], pairs[number]["text"]
-
-    source = PrefixSource(backbone, read, cache_bytes=2**28)
-    keys = ["a", "a", "b", "b"]
-    first = source.images([0, 2], keys)
-    assert (source.cache.misses, source.cache.hits, reads) == (2, 0, [0, 2])
-    again = source.images([3, 1], keys)
-    assert (source.cache.misses, source.cache.hits, reads) == (2, 2, [0, 2])
+    reader = Reader(pairs_of(scenes_dir)[:4], ["a", "a", "b", "b"])
+    source = PrefixSource(backbone, reader, cache_bytes=2**28)
+    decoded = [(0, "query"), (2, "query")]
+    (first,) = source.queries([0, 2])
+    assert (source.cache.misses, source.cache.hits, reader.reads) == (2, 0, decoded)
+    (again,) = source.queries([3, 1])
+    assert (source.cache.misses, source.cache.hits, reader.reads) == (2, 2, decoded)
     assert same_prefix(again, first.select(torch.tensor([1, 0])))
-    source.texts([0, 1])
-    source.texts([1, 0])
-    assert (source.cache.misses, source.cache.hits, reads) == (4, 4, [0, 2, 0, 1])
+    source.positives([0, 1])
+    source.positives([1, 0])
+    assert (source.text_cache.misses, source.text_cache.hits) == (2, 2)
+    assert reader.reads == [*decoded, (0, "positive"), (1, "positive")]
+
+
+def test_what_is_begun_is_decoded_once_and_what_is_cached_never(
+    backbone: Backbone, scenes_dir: Path
+) -> None:
+    reader = Reader(pairs_of(scenes_dir)[:6])
+    source = PrefixSource(backbone, reader, cache_bytes=2**28)
+    source.begin([0, 1])
+    source.begin([1, 2])  # 0 may have been begun for nothing, 1 goes on
+    source.read([1, 2])
+    source.queries([1, 2])
+    source.positives([1, 2])
+    wanted = {(pair, side) for pair in (1, 2) for side in ("query", "positive")}
+    assert wanted <= set(reader.reads)
+    assert max(Counter(reader.reads).values()) == 1
+    before = len(reader.reads)
+    source.read([2, 1])
+    assert len(reader.reads) == before
+
+
+def test_the_store_gives_what_the_model_gave_and_nothing_is_decoded(
+    backbone: Backbone, scenes_dir: Path, tmp_path: Path
+) -> None:
+    reader = Reader(pairs_of(scenes_dir)[:6])
+
+    def source() -> PrefixSource:
+        store = PrefixStore(tmp_path, "tiny", 2**30)
+        return PrefixSource(backbone, reader, cache_bytes=0, store=store)
+
+    (first,) = source().queries([0, 3, 5])
+    reads = list(reader.reads)
+    later = source()
+    later.read([0, 3, 5])
+    (again,) = later.queries([0, 3, 5])
+    assert [entry for entry in reader.reads[len(reads) :] if entry[1] == "query"] == []
+    assert later.cached_share == 1
+    for ours, theirs in zip(
+        (*again.keys, *again.values), (*first.keys, *first.values), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_cached_and_chunked_prefixes_equal_those_of_one_pass(
     backbone: Backbone, scenes_dir: Path
 ) -> None:
     pairs, numbers = pairs_of(scenes_dir), [5, 1, 9, 3, 7]
-    keys = [str(n) for n in range(len(pairs))]
     plain = source_of(backbone, pairs, cache_bytes=0)
-    chunked = source_of(backbone, pairs, chunk=2)
+    chunked = source_of(backbone, pairs, frozen_rows=2)
     for _ in range(2):
-        assert same_prefix(chunked.texts(numbers), plain.texts(numbers))
-        assert same_prefix(chunked.images(numbers, keys), plain.images(numbers, keys))
-    assert plain.cache.hits == 0
-    assert chunked.cache.hits == chunked.cache.misses == 2 * len(numbers)
+        assert same_prefix(chunked.positives(numbers)[0], plain.positives(numbers)[0])
+        assert same_prefix(chunked.queries(numbers)[0], plain.queries(numbers)[0])
+    assert plain.cache.hits == plain.text_cache.hits == 0
+    for cache in (chunked.cache, chunked.text_cache):
+        assert cache.hits == cache.misses == len(numbers)
 
 
 def test_only_the_latents_and_the_temperature_are_parameters(backbone: Backbone) -> None:
     module = RetrievalModule(backbone, latent_queries(backbone))
     assert sorted(name for name, _ in module.named_parameters()) == [
-        "latent_queries.latents",
-        "latent_queries.log_temperature",
+        "adapter.latents",
+        "adapter.log_temperature",
     ]
     assert not [name for name, value in backbone.model.named_parameters() if value.requires_grad]
 
 
-def gradients(folder: Path, pairs: list[int]) -> dict[str, Tensor]:
+def gradients(folder: Path, pairs: list[int], chunk_rows: int = 0) -> dict[str, Tensor]:
     backbone = load_backbone("tiny")
-    module = RetrievalModule(backbone, latent_queries(backbone))
+    latents = latent_queries(backbone)
+    module = RetrievalModule(backbone, latents)
     rows = pairs_of(folder)
-    source = source_of(backbone, rows)
-    loss = module(source.images(pairs, [row["id"] for row in rows]), source.texts(pairs))
+    source = source_of(backbone, rows, chunk_rows=chunk_rows)
+    loss = module(source.queries(pairs), source.positives(pairs))
     loss.backward()
-    latents = module.latent_queries
+    assert latents.latents.grad is not None
+    assert latents.log_temperature.grad is not None
     return {
         "loss": loss.detach().clone(),
         "latents": latents.latents.grad.clone(),
         "log_temperature": latents.log_temperature.grad.clone(),
     }
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 9])
+def test_chunks_give_the_loss_and_gradient_of_the_whole_batch(
+    scenes_dir: Path, chunk_rows: int
+) -> None:
+    torch.set_num_threads(1)
+    batch = [3, 11, 7, 20, 33, 41, 2, 60, 17]
+    whole, chunked = gradients(scenes_dir, batch), gradients(scenes_dir, batch, chunk_rows)
+    for name, value in whole.items():
+        assert float((chunked[name] - value).norm() / value.norm()) <= 1e-5, name
+
+
+def test_chunks_hold_the_activations_of_one_chunk_at_a_time(
+    backbone: Backbone, scenes_dir: Path
+) -> None:
+    pairs = pairs_of(scenes_dir)
+    numbers = list(range(16))
+
+    def saved(chunk_rows: int) -> int:
+        source = source_of(backbone, pairs, chunk_rows=chunk_rows)
+        module = RetrievalModule(backbone, latent_queries(backbone))
+        images, texts = source.queries(numbers), source.positives(numbers)
+        held = {t.data_ptr() for part in (*images, *texts) for t in (*part.keys, *part.values)}
+        counted: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in held:  # the prefixes are there in both cases
+                counted[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(images, texts)
+        return sum(counted.values())
+
+    assert saved(4) < 0.1 * saved(0)
 
 
 def _rank(number: int, folder: str, out: str, batch: list[int]) -> None:

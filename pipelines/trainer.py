@@ -1,0 +1,317 @@
+"""One worker of a training run: reads its share of each batch, steps the engine, checks, and writes checkpoints."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipelines.engine import (
+    frozen_digest,
+    gathered,
+    load_training_state,
+    make_engine,
+    training_state,
+)
+from pipelines.loading import backbone_of, untrained_adapter
+from pipelines.recipe import Recipe
+from pipelines.training_log import HISTORY, TrainingLog, read_history, write_history
+from slq.artifacts import fingerprint, load_trained, read_json, save_adapter, write_json
+from slq.backbones import Backbone
+from slq.collectives import all_agree, gather_rows, union
+from slq.diagnostics import diagnose
+from slq.errors import StorageError, TrainingError, UnusablePairError
+from slq.latent_queries import LatentQueries
+from slq.prefix_store import PrefixStore
+from slq.training import (
+    PairReader,
+    PairSampler,
+    PrefixSource,
+    PromptSource,
+    finite,
+    learning_rate_scale,
+    rank_slice,
+    substitute,
+)
+
+log = logging.getLogger(__name__)
+ADAPTER = "adapter"
+_STATE = "training_state.safetensors"
+_POSITION = "position.json"
+
+
+class Trainer:
+    """One worker.
+
+    Args:
+        recipe: The resolved recipe.
+        pairs: What to learn from.
+        held_out: What to measure on every `train.eval_every` steps; may be empty.
+        rank: Of this worker.
+        world: Workers.
+        say: Takes a progress line; rank 0 only.
+
+    Attributes:
+        steps: Metrics of each step so far.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        pairs: PairReader,
+        held_out: PairReader,
+        *,
+        rank: int,
+        world: int,
+        say: Callable[[str], Any],
+    ) -> None:
+        self._recipe, self._config = recipe, recipe.train
+        self._keys = pairs.image_keys
+        self._rank, self._world, self._say = rank, world, say
+        if self._config.num_threads:
+            torch.set_num_threads(self._config.num_threads)
+        self._backbone = backbone_of(recipe)
+        self._adapter = untrained_adapter(recipe, self._backbone)
+        self._sampler = PairSampler(
+            self._keys,
+            self._config.global_batch,
+            self._config.seed,
+            order=self._config.order,
+            block_batches=self._config.block_batches,
+        )
+        self._source = self._make_source(pairs)
+        self._num_held_out = len(held_out.image_keys)
+        self._held_out = self._make_source(held_out)
+        self.steps: list[dict[str, float]] = []
+        self._bad: set[int] = set()
+        self._reasons: dict[int, str] = {}
+        self._skipped = 0
+        self._engine: Any = None
+
+    def _make_source(self, pairs: PairReader) -> PrefixSource | PromptSource:
+        config = self._config
+        if self._recipe.adapter.method != "slq":
+            return PromptSource(self._backbone, pairs, chunk_rows=config.chunk_rows)
+        # ZeRO-3 gathers weights layer by layer, so all workers must make the same passes: none may skip one.
+        keep = config.zero_stage < 3
+        store = None
+        if config.disk_cache is not None and keep:
+            store = PrefixStore(
+                config.disk_cache, prefix_fingerprint(self._backbone), config.disk_cache_bytes
+            )
+        return PrefixSource(
+            self._backbone,
+            pairs,
+            cache_bytes=config.cache_bytes if keep else 0,
+            text_cache_bytes=config.text_cache_bytes if keep else 0,
+            store=store,
+            frozen_rows=config.frozen_rows,
+            chunk_rows=config.chunk_rows,
+        )
+
+    def run(self, checkpoint: Path | None, report: "Report") -> None:
+        """Train from a checkpoint, or from the start, to the last step.
+
+        Args:
+            checkpoint: As `report` got it.
+            report: Called by every worker at each checkpoint, with the metrics of the last step and, on rank 0, the
+                checkpoint's folder; the folder is removed afterwards.
+
+        Raises:
+            TrainingError: The loss or the gradient was not finite, more often than the recipe allows.
+        """
+        frozen_part = self._recipe.adapter.method == "slq"
+        if checkpoint is not None:
+            load_trained(self._adapter, checkpoint / ADAPTER / "adapter_model.safetensors")
+        self._engine = make_engine(self._recipe, self._backbone, self._adapter, self._world)
+        first = self._restore(checkpoint) if checkpoint is not None else 0
+        digest = frozen_digest(self._engine, self._backbone) if frozen_part else ""
+        if first and self._rank == 0:
+            self._say(f"train goes on after step {first}")
+        with self._log(first) as journal:
+            self._loop(first, journal, report)
+            if frozen_part and frozen_digest(self._engine, self._backbone) != digest:
+                raise TrainingError(
+                    "the frozen backbone changed during training; please report this"
+                )
+            self._checkpoint(report)
+
+    def _log(self, first: int) -> AbstractContextManager[TrainingLog | None]:
+        if self._rank:
+            return nullcontext()
+        return TrainingLog(self._recipe.storage.dir / "train", resume_at=first)
+
+    def _loop(self, first: int, journal: TrainingLog | None, report: "Report") -> None:
+        """All steps; the last one's checkpoint is left to the caller."""
+        started = time.monotonic()
+        batches = list(self._sampler.batches(first, self._config.num_steps))
+        for place, (step, batch) in enumerate(batches, start=1):
+            last = place == len(batches)
+            metrics = self._step(step, batch, None if last else batches[place][1])
+            elapsed, done = time.monotonic() - started, place
+            metrics["pairs_per_s"] = done * self._config.global_batch / elapsed
+            if last or (step + 1) % self._config.eval_every == 0:
+                metrics |= self._measure()
+            self.steps.append(metrics)
+            if journal is not None:
+                journal.write(step + 1, {k: v for k, v in metrics.items() if k != "step"})
+                if last or (step + 1) % 10 == 0:
+                    eta = elapsed / done * (self._config.num_steps - step - 1)
+                    self._say(progress_line(metrics, self._config.num_steps, eta))
+            if not last and (step + 1) % self._config.checkpoint_every == 0:
+                self._checkpoint(report)
+
+    # One step ------------------------------------------------------------------------------------------------
+
+    def _step(
+        self, step: int, batch: NDArray[np.int64], following: NDArray[np.int64] | None
+    ) -> dict[str, float]:
+        began = time.monotonic()
+        mine = self._readable(step, batch)
+        decoded = time.monotonic()
+        queries, positives = self._source.queries(mine), self._source.positives(mine)
+        if following is not None:  # its images decode while this step updates
+            self._source.begin(rank_slice(following, self._rank, self._world).tolist())
+        prepared = time.monotonic()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self._config.lr * learning_rate_scale(step, self._config)
+        loss = self._engine(queries, positives)
+        norm, done = self._update(step, loss)
+        return {
+            "step": step + 1,
+            "loss": loss.item(),
+            "temperature": float(self._adapter.temperature.detach()),
+            "gradient_norm": norm,
+            "cached_share": self._source.cached_share,
+            "skipped": self._skipped,
+            "unusable": len(self._bad),
+            "updated": float(done),
+            "seconds/read": decoded - began,
+            "seconds/frozen": prepared - decoded,
+            "seconds/update": time.monotonic() - prepared,
+        }
+
+    def _readable(self, step: int, batch: NDArray[np.int64]) -> list[int]:
+        """This worker's pairs; all workers learn of an unusable one together, and replace it alike."""
+        while True:
+            whole = substitute(batch, self._keys, self._bad, seed=step)
+            mine: list[int] = rank_slice(whole, self._rank, self._world).tolist()
+            broken: set[int] = set()
+            try:
+                self._source.read(mine)
+            except UnusablePairError as error:
+                broken, self._reasons[error.pair] = {error.pair}, str(error)
+            if all_agree(not broken, self._engine.device):
+                return mine
+            self._bad |= union(broken)
+            self._require_few_bad()
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, float]:
+        """Diagnostics on the held-out pairs, which all workers embed together."""
+        if not self._num_held_out:
+            return {}
+        mine = rank_slice(np.arange(self._num_held_out), self._rank, self._world).tolist()
+        sides: tuple[Any, Any] = self._held_out.queries(mine), self._held_out.positives(mine)
+        adapter: Any = self._adapter
+        vectors = [
+            gather_rows(torch.cat([adapter.embed(self._backbone, part) for part in side]))
+            for side in sides
+        ]
+        options: dict[str, Any] = {}
+        if isinstance(adapter, LatentQueries):
+            states = [
+                gather_rows(torch.cat([adapter.states(self._backbone, part) for part in side]))
+                for side in sides
+            ]
+            options["latents"] = adapter.latents.detach()
+            options["states"] = dict(zip(("images", "texts"), states, strict=True))
+        return diagnose(*vectors, ks=(1, 5, 10), **options)
+
+    def _require_few_bad(self) -> None:
+        share = len(self._bad) / len(self._keys)
+        if share > self._config.max_error_share:
+            number, reason = next(iter(self._reasons.items()), (-1, "another worker knows"))
+            raise TrainingError(
+                f"{len(self._bad)} of {len(self._keys)} training pairs turned out to be unusable, for example "
+                f"number {number}: {reason}; mend them or raise train.max_error_share"
+            )
+
+    def _update(self, step: int, loss: Tensor) -> tuple[float, bool]:
+        """Step the engine where loss and gradient are finite on all workers; gives the norm, and whether it did."""
+        if not all_agree(finite(loss), self._engine.device):
+            self._refuse(step, "loss")
+            return float("nan"), False
+        skipping = self._config.non_finite == "skip"
+        before = training_state(self._engine) if skipping else {}
+        self._engine.backward(loss)
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if all_agree(bool(np.isfinite(norm)), self._engine.device):
+            return norm, True
+        self._refuse(step, "gradient")
+        load_training_state(self._engine, before)
+        return norm, False
+
+    def _refuse(self, step: int, what: str) -> None:
+        self._skipped += 1
+        if self._config.non_finite == "halt" or self._skipped > self._config.max_skipped:
+            raise TrainingError(
+                f"the {what} is not finite at step {step + 1} ({self._skipped} such steps); lower train.lr. "
+                "The last checkpoint is kept"
+            )
+        log.warning("the %s is not finite at step %d: the step is left out", what, step + 1)
+
+    # Checkpoints ---------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, report: "Report") -> None:
+        tensors = training_state(self._engine)
+        with tempfile.TemporaryDirectory() as temporary, gathered(self._engine):
+            folder = Path(temporary)
+            if self._rank == 0:
+                try:
+                    save_file(tensors, folder / _STATE)
+                except OSError as error:
+                    raise StorageError(f"no checkpoint could be written: {error}") from None
+                save_adapter(folder / ADAPTER, self._backbone, self._adapter)
+                write_history(folder / HISTORY, self.steps)
+                position = {"bad": sorted(self._bad), "skipped": self._skipped}
+                write_json(folder / _POSITION, position)
+            report(self.steps[-1], folder if self._rank == 0 else None)
+
+    def _restore(self, checkpoint: Path) -> int:
+        """Load the last checkpoint; gives the first step to run."""
+        load_training_state(self._engine, load_file(checkpoint / _STATE))
+        self.steps.extend(read_history(checkpoint / HISTORY))
+        position = read_json(checkpoint / _POSITION)
+        self._bad, self._skipped = set(position["bad"]), position["skipped"]
+        return len(self.steps)
+
+
+Report = Callable[[dict[str, float], Path | None], None]
+
+
+def prefix_fingerprint(backbone: Backbone) -> str:
+    """What a stored prefix depends on: the backbone with its settings and type, and no adapter."""
+    return fingerprint(backbone, None)
+
+
+def progress_line(metrics: dict[str, float], num_steps: int, eta_s: float) -> str:
+    """What a person reads every ten steps."""
+    left_out = f"  steps left out {metrics['skipped']:.0f}" if metrics["skipped"] else ""
+    unusable = f"  unusable pairs {metrics['unusable']:.0f}" if metrics["unusable"] else ""
+    hit = metrics.get("text_to_image/hit@1")
+    measured = "" if hit is None else f"  held-out hit@1 {hit:.1%}"
+    return (
+        f"train step {metrics['step']:.0f}/{num_steps}  loss {metrics['loss']:.3f}  "
+        f"temperature {metrics['temperature']:.3f}{measured}  {metrics['pairs_per_s']:.0f} pairs/s  "
+        f"prefixes cached {metrics['cached_share']:.0%}{left_out}{unusable}  ETA {eta_s:.0f} s"
+    )

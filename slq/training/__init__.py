@@ -1,0 +1,25 @@
+"""SLQ training without any cluster: settings, the order of pairs, inputs computed once, and one step's loss.
+
+`pipelines.train` drives these on Ray Train with DeepSpeed; a test drives them in one plain process.
+"""
+
+from slq.training.modules import RetrievalModule, deepspeed_config, finite
+from slq.training.sampling import PairSampler, rank_slice
+from slq.training.settings import AdapterSettings, TrainConfig, learning_rate_scale
+from slq.training.sources import PairReader, PrefixSource, PromptSource, Side, substitute
+
+__all__ = [
+    "AdapterSettings",
+    "PairReader",
+    "PairSampler",
+    "PrefixSource",
+    "PromptSource",
+    "RetrievalModule",
+    "Side",
+    "TrainConfig",
+    "deepspeed_config",
+    "finite",
+    "learning_rate_scale",
+    "rank_slice",
+    "substitute",
+]

@@ -1,0 +1,281 @@
+"""Inputs of a step: prefixes that are computed once and kept, or prompts where the whole model is trained."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import arange, from_numpy
+
+from slq.backbones import Backbone
+from slq.backbones.base import Prompts
+from slq.errors import DataError, TrainingError, UnusablePairError
+from slq.prefix import Prefix, PrefixCache
+from slq.prefix_store import PrefixStore
+from slq.schema import Item
+
+Side = Literal["query", "positive"]
+SIDES: tuple[Side, Side] = ("query", "positive")
+# Threads, not processes: Pillow decodes without holding the GIL, and a process has to copy every picture back. With
+# 640x480 JPEGs on two cores, two threads decode 1,029 a second, two processes 308.
+_DECODE_THREADS = 4
+
+
+class PairReader(Protocol):
+    """Training pairs, each of a query (usually an image) and a positive (its caption).
+
+    Attributes:
+        image_keys: For each pair, what identifies its image; no batch holds one twice.
+        query_keys: For each pair, what identifies its query: captions of one image share one.
+    """
+
+    image_keys: list[str]
+    query_keys: list[str]
+
+    def item(self, pair: int, side: Side) -> Item:
+        """One decoded side of a pair; called from several threads.
+
+        Raises:
+            DataError: It cannot be used.
+        """
+
+
+class _Ahead:
+    """Decodes items off the training thread, one batch ahead."""
+
+    def __init__(self, reader: PairReader) -> None:
+        self._reader = reader
+        self._pool = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
+        self._begun: dict[tuple[int, Side], Future[Item]] = {}
+
+    def begin(self, wanted: Sequence[tuple[int, Side]]) -> None:
+        """Start on items; what was begun and is not among them is forgotten."""
+        kept = {key: future for key, future in self._begun.items() if key in set(wanted)}
+        for key, future in self._begun.items():
+            if key not in kept:
+                future.cancel()
+        self._begun = kept | {
+            key: self._pool.submit(self._reader.item, *key) for key in wanted if key not in kept
+        }
+
+    def wait(self) -> None:
+        """Wait for all that was begun.
+
+        Raises:
+            UnusablePairError: One of it cannot be read or decoded.
+        """
+        for pair, side in list(self._begun):
+            self.take(pair, side)
+
+    def take(self, pair: int, side: Side) -> Item:
+        """An item, begun or not.
+
+        Raises:
+            UnusablePairError: It cannot be read or decoded.
+        """
+        try:
+            future = self._begun.get((pair, side))
+            return self._reader.item(pair, side) if future is None else future.result()
+        except DataError as error:
+            raise UnusablePairError(pair, str(error)) from None
+
+
+class PrefixSource:
+    """Prefixes of training pairs, computed once and kept.
+
+    Args:
+        backbone: The frozen model.
+        reader: The pairs.
+        cache_bytes: Bound of the queries' prefixes in host memory.
+        text_cache_bytes: Bound of the positives' prefixes; as `cache_bytes` by default.
+        store: Queries' prefixes on disk, which outlive the run; none by default.
+        frozen_rows: Rows per frozen forward pass.
+        chunk_rows: Rows of a chunk that is handed out; 0 hands out all rows as one.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reader: PairReader,
+        *,
+        cache_bytes: int,
+        text_cache_bytes: int | None = None,
+        store: PrefixStore | None = None,
+        frozen_rows: int = 32,
+        chunk_rows: int = 0,
+    ) -> None:
+        self._backbone = backbone
+        self._keys = reader.query_keys
+        self._ahead = _Ahead(reader)
+        self._frozen_rows = frozen_rows
+        self._chunk_rows = chunk_rows
+        self._store = store
+        self.cache = PrefixCache(cache_bytes, backbone.device)
+        self.text_cache = PrefixCache(
+            cache_bytes if text_cache_bytes is None else text_cache_bytes, backbone.device
+        )
+
+    @property
+    def cached_share(self) -> float:
+        """Share of the queries' prefixes so far that were not computed."""
+        found = self.cache.hits + (self._store.hits if self._store else 0)
+        return found / max(1, self.cache.hits + self.cache.misses)
+
+    def begin(self, pairs: Sequence[int]) -> None:
+        """Start to read and decode what pairs will need, in threads."""
+        queries: list[tuple[int, Side]] = [
+            (pair, "query")
+            for pair in pairs
+            if self._keys[pair] not in self.cache
+            and not (self._store and self._keys[pair] in self._store)
+        ]
+        self._ahead.begin(
+            [*queries, *((pair, "positive") for pair in pairs if pair not in self.text_cache)]
+        )
+
+    def read(self, pairs: Sequence[int]) -> None:
+        """Read and decode what pairs need, before any pass of the model.
+
+        Raises:
+            UnusablePairError: A pair cannot be used; `pair` is its number.
+        """
+        self.begin(pairs)
+        self._ahead.wait()
+
+    def queries(self, pairs: Sequence[int]) -> list[Prefix]:
+        """Prefixes of pairs' queries, in chunks; captions of one image share one entry."""
+        keys = [self._keys[pair] for pair in pairs]
+
+        def compute(rows: list[int]) -> Prefix:
+            return self._stored([keys[r] for r in rows], [pairs[r] for r in rows])
+
+        return self._chunks(self.cache.get(keys, compute))
+
+    def positives(self, pairs: Sequence[int]) -> list[Prefix]:
+        """Prefixes of pairs' positives, in the chunks of `queries`."""
+        return self._chunks(
+            self.text_cache.get(
+                list(pairs),
+                lambda rows: self._encode([self._ahead.take(pairs[r], "positive") for r in rows]),
+            )
+        )
+
+    def _chunks(self, prefix: Prefix) -> list[Prefix]:
+        size = self._chunk_rows or len(prefix)
+        if size >= len(prefix):
+            return [prefix]
+        return [
+            prefix.select(arange(start, min(start + size, len(prefix)), device=prefix.mask.device))
+            for start in range(0, len(prefix), size)
+        ]
+
+    def _stored(self, keys: list[str], pairs: list[int]) -> Prefix:
+        """Prefixes from the store, and into it those that it lacks."""
+        found = {n: self._store.get(key) for n, key in enumerate(keys)} if self._store else {}
+        missing = [n for n in range(len(keys)) if found.get(n) is None]
+        rows = {n: row for n, row in found.items() if row is not None}
+        if missing:
+            computed = self._encode([self._ahead.take(pairs[n], "query") for n in missing])
+            if self._store is None:
+                return computed
+            for n, row in zip(missing, computed.to("cpu").split(), strict=True):
+                self._store.put(keys[n], row)
+                rows[n] = row
+        return Prefix.stack([rows[n] for n in range(len(keys))])
+
+    def _encode(self, items: list[Item]) -> Prefix:
+        """Passes over items of similar length, so little is padded; the result is in input order."""
+        order = sorted(range(len(items)), key=lambda n: len(items[n].text or ""))
+        parts = []
+        for start in range(0, len(order), self._frozen_rows):
+            chunk = order[start : start + self._frozen_rows]
+            parts.append(self._backbone.prefix(self._backbone.prompts([items[n] for n in chunk])))
+        stacked = Prefix.stack(parts)
+        return stacked.select(from_numpy(np.argsort(order)).to(stacked.mask.device))
+
+
+class PromptSource:
+    """Prompts of training pairs, for methods that train the model itself; nothing of them can be kept.
+
+    Args:
+        backbone: The model.
+        reader: The pairs.
+        chunk_rows: Rows of a chunk; 0 hands out all rows as one.
+    """
+
+    cached_share = 0.0
+
+    def __init__(self, backbone: Backbone, reader: PairReader, *, chunk_rows: int = 0) -> None:
+        self._backbone = backbone
+        self._ahead = _Ahead(reader)
+        self._chunk_rows = chunk_rows
+
+    def begin(self, pairs: Sequence[int]) -> None:
+        """Start to read and decode pairs, in threads."""
+        self._ahead.begin([(pair, side) for pair in pairs for side in SIDES])
+
+    def read(self, pairs: Sequence[int]) -> None:
+        """Read and decode pairs, before any pass of the model.
+
+        Raises:
+            UnusablePairError: A pair cannot be used; `pair` is its number.
+        """
+        self.begin(pairs)
+        self._ahead.wait()
+
+    def queries(self, pairs: Sequence[int]) -> list[Prompts]:
+        """Prompts of pairs' queries, in chunks."""
+        return self._prompts([self._ahead.take(pair, "query") for pair in pairs])
+
+    def positives(self, pairs: Sequence[int]) -> list[Prompts]:
+        """Prompts of pairs' positives, in the chunks of `queries`."""
+        return self._prompts([self._ahead.take(pair, "positive") for pair in pairs])
+
+    def _prompts(self, items: list[Item]) -> list[Prompts]:
+        size = self._chunk_rows or len(items)
+        return [
+            self._backbone.prompts(items[start : start + size])
+            for start in range(0, len(items), size)
+        ]
+
+
+def substitute(
+    batch: NDArray[np.int64],
+    image_keys: Sequence[str],
+    bad: set[int],
+    *,
+    seed: int,
+) -> NDArray[np.int64]:
+    """The batch with unusable pairs replaced, so that it keeps its size; every worker that knows `bad` agrees.
+
+    Args:
+        batch: (global_batch,) int64 pairs of distinct images.
+        image_keys: The image of each pair.
+        bad: Pairs that cannot be used.
+        seed: Of the draw.
+
+    Returns:
+        (global_batch,) int64; good pairs keep their places, and images stay distinct.
+
+    Raises:
+        TrainingError: There are too few usable images.
+    """
+    if not bad.intersection(batch.tolist()):
+        return batch
+    replaced = batch.copy()
+    used = {image_keys[pair] for pair in batch.tolist() if pair not in bad}
+    spares = iter(np.random.default_rng([seed, *batch.tolist()]).permutation(len(image_keys)))
+    for place, pair in enumerate(batch.tolist()):
+        if pair not in bad:
+            continue
+        for spare in map(int, spares):
+            if spare not in bad and image_keys[spare] not in used:
+                replaced[place] = spare
+                used.add(image_keys[spare])
+                break
+        else:
+            raise TrainingError(
+                "too many training images cannot be read: none is left to take a broken one's place"
+            )
+    return replaced
