@@ -28,13 +28,25 @@ def train(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train latent queries on Ray Train with DeepSpeed; run it again to resume."""
-    from pipelines.train import train as stage
+    """Train latent queries, LoRA or the whole model on Ray Train with DeepSpeed; run it again to resume."""
+    from jobs.training_plot import write_training_plot
+    from pipelines.train import train as fit
+    from pipelines.training_log import HISTORY
+
+    def stage(resolved: Recipe) -> Path:
+        adapter = fit(resolved)
+        folder = resolved.storage.dir / "train"
+        picture = write_training_plot(folder / HISTORY, folder / "training.png")
+        err.print(f"training curves: {picture}", highlight=False, soft_wrap=True)
+        return adapter
 
     def plan(resolved: Recipe) -> dict[str, Any]:
+        from pipelines.engine import trains_in_bf16
         from slq.training import deepspeed_config
 
-        return {"deepspeed": deepspeed_config(resolved.train, resolved.resources.train_workers)}
+        workers = resolved.resources.train_workers
+        bf16 = trains_in_bf16(resolved)
+        return {"deepspeed": deepspeed_config(resolved.train, workers, bf16=bf16)}
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from jobs.report.charts import _plain
+from jobs.report.charts import plain
 from jobs.report.style import COLOURS, INK, LINE, MUTED
 from pipelines.training_log import read_history
 from slq.errors import ConfigError, DataError
@@ -228,7 +228,7 @@ def _legend(axes: Axes) -> None:
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-    _plain(axes)
+    plain(axes)
 
 
 def _steps_below(axes: Axes, history: History) -> None:

@@ -6,6 +6,7 @@ tolerance.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,3 +59,12 @@ def picture(columns: int, rows: int, seed: int = 0) -> Image.Image:
     coarse = rng.integers(0, 256, (rows * 2, columns * 2, 3), dtype=np.uint8)
     size = (columns * QWEN_FACTOR, rows * QWEN_FACTOR)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def save(backbone: Backbone, folder: Path, *, as_processor: bool = True) -> Path:
+    """A Hugging Face folder, its processor saved as a whole or in parts."""
+    processor = backbone.processor
+    parts = [processor] if as_processor else [backbone.tokenizer, processor.image_processor]
+    for part in (backbone.model, *parts):
+        part.save_pretrained(folder)
+    return folder

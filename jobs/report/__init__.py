@@ -4,11 +4,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from jobs.report.charts import hits_chart, svg, training_chart
+from jobs.report.charts import hits_chart, svg
 from jobs.report.galleries import Outcome, examples, outcome_counts, read_runs
 from jobs.report.settings import JOBS, reproduce_command, settings
 from jobs.report.tables import headline, metric_context, timing_rows
 from jobs.results import read_results
+from jobs.training_plot import training_figure
 from pipelines.recipe import Recipe
 from pipelines.training_log import HISTORY, read_history
 
@@ -46,7 +47,7 @@ def write_report(recipe: Recipe, timings: dict[str, float]) -> Path:
         metrics=metric_context(results),
         systems=headline(results),
         hits_chart=svg(hits_chart(results)),
-        training_chart=svg(training_chart(read_history(history))) if history.is_file() else None,
+        training_chart=svg(training_figure(read_history(history))) if history.is_file() else None,
         examples=examples(recipe, runs, _EXAMPLES) if runs else [],
         outcomes=outcome_counts(runs) if runs else [],
         timings=timing_rows(timings),

@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from jobs.report.style import COLOURS, INK, LINE, MUTED, data_uri
 from jobs.report.tables import hit_depths
@@ -33,7 +32,7 @@ def hits_chart(results: Mapping[str, Any]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
     figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9.5)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -65,25 +64,8 @@ def _bars(
         axes.annotate(f"{value:.1f}", top, (0, 3), textcoords="offset points", **style)
 
 
-def training_chart(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss and learned temperature by step."""
-    figure = Figure(figsize=(11, 2.7), layout="constrained")
-    steps = [entry["step"] for entry in history]
-    for axes, name, colour in zip(
-        figure.subplots(1, 2), ("loss", "temperature"), ("#0072B2", "#D55E00"), strict=True
-    ):
-        marker = "o" if len(steps) < 2 else ""
-        axes.plot(steps, [entry[name] for entry in history], color=colour, lw=1.8, marker=marker)
-        axes.set_xlabel("step", color=MUTED)
-        axes.set_title(name, loc="left", fontsize=10.5, color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.tick_params(axis="x", labelcolor=MUTED, color=LINE, labelsize=9)
-        _plain(axes)
-    return figure
-
-
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """The look of every chart: a faint grid, no frame."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#9aa5b1")
     axes.grid(axis="y", color=LINE, linewidth=0.8)

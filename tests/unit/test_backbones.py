@@ -11,13 +11,13 @@ import torch
 
 from slq.artifacts import fingerprint, save_adapter
 from slq.backbones import FAMILIES, load_backbone
-from slq.backbones.base import Backbone, PromptSettings
+from slq.backbones.base import PromptSettings
 from slq.backbones.random_weights import Draw, random_backbone
 from slq.encoder import Encoder
 from slq.errors import ArtifactMismatchError, ConfigError
 from slq.latent_queries import LatentQueries
 from slq.schema import Item
-from tests.families import BUILDERS, HIDDEN, SIZES, picture
+from tests.families import BUILDERS, HIDDEN, SIZES, picture, save
 from tests.naive import chat_inputs, family_of, naive_embedding
 
 QWEN = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
@@ -40,15 +40,6 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def latent_queries() -> LatentQueries:
     return LatentQueries(4, HIDDEN, embedding_std=0.2, seed=1)
-
-
-def save(backbone: Backbone, folder: Path, *, as_processor: bool = True) -> Path:
-    """A Hugging Face folder, its processor saved as a whole or in parts."""
-    processor = backbone.processor
-    parts = [processor] if as_processor else [backbone.tokenizer, processor.image_processor]
-    for part in (backbone.model, *parts):
-        part.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
