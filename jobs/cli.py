@@ -29,7 +29,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train latent queries, LoRA or the whole model on Ray Train with DeepSpeed; run it again to resume."""
-    from jobs.training_plot import write_training_plot
+    from jobs.report.training_plot import write_training_plot
     from pipelines.train import train as fit
     from pipelines.training_log import HISTORY
 

@@ -4,8 +4,8 @@
 while a run lasts; a resumed run first cuts what is beyond its checkpoint, so no step occurs twice. A process that dies
 while it writes leaves a last line without a newline; readers leave it out and the next run cuts it.
 
-Names with a slash are groups in TensorBoard. `jobs.training_plot` draws `loss`, `temperature`, `gradient_norm`, all
-`<direction>/hit@<k>`, and as shares all `seconds/<part>`.
+Names with a slash are groups in TensorBoard. `jobs.report.training_plot` draws `loss`, `temperature`, `gradient_norm`,
+all `<direction>/hit@<k>`, and as shares all `seconds/<part>`.
 """
 
 import json

@@ -8,8 +8,8 @@ from jobs.report.charts import hits_chart, svg
 from jobs.report.galleries import Outcome, examples, outcome_counts, read_runs
 from jobs.report.settings import JOBS, reproduce_command, settings
 from jobs.report.tables import headline, metric_context, timing_rows
+from jobs.report.training_plot import training_figure
 from jobs.results import read_results
-from jobs.training_plot import training_figure
 from pipelines.recipe import Recipe
 from pipelines.training_log import HISTORY, read_history
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from jobs.training_plot import running_mean, training_figure, write_training_plot
+from jobs.report.training_plot import running_mean, training_figure, write_training_plot
 from pipelines.training_log import HISTORY, TrainingLog
 from slq.errors import ArtifactError, ConfigError, DataError
 
