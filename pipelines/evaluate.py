@@ -265,9 +265,12 @@ def embed_part(recipe_json: str, items: list[Item]) -> dict[System, NDArray[np.f
     shape = (len(items), backbone.hidden_size)
     vectors = {system: np.empty(shape, np.float32) for system in encoders}
     for chunk in batches_by_length(items, recipe.embed.batch_size):
-        prefix = backbone.prefix(backbone.prompts([items[n] for n in chunk]))
+        batch = [items[n] for n in chunk]
+        prefix = backbone.prefix(backbone.prompts(batch))
         for system, encoder in encoders.items():
-            vectors[system][chunk] = encoder.encode_prefix(prefix).cpu().numpy()
+            shared = encoder.backbone is backbone  # not where a baseline has changed its own
+            found = encoder.encode_prefix(prefix) if shared else encoder.encode_items(batch)
+            vectors[system][chunk] = found.cpu().numpy()
     return vectors
 
 

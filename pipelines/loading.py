@@ -3,7 +3,7 @@
 import torch
 
 from pipelines.recipe import Recipe, System
-from slq.artifacts import Adapter, load_adapter
+from slq.artifacts import Adapter, load_adapter, load_adapter_config
 from slq.backbones import Backbone, PromptSettings, load_backbone
 from slq.encoder import Encoder
 from slq.finetuning import TunedBackbone
@@ -34,6 +34,7 @@ def untrained_latents(recipe: Recipe, backbone: Backbone) -> LatentQueries:
         init=settings.init,
         embedding_std=backbone.embedding_std,
         temperature=settings.temperature,
+        pooling=settings.pooling,
         seed=settings.seed,
     ).to(backbone.device)
 
@@ -65,12 +66,20 @@ def encoder_of(recipe: Recipe, system: System = "slq", backbone: Backbone | None
     Raises:
         ArtifactError: The trained adapter is asked for and missing.
     """
-    backbone = backbone or backbone_of(recipe)
     if system == "last_token":
-        return Encoder(backbone)
+        return Encoder(backbone or backbone_of(recipe))
     if system == "untrained":
+        backbone = backbone or backbone_of(recipe)
         return Encoder(backbone, untrained_latents(recipe, backbone))
+    if load_adapter_config(recipe.storage.adapter).slq_type != "SLQ":
+        backbone = None  # a baseline changes its backbone, so it never gets a shared one
+    backbone = backbone or backbone_of(recipe)
     return Encoder(backbone, load_adapter(recipe.storage.adapter, backbone))
+
+
+def scoring_backbone(recipe: Recipe, encoder: Encoder) -> Backbone:
+    """The frozen model of the fine stage: the encoder's own, unless a baseline changed that."""
+    return backbone_of(recipe) if isinstance(encoder.adapter, TunedBackbone) else encoder.backbone
 
 
 def use_threads(count: int) -> None:

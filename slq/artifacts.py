@@ -18,7 +18,7 @@ from slq.backbones.base import Backbone, PromptSettings
 from slq.config import Section
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 from slq.finetuning import TunedBackbone
-from slq.latent_queries import LatentQueries
+from slq.latent_queries import LatentQueries, Pooling
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -42,7 +42,8 @@ class AdapterConfig(Section):
     lora_rank: int | None = None
     lora_alpha: float | None = None
     hidden_size: Annotated[int, Field(gt=0)]
-    pooling: Literal["mean", "last_token"] = "mean"
+    pooling: Literal["mean", "last", "last_token"] = "mean"
+    """Mean of the latents, the last latent, or the last token of a baseline."""
     norm: Literal["l2"] = "l2"
     prompt: str = ""
     max_text_tokens: int = 128
@@ -206,7 +207,8 @@ def load_adapter(folder: Path, backbone: Backbone) -> Adapter:
 
 def _empty(config: AdapterConfig, backbone: Backbone) -> Adapter:
     if config.slq_type == "SLQ":
-        return LatentQueries(config.num_latents, config.hidden_size)
+        pooling: Pooling = "last" if config.pooling == "last" else "mean"
+        return LatentQueries(config.num_latents, config.hidden_size, pooling=pooling)
     return TunedBackbone(
         backbone,
         "lora" if config.slq_type == "LORA" else "full",

@@ -14,6 +14,7 @@ from slq.prefix import Prefix
 from slq.schema import Item
 
 Init = Literal["embedding", "normal", "zeros"]
+Pooling = Literal["mean", "last"]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0
 
 
@@ -28,11 +29,11 @@ class LatentQueries(nn.Module):
         init: `embedding` (normal with the backbone's embedding std), `normal` (std 1/sqrt(hidden)) or `zeros`.
         embedding_std: The std for `embedding`.
         temperature: Where the learnable temperature starts.
+        pooling: `mean` over the latent positions (the paper's), or the `last` one, which sees all the others.
         seed: Of the initial values.
     """
 
     method: Literal["slq"] = "slq"
-    pooling: Literal["mean"] = "mean"
 
     def __init__(
         self,
@@ -42,9 +43,11 @@ class LatentQueries(nn.Module):
         init: Init = "embedding",
         embedding_std: float = 0.02,
         temperature: float = 0.07,
+        pooling: Pooling = "mean",
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.pooling: Pooling = pooling
         scale = {"embedding": embedding_std, "normal": hidden_size**-0.5, "zeros": 0.0}
         if init not in scale:
             raise ConfigError(f"init {init!r} is unknown; choose one of {', '.join(scale)}")
@@ -68,7 +71,8 @@ class LatentQueries(nn.Module):
 
     def embed(self, backbone: Backbone, prefix: Prefix) -> Tensor:
         """Embeddings of encoded prefixes: (batch, hidden) float32 unit vectors, differentiable in the latents."""
-        return unit_norm(mean_pool(self.states(backbone, prefix)))
+        states = self.states(backbone, prefix)
+        return unit_norm(mean_pool(states if self.pooling == "mean" else states[:, -1:]))
 
     def states(self, backbone: Backbone, prefix: Prefix) -> Tensor:
         """(batch, num_latents, hidden) states at the latents after the final norm, in the backbone's dtype."""

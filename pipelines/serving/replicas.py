@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from pipelines.corpus import fetch_image
-from pipelines.loading import encoder_of, use_threads
+from pipelines.loading import encoder_of, scoring_backbone, use_threads
 from pipelines.recipe import Recipe
 from slq.artifacts import require_same_fingerprint
 from slq.errors import DataError, ServiceError
@@ -98,7 +98,9 @@ class BackboneService:
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
         rerank = self._recipe.rerank
         self._reranker = Reranker(
-            self._encoder.backbone, framing=rerank.framing, batch_size=rerank.batch_size
+            scoring_backbone(self._recipe, self._encoder),
+            framing=rerank.framing,
+            batch_size=rerank.batch_size,
         )
         batch = self._recipe.serve
         self._embed_batch.set_max_batch_size(batch.max_batch)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slq.backbones import Backbone
 from slq.collectives import gather_rows
-from slq.losses import info_nce
+from slq.objectives import matryoshka_info_nce
 from slq.training.settings import TrainConfig
 
 
@@ -32,12 +32,19 @@ class RetrievalModule(nn.Module):
         adapter: The trained part.
         shard_backbone: Register the backbone, so that ZeRO-3 shards its frozen weights too. Otherwise no engine sees
             or moves them.
+        dimensions: Shorter lengths of the vectors that the loss counts as well (Matryoshka).
     """
 
     def __init__(
-        self, backbone: Backbone, adapter: nn.Module, *, shard_backbone: bool = False
+        self,
+        backbone: Backbone,
+        adapter: nn.Module,
+        *,
+        shard_backbone: bool = False,
+        dimensions: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self._dimensions = tuple(dimensions)
         self.adapter = adapter
         self._backbone = [backbone]
         if shard_backbone:
@@ -54,7 +61,9 @@ class RetrievalModule(nn.Module):
         """
         adapter: Any = self.adapter
         image_vectors, text_vectors = (gather_rows(self._vectors(side)) for side in (images, texts))
-        return info_nce(image_vectors, text_vectors, adapter.temperature)
+        return matryoshka_info_nce(
+            image_vectors, text_vectors, adapter.temperature, self._dimensions
+        )
 
     def _vectors(self, chunks: Sequence[Any]) -> Tensor:
         adapter: Any = self.adapter

@@ -19,6 +19,8 @@ class AdapterSettings(Section):
     """How many latent queries; 20 in the paper."""
     init: Literal["embedding", "normal", "zeros"] = "embedding"
     """Initial scale: the backbone's embedding std, 1/sqrt(hidden), or zero."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How the latents' states become one vector: their mean, as in the paper, or the last one."""
     temperature: Annotated[float, Field(ge=0.01, le=1.0)] = 0.07
     """Where the learnable temperature starts."""
     prompt: str = ""
@@ -47,6 +49,8 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm."""
+    matryoshka: tuple[Positive, ...] = ()
+    """Shorter embedding lengths that are trained too, so that vectors cut to them still search well."""
     order: Literal["block", "uniform"] = "block"
     """`block` draws blocks of images and shows all captions of a block before the next, so that an image prefix is
     computed once per epoch; `uniform` shuffles all pairs."""

@@ -30,6 +30,7 @@ from slq.backbones.base import Backbone, PromptSettings
 from slq.encoder import Encoder
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, StorageError
 from slq.latent_queries import LatentQueries
+from slq.schema import Item
 from tests.families import BUILDERS, HIDDEN, picture, qwen3_vl
 
 
@@ -152,6 +153,22 @@ def test_any_change_of_the_embedding_space_changes_the_fingerprint(backbone: Bac
     found = {name: fingerprint(*change()) for name, change in CHANGES.items()}
     found["unchanged"] = fingerprint(backbone, latent_queries())
     assert len(set(found.values())) == len(found)
+
+
+def test_the_last_latent_is_read_where_the_adapter_says_so(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    last = LatentQueries(4, HIDDEN, embedding_std=0.2, pooling="last")
+    folder = save_adapter(tmp_path / "adapter", backbone, last)
+    loaded = load_adapter(folder, backbone)
+    assert loaded.pooling == "last"
+    assert fingerprint(backbone, loaded) == fingerprint(backbone, last)
+    mean = LatentQueries(4, HIDDEN, embedding_std=0.2)
+    assert fingerprint(backbone, mean) != fingerprint(backbone, last)
+    prefix = backbone.prefix(backbone.prompts([Item(text="a fox"), Item(text="two bees")]))
+    states = last.states(backbone, prefix)
+    expected = states[:, 3] / states[:, 3].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(Encoder(backbone, loaded).encode_prefix(prefix), expected)
 
 
 def test_the_padding_side_does_not_change_the_fingerprint(backbone: Backbone) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from slq.backbones import Backbone, load_backbone
 from slq.errors import ConfigError, TrainingError, UnusablePairError
 from slq.latent_queries import LatentQueries
+from slq.losses import info_nce
 from slq.media import decode_image
 from slq.prefix_store import PrefixStore
 from slq.schema import Item
@@ -372,6 +373,26 @@ def gradients(folder: Path, pairs: list[int], chunk_rows: int = 0) -> dict[str, 
         "latents": latents.latents.grad.clone(),
         "log_temperature": latents.log_temperature.grad.clone(),
     }
+
+
+def test_nested_lengths_enter_the_loss(backbone: Backbone, scenes_dir: Path) -> None:
+    rows = pairs_of(scenes_dir)[:6]
+    latents = latent_queries(backbone)
+    source = source_of(backbone, rows)
+    sides = source.queries(range(6)), source.positives(range(6))
+    images, texts = (latents.embed(backbone, side[0]) for side in sides)
+    nested = [
+        info_nce(
+            torch.nn.functional.normalize(images[:, :length], dim=1),
+            torch.nn.functional.normalize(texts[:, :length], dim=1),
+            latents.temperature,
+        )
+        for length in (192, 32, 8)
+    ]
+    loss = RetrievalModule(backbone, latents, dimensions=(32, 8))(*sides)
+    assert loss.item() == pytest.approx(float(sum(nested).detach()) / 3, rel=1e-6)
+    plain = RetrievalModule(backbone, latents)(*sides)
+    assert plain.item() == pytest.approx(nested[0].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 9])
