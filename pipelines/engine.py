@@ -5,6 +5,7 @@ safetensors file: each trained tensor in float32 with its two moments, and the n
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,9 @@ def make_engine(recipe: Recipe, backbone: Backbone, adapter: Adapter, world: int
     Raises:
         ConfigError: The ZeRO stage cannot train weights of this type.
     """
+    if backbone.device.type == "cpu":
+        # Else DeepSpeed takes a GPU that it sees, and the latents would not be where the prefixes are.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     config = recipe.train
@@ -69,14 +73,23 @@ def make_engine(recipe: Recipe, backbone: Backbone, adapter: Adapter, world: int
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimiser,
-        config=deepspeed_config(config, world, bf16=trains_in_bf16(recipe)),
+        config=deepspeed_config(
+            config,
+            world,
+            bf16=trains_in_bf16(recipe),
+            num_trained=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+        ),
         dist_init_required=False,
     )
     return engine
 
 
-def training_state(engine: Any) -> dict[str, Tensor]:
+def training_state(engine: Any, *, keep: bool = True) -> dict[str, Tensor]:
     """Trained tensors, moments and step count, whole and float32 on the CPU; every worker must call it.
+
+    Args:
+        engine: From `make_engine`.
+        keep: Whether this worker wants the result; the others only take part.
 
     Returns:
         `value/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for each trained tensor, and `step`, (1,) int64.
@@ -84,14 +97,23 @@ def training_state(engine: Any) -> dict[str, Tensor]:
     steps = [int(state["step"]) for state in engine.basic_optimizer.state.values()]
     tensors: dict[str, Tensor] = {_STEP: torch.tensor([max(steps, default=0)])}
     for name, parameter in _trained(engine):
-        tensors[f"value/{name}"] = _whole(engine, parameter, None)
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = (
-                _whole(engine, parameter, moment)
-                if steps
-                else torch.zeros_like(tensors[f"value/{name}"])
-            )
+        for kind in ("value", *_MOMENTS):
+            whole = _whole(engine, parameter, kind, stepped=bool(steps))
+            if keep:
+                tensors[f"{kind}/{name}"] = whole.to("cpu", torch.float32, copy=True)
     return tensors
+
+
+def gradient_norm(engine: Any, adapter: Adapter) -> float:
+    """2-norm of the averaged gradient, before clipping; call it between the engine's backward and its step.
+
+    NaN where DeepSpeed knows it only after the step (ZeRO 1 to 3), which is then `engine.get_global_grad_norm()`;
+    without ZeRO it never does.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return float("nan")
+    gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def load_training_state(engine: Any, tensors: dict[str, Tensor]) -> None:
@@ -108,6 +130,9 @@ def load_training_state(engine: Any, tensors: dict[str, Tensor]) -> None:
         _set_whole(engine, parameter, None, tensors[f"value/{name}"])
         for moment in _MOMENTS:
             _set_whole(engine, parameter, moment, tensors[f"{moment}/{name}"])
+    persistent = getattr(engine.optimizer, "persistent_parameters", None)
+    if persistent:  # writing them let them go; ZeRO-3's own step gathers them again the same way
+        persistent[0].all_gather(persistent)
 
 
 @contextmanager
@@ -149,17 +174,20 @@ def _owned(engine: Any) -> list[Tensor]:
     return list(engine.optimizer.single_partition_of_fp32_groups)
 
 
-def _whole(engine: Any, parameter: nn.Parameter, moment: str | None) -> Tensor:
+def _whole(engine: Any, parameter: nn.Parameter, kind: str, *, stepped: bool) -> Tensor:
+    """A trained tensor (`value`) or one of its moments, gathered."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if kind != "value" and not stepped:
+        return torch.zeros(_shape(parameter))
     if engine.zero_optimization_stage() == 0:
         state = engine.basic_optimizer.state
-        found = parameter.detach() if moment is None else state[parameter][moment]
-    elif moment is None:
+        found = parameter if kind == "value" else state[parameter][kind]
+    elif kind == "value":
         found = safe_get_full_fp32_param(parameter)
     else:
-        found = safe_get_full_optimizer_state(parameter, moment)
-    return found.detach().to("cpu", torch.float32, copy=True).reshape(_shape(parameter))
+        found = safe_get_full_optimizer_state(parameter, kind)
+    return found.detach().reshape(_shape(parameter))
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -62,6 +62,23 @@ class Pairs:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
+    @property
+    def image_to_text(self) -> bool:
+        """Whether every pair is one image and one text."""
+        columns = ("query_text", "positive_image", "positive_uri")
+        return all(self._table[name].null_count == len(self) for name in columns)
+
+    def digest(self, number: int) -> str:
+        """sha256 of the query's encoded image and text, whatever its uri says.
+
+        Raises:
+            DataError: The image cannot be read.
+            StorageError: The store of the images cannot be reached.
+        """
+        digest = hashlib.sha256(self._image(number, "query") or b"")
+        digest.update(b"\x00" + (self._value("query_text", number) or "").encode())
+        return digest.hexdigest()
+
     def item(self, pair: int, side: Side) -> Item:
         """One side of a pair, its image decoded; threads may share this. An image with a caption is the query.
 

@@ -26,8 +26,8 @@ class _Lines:
         return lines
 
     def refuse(self, reason: str) -> None:
-        """A worker's reason to end the run for good: raised there, it would only be tried again."""
-        self._refusal = reason
+        """A worker's reason to end the run for good, the first of them: tried again, it would only come again."""
+        self._refusal = self._refusal or reason
 
     def refusal(self) -> str:
         return self._refusal

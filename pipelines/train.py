@@ -14,6 +14,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+import slq.errors
 from pipelines.pairs import Pairs
 from pipelines.progress import progress_sink
 from pipelines.recipe import Recipe, require_files
@@ -31,6 +32,7 @@ from slq.errors import (
     ArtifactError,
     ConfigError,
     HardwareError,
+    SlqError,
     StorageError,
     TrainingError,
 )
@@ -45,6 +47,10 @@ _FREE = (  # what may change between two parts of one run
     "frozen_rows",
     "gradient_checkpointing",
     "checkpoint_every",
+    "eval_every",
+    "non_finite",
+    "max_skipped",
+    "max_error_share",
     "cache_bytes",
     "text_cache_bytes",
     "disk_cache",
@@ -75,6 +81,14 @@ class ChosenPairs:
             DataError: It cannot be used.
         """
         return self._pairs.item(int(self._numbers[pair]), side)
+
+    def digest(self, pair: int) -> str:
+        """sha256 of the query's content as stored.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        return self._pairs.digest(int(self._numbers[pair]))
 
 
 def hold_out(
@@ -146,6 +160,11 @@ def train(recipe: Recipe) -> Path:
     _require_workers(recipe)
     _require_store(recipe)
     pairs = Pairs(recipe.data.path("train"))
+    if recipe.train.zero_stage == 3 and not pairs.image_to_text:
+        raise ConfigError(
+            "with train.zero_stage 3 all workers must make the same passes, so every pair must be one image and one "
+            "text; use stage 2"
+        )
     usable, refused = pairs.check(recipe.train.max_error_share)
     for name, reason in refused.items():
         log.warning("training pair %r is left out: %s", name, reason)
@@ -153,10 +172,10 @@ def train(recipe: Recipe) -> Path:
     PairSampler([pairs.image_keys[n] for n in kept], recipe.train.global_batch, recipe.train.seed)
     started = time.monotonic()
     with progress_sink() as sink:
-        result = _fit(recipe, digest, {"sink": sink, "kept": kept, "held": held})
-        refusal = ray.get(sink.refusal.remote())
-    if refusal:
-        raise TrainingError(refusal)
+        try:
+            result = _fit(recipe, digest, {"sink": sink, "kept": kept, "held": held})
+        finally:  # a worker's own reason says more than Ray's
+            raise_refusal(ray.get(sink.refusal.remote()))
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
@@ -223,6 +242,18 @@ def checkpoint_store(recipe: Recipe) -> tuple[str, Any]:
     )  # workers write there too
 
 
+def raise_refusal(refusal: str) -> None:
+    """Raise the error of ours with which a worker ended the run, if one did.
+
+    Raises:
+        SlqError: Of the class and with the message that it had in the worker.
+    """
+    if refusal:
+        name, message = json.loads(refusal)
+        kind: type[SlqError] = getattr(slq.errors, name)
+        raise kind(message) from None
+
+
 def _require_workers(recipe: Recipe) -> None:
     """Ray Train would wait for ever for workers that the cluster cannot hold."""
     resources, present = recipe.resources, ray.cluster_resources()
@@ -230,6 +261,22 @@ def _require_workers(recipe: Recipe) -> None:
         raise ConfigError(
             f"train.global_batch is {recipe.train.global_batch}, less than one pair for each of "
             f"{resources.train_workers} workers; raise it or lower resources.train_workers"
+        )
+    if 0 < recipe.train.held_out < max(2, resources.train_workers):
+        raise ConfigError(
+            f"train.held_out is {recipe.train.held_out}; it needs two images at least, and one for each of "
+            f"{resources.train_workers} workers"
+        )
+    gpus = 1.0 if recipe.backbone.device.startswith("cuda") else 0.0
+    if resources.gpus_per_worker != gpus:
+        raise ConfigError(
+            f"backbone.device is {recipe.backbone.device}, so training needs resources.gpus_per_worker {gpus:g}, "
+            f"not {resources.gpus_per_worker:g}"
+        )
+    if recipe.adapter.method != "slq" and recipe.train.disk_cache is not None:
+        raise ConfigError(
+            f"train.disk_cache keeps prefixes of a frozen model, and adapter.method {recipe.adapter.method} changes "
+            "it; remove the setting"
         )
     if recipe.train.zero_stage == 3 and recipe.train.global_batch % resources.train_workers:
         raise ConfigError(
@@ -247,7 +294,7 @@ def _require_workers(recipe: Recipe) -> None:
 
 def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
     """Run the workers to the end; Ray restarts the group after a failure and resumes from its last checkpoint."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     gpus = recipe.resources.gpus_per_worker
@@ -264,6 +311,7 @@ def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
             name=f"train-{digest}",
             storage_path=storage_path,
             storage_filesystem=filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(
                 max_failures=recipe.train.max_failures, controller_failure_limit=3
             ),
@@ -313,15 +361,9 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     recipe = Recipe.model_validate(settings["recipe"])
     context = ray.train.get_context()
-    pairs = Pairs(recipe.data.path("train"))
-    trainer = Trainer(
-        recipe,
-        ChosenPairs(pairs, settings["kept"]),
-        ChosenPairs(pairs, settings["held"]),
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
-        say=settings["sink"].add.remote,
-    )
+    sink = settings["sink"]
+    if ray.get(sink.refusal.remote()):
+        return  # what ended the run would end it again
 
     def report(metrics: dict[str, float], folder: Path | None) -> None:
         ray.train.report(
@@ -332,7 +374,19 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     try:
+        pairs = Pairs(recipe.data.path("train"))
+        trainer = Trainer(
+            recipe,
+            ChosenPairs(pairs, settings["kept"]),
+            ChosenPairs(pairs, settings["held"]),
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            say=sink.add.remote,
+        )
         with nullcontext() if checkpoint is None else checkpoint.as_directory() as folder:
             trainer.run(None if folder is None else Path(folder), report)
-    except TrainingError as error:  # every worker has it: no restart would end otherwise
-        ray.get(settings["sink"].refuse.remote(str(error)))
+    except StorageError:
+        raise  # the next attempt may find the store well again
+    except SlqError as error:
+        ray.get(sink.refuse.remote(json.dumps([type(error).__name__, str(error)])))
+        raise  # so that Ray ends the other workers, which may be waiting for this one

@@ -1,5 +1,6 @@
 """One worker of a training run: reads its share of each batch, steps the engine, checks, and writes checkpoints."""
 
+import hashlib
 import logging
 import tempfile
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 from pipelines.engine import (
     frozen_digest,
     gathered,
+    gradient_norm,
     load_training_state,
     make_engine,
     training_state,
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 ADAPTER = "adapter"
 _STATE = "training_state.safetensors"
 _POSITION = "position.json"
+_HELD_OUT_BYTES = 2**28
 
 
 class Trainer:
@@ -75,6 +78,7 @@ class Trainer:
     ) -> None:
         self._recipe, self._config = recipe, recipe.train
         self._keys = pairs.image_keys
+        self._data = _digest(pairs.image_keys)
         self._rank, self._world, self._say = rank, world, say
         if self._config.num_threads:
             torch.set_num_threads(self._config.num_threads)
@@ -88,15 +92,17 @@ class Trainer:
             block_batches=self._config.block_batches,
         )
         self._source = self._make_source(pairs)
-        self._num_held_out = len(held_out.image_keys)
-        self._held_out = self._make_source(held_out)
+        self._held_out = self._make_source(held_out, cache_bytes=_HELD_OUT_BYTES)
+        self._held_rows = np.arange(len(held_out.image_keys))
         self.steps: list[dict[str, float]] = []
         self._bad: set[int] = set()
         self._reasons: dict[int, str] = {}
         self._skipped = 0
         self._engine: Any = None
 
-    def _make_source(self, pairs: PairReader) -> PrefixSource | PromptSource:
+    def _make_source(
+        self, pairs: PairReader, cache_bytes: int | None = None
+    ) -> PrefixSource | PromptSource:
         config = self._config
         if self._recipe.adapter.method != "slq":
             return PromptSource(self._backbone, pairs, chunk_rows=config.chunk_rows)
@@ -110,8 +116,8 @@ class Trainer:
         return PrefixSource(
             self._backbone,
             pairs,
-            cache_bytes=config.cache_bytes if keep else 0,
-            text_cache_bytes=config.text_cache_bytes if keep else 0,
+            cache_bytes=(cache_bytes or config.cache_bytes) if keep else 0,
+            text_cache_bytes=(cache_bytes or config.text_cache_bytes) if keep else 0,
             store=store,
             frozen_rows=config.frozen_rows,
             chunk_rows=config.chunk_rows,
@@ -136,13 +142,32 @@ class Trainer:
         digest = frozen_digest(self._engine, self._backbone) if frozen_part else ""
         if first and self._rank == 0:
             self._say(f"train goes on after step {first}")
+        self._read_held_out()
         with self._log(first) as journal:
             self._loop(first, journal, report)
-            if frozen_part and frozen_digest(self._engine, self._backbone) != digest:
+            intact = not frozen_part or frozen_digest(self._engine, self._backbone) == digest
+            if not all_agree(intact, self._engine.device):
                 raise TrainingError(
                     "the frozen backbone changed during training; please report this"
                 )
             self._checkpoint(report)
+
+    def _read_held_out(self) -> None:
+        """Leave out held-out pairs that cannot be read, on all workers, before a measurement would meet them."""
+        while len(self._held_rows):
+            broken: set[int] = set()
+            try:
+                self._held_out.read(rank_slice(self._held_rows, self._rank, self._world).tolist())
+            except UnusablePairError as error:
+                broken = {error.pair}
+                log.warning("held-out pair %d is left out: %s", error.pair, error)
+            if all_agree(not broken, self._engine.device):
+                break
+            self._held_rows = np.setdiff1d(self._held_rows, list(union(broken)))
+        if len(self._held_rows) < max(2, self._world):
+            self._held_rows = self._held_rows[:0]  # nothing to measure, or nothing for some worker
+        even = len(self._held_rows) // self._world * self._world
+        self._held_rows = self._held_rows[:even]  # ZeRO-3 needs the same passes everywhere
 
     def _log(self, first: int) -> AbstractContextManager[TrainingLog | None]:
         if self._rank:
@@ -158,6 +183,8 @@ class Trainer:
             metrics = self._step(step, batch, None if last else batches[place][1])
             elapsed, done = time.monotonic() - started, place
             metrics["pairs_per_s"] = done * self._config.global_batch / elapsed
+            if place == 1:
+                self._warn_of_small_cache()
             if last or (step + 1) % self._config.eval_every == 0:
                 metrics |= self._measure()
             self.steps.append(metrics)
@@ -168,6 +195,21 @@ class Trainer:
                     self._say(progress_line(metrics, self._config.num_steps, eta))
             if not last and (step + 1) % self._config.checkpoint_every == 0:
                 self._checkpoint(report)
+
+    def _warn_of_small_cache(self) -> None:
+        """Say once when a block's prefixes do not fit, for then they are computed again for each caption."""
+        config = self._config
+        if not isinstance(self._source, PrefixSource) or config.order != "block" or self._rank:
+            return
+        images = min(config.block_batches * config.global_batch, len(set(self._keys)))
+        needed = images / self._world * self._source.bytes_per_query
+        several = len(self._keys) > len(set(self._keys))
+        if several and needed > config.cache_bytes:
+            self._say(
+                f"warning: a block's image prefixes need {needed / 2**30:.1f} GiB per worker, more than "
+                f"train.cache_bytes ({config.cache_bytes / 2**30:.1f} GiB), so they are computed once per caption; "
+                "raise it, or lower train.block_batches"
+            )
 
     # One step ------------------------------------------------------------------------------------------------
 
@@ -217,9 +259,9 @@ class Trainer:
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Diagnostics on the held-out pairs, which all workers embed together."""
-        if not self._num_held_out:
+        if not len(self._held_rows):
             return {}
-        mine = rank_slice(np.arange(self._num_held_out), self._rank, self._world).tolist()
+        mine = rank_slice(self._held_rows, self._rank, self._world).tolist()
         sides: tuple[Any, Any] = self._held_out.queries(mine), self._held_out.positives(mine)
         adapter: Any = self._adapter
         vectors = [
@@ -253,8 +295,10 @@ class Trainer:
         skipping = self._config.non_finite == "skip"
         before = training_state(self._engine) if skipping else {}
         self._engine.backward(loss)
+        norm = gradient_norm(self._engine, self._adapter)
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if self._config.zero_stage > 0:
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
         if all_agree(bool(np.isfinite(norm)), self._engine.device):
             return norm, True
         self._refuse(step, "gradient")
@@ -265,15 +309,15 @@ class Trainer:
         self._skipped += 1
         if self._config.non_finite == "halt" or self._skipped > self._config.max_skipped:
             raise TrainingError(
-                f"the {what} is not finite at step {step + 1} ({self._skipped} such steps); lower train.lr. "
-                "The last checkpoint is kept"
+                f"the {what} is not finite at step {step + 1} ({self._skipped} such steps). The last checkpoint is "
+                "kept: go on from it with train.non_finite: skip, or begin anew with a lower train.lr"
             )
         log.warning("the %s is not finite at step %d: the step is left out", what, step + 1)
 
     # Checkpoints ---------------------------------------------------------------------------------------------
 
     def _checkpoint(self, report: "Report") -> None:
-        tensors = training_state(self._engine)
+        tensors = training_state(self._engine, keep=self._rank == 0)
         with tempfile.TemporaryDirectory() as temporary, gathered(self._engine):
             folder = Path(temporary)
             if self._rank == 0:
@@ -283,7 +327,7 @@ class Trainer:
                     raise StorageError(f"no checkpoint could be written: {error}") from None
                 save_adapter(folder / ADAPTER, self._backbone, self._adapter)
                 write_history(folder / HISTORY, self.steps)
-                position = {"bad": sorted(self._bad), "skipped": self._skipped}
+                position = {"bad": sorted(self._bad), "skipped": self._skipped, "data": self._data}
                 write_json(folder / _POSITION, position)
             report(self.steps[-1], folder if self._rank == 0 else None)
 
@@ -292,11 +336,24 @@ class Trainer:
         load_training_state(self._engine, load_file(checkpoint / _STATE))
         self.steps.extend(read_history(checkpoint / HISTORY))
         position = read_json(checkpoint / _POSITION)
+        if position["data"] != self._data:
+            raise TrainingError(
+                "the usable training pairs are others than when this run began (an image was mended, or could not "
+                "be read just now), so it cannot go on in the same order; run again, or use another storage.dir"
+            )
         self._bad, self._skipped = set(position["bad"]), position["skipped"]
         return len(self.steps)
 
 
 Report = Callable[[dict[str, float], Path | None], None]
+
+
+def _digest(keys: list[str]) -> str:
+    """sha256 of the pairs' images in order, which is what the order of training depends on."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(key.encode() + b"\x00")
+    return digest.hexdigest()
 
 
 def prefix_fingerprint(backbone: Backbone) -> str:

@@ -84,12 +84,17 @@ def trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _weights(adapter: Adapter) -> bytes:
-    kept = torch.float32 if isinstance(adapter, LatentQueries) else None
+    # an engine may have made the temperature bfloat16 with all the rest; a loaded adapter has it in float32
     tensors = {
-        name: value.to(device="cpu", dtype=kept or value.dtype).contiguous()
+        name: value.to("cpu", torch.float32 if _is_own(adapter, name) else value.dtype).contiguous()
         for name, value in trained_tensors(adapter).items()
     }
     return save(tensors)
+
+
+def _is_own(adapter: Adapter, name: str) -> bool:
+    """Whether a tensor is the adapter's own and not one of the backbone's weights."""
+    return isinstance(adapter, LatentQueries) or name == "log_temperature"
 
 
 def save_adapter(folder: Path, backbone: Backbone, adapter: Adapter, *, card: str = "") -> Path:

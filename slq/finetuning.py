@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slq.backbones.base import Backbone, Prompts
 from slq.errors import ConfigError
-from slq.latent_queries import MAX_TEMPERATURE, MIN_TEMPERATURE
+from slq.latent_queries import bounded_temperature
 from slq.pooling import unit_norm
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,8 +64,7 @@ class TunedBackbone(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """The scalar divisor of similarities, kept inside MIN_TEMPERATURE..MAX_TEMPERATURE."""
-        low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
-        return self.log_temperature[0].clamp(low, high).exp()
+        return bounded_temperature(self.log_temperature)
 
     def embed(self, backbone: Backbone, inputs: Prompts) -> Tensor:
         """(rows, hidden) float32 unit vectors of prompts, differentiable in what is trained."""

@@ -18,6 +18,16 @@ Pooling = Literal["mean", "last"]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0
 
 
+def bounded_temperature(log_temperature: Tensor) -> Tensor:
+    """The scalar exp of a (1,) tensor, kept inside MIN_TEMPERATURE..MAX_TEMPERATURE.
+
+    The gradient passes the bounds as if they were not there, so a temperature that overshot one can come back.
+    """
+    low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    free = log_temperature[0]
+    return (free + (free.clamp(low, high) - free).detach()).exp()
+
+
 class LatentQueries(nn.Module):
     """`num_latents` vectors that are appended to every prompt, image or text alike.
 
@@ -66,8 +76,7 @@ class LatentQueries(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """The scalar divisor of similarities, kept inside MIN_TEMPERATURE..MAX_TEMPERATURE."""
-        low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
-        return self.log_temperature[0].clamp(low, high).exp()
+        return bounded_temperature(self.log_temperature)
 
     def embed(self, backbone: Backbone, prefix: Prefix) -> Tensor:
         """Embeddings of encoded prefixes: (batch, hidden) float32 unit vectors, differentiable in the latents."""

@@ -134,6 +134,9 @@ class PrefixCache:
             keys: What identifies each row: content and backbone fingerprint, not position.
             compute: Called once with the positions in `keys` that are missing.
         """
+        if self._max_bytes == 0 and len(set(keys)) == len(keys):  # no detour over the host
+            self.misses += len(keys)
+            return compute(list(range(len(keys)))).to(self._device)
         found = {key: self._rows[key] for key in keys if key in self._rows}
         missing = [number for number, key in enumerate(keys) if key not in found]
         missing = list({keys[number]: number for number in reversed(missing)}.values())[::-1]

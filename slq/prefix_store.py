@@ -10,6 +10,7 @@ import logging
 import os
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,24 +62,26 @@ class PrefixStore:
         self.num_bytes = 0
         self._require_own(fingerprint)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        found = [(path.stat(), path) for path in folder.glob(f"*/*{_SUFFIX}")]
-        for stat, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
+        for _, size, path in sorted(_files(folder)):
             key, _, sha256 = path.name.removesuffix(_SUFFIX).partition("-")
-            self._entries[key] = _Entry(path, sha256, stat.st_size)
-            self.num_bytes += stat.st_size
+            if key in self._entries:  # another worker computed it too, with other rounding
+                self._drop(key)
+            self._entries[key] = _Entry(path, sha256, size)
+            self.num_bytes += size
 
     def _require_own(self, fingerprint: str) -> None:
         info = self._folder / _INFO
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not info.is_file():
-                if any(self._folder.iterdir()):
+                foreign = [p for p in self._folder.iterdir() if not p.name.startswith(".")]
+                if foreign and not info.is_file():  # another worker may have just written it
                     raise ArtifactError(
                         f"{self._folder} is no prefix store and not empty; choose another train.disk_cache"
                     )
                 partial = self._folder / f".{uuid.uuid4().hex}.partial"
                 partial.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-                partial.replace(info)
+                _link(partial, info)
             found = json.loads(info.read_text())["fingerprint"]
         except (OSError, ValueError, KeyError) as error:
             raise ArtifactError(
@@ -135,16 +138,36 @@ class PrefixStore:
             return
         self._entries[name] = _Entry(path, sha256, len(content))
         self.num_bytes += len(content)
-        while self.num_bytes > self._max_bytes:
+        while self._entries and self.num_bytes > self._max_bytes:
             self._drop(next(iter(self._entries)))
 
     def _drop(self, name: str) -> None:
         entry = self._entries.pop(name)
         self.num_bytes -= entry.num_bytes
         try:
-            os.unlink(entry.path)  # noqa: PTH108 - a missing file is fine, any other error is not ours to raise
+            entry.path.unlink(missing_ok=True)
         except OSError:
             log.debug("%s could not be removed", entry.path)
+
+
+def _files(folder: Path) -> Iterator[tuple[int, int, Path]]:
+    """(modification time in ns, bytes, path) of the stored files; what is evicted meanwhile is left out."""
+    for path in folder.glob(f"*/*{_SUFFIX}"):
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue
+        yield found.st_mtime_ns, found.st_size, path
+
+
+def _link(partial: Path, target: Path) -> None:
+    """Give a file its name unless another process was first."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        log.debug("%s is there already", target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _name(key: str) -> str:

@@ -12,6 +12,8 @@ from slq.collectives import gather_rows
 from slq.objectives import matryoshka_info_nce
 from slq.training.settings import TrainConfig
 
+_MOST_WHOLE = 2_000_000  # latent queries are far fewer, a fine-tuned model far more
+
 
 class Adapter(Protocol):
     """What is trained: `slq.latent_queries.LatentQueries` or `slq.finetuning.TunedBackbone`."""
@@ -80,7 +82,9 @@ class RetrievalModule(nn.Module):
         return torch.cat(parts)
 
 
-def deepspeed_config(config: TrainConfig, world_size: int, *, bf16: bool = False) -> dict[str, Any]:
+def deepspeed_config(
+    config: TrainConfig, world_size: int, *, bf16: bool = False, num_trained: int = 0
+) -> dict[str, Any]:
     """The DeepSpeed configuration that a recipe means; `--dry-run` prints it.
 
     Args:
@@ -88,13 +92,20 @@ def deepspeed_config(config: TrainConfig, world_size: int, *, bf16: bool = False
         world_size: Workers.
         bf16: Whether trained weights are bfloat16 with float32 master copies (`full` on a bfloat16 backbone). Latent
             queries and LoRA are float32 whatever the backbone's type.
+        num_trained: Trained values. Under ZeRO-3 the few of latent queries stay whole on every worker: they are used
+            outside of the modules that DeepSpeed watches.
     """
+    whole = 100_000  # DeepSpeed's default
+    sharding: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage == 3:
+        small = num_trained <= _MOST_WHOLE
+        sharding["stage3_param_persistence_threshold"] = max(whole, num_trained if small else 0)
     return {
         "train_batch_size": world_size,  # one prepared batch per rank and step; DeepSpeed only counts
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": sharding,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16},
     }

@@ -1,7 +1,8 @@
 """Inputs of a step: prefixes that are computed once and kept, or prompts where the whole model is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -40,23 +41,43 @@ class PairReader(Protocol):
             DataError: It cannot be used.
         """
 
+    def digest(self, pair: int) -> str:
+        """sha256 of the query's content as stored, encoded image and text; called from several threads.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A decoded side of a pair, or only the digest of a query whose prefix is stored."""
+
+    item: Item | None
+    digest: str = ""
+
 
 class _Ahead:
-    """Decodes items off the training thread, one batch ahead."""
+    """Decodes items off the training thread, one batch ahead.
 
-    def __init__(self, reader: PairReader) -> None:
-        self._reader = reader
+    Args:
+        load: Gives a side of a pair; called from several threads.
+    """
+
+    def __init__(self, load: Callable[[int, Side], _Loaded]) -> None:
+        self._load = load
         self._pool = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
-        self._begun: dict[tuple[int, Side], Future[Item]] = {}
+        self._begun: dict[tuple[int, Side], Future[_Loaded]] = {}
 
     def begin(self, wanted: Sequence[tuple[int, Side]]) -> None:
         """Start on items; what was begun and is not among them is forgotten."""
-        kept = {key: future for key, future in self._begun.items() if key in set(wanted)}
+        still = set(wanted)
+        kept = {key: future for key, future in self._begun.items() if key in still}
         for key, future in self._begun.items():
             if key not in kept:
                 future.cancel()
         self._begun = kept | {
-            key: self._pool.submit(self._reader.item, *key) for key in wanted if key not in kept
+            key: self._pool.submit(self._load, *key) for key in wanted if key not in kept
         }
 
     def wait(self) -> None:
@@ -68,15 +89,15 @@ class _Ahead:
         for pair, side in list(self._begun):
             self.take(pair, side)
 
-    def take(self, pair: int, side: Side) -> Item:
-        """An item, begun or not.
+    def take(self, pair: int, side: Side) -> _Loaded:
+        """A side of a pair, begun or not.
 
         Raises:
             UnusablePairError: It cannot be read or decoded.
         """
         try:
             future = self._begun.get((pair, side))
-            return self._reader.item(pair, side) if future is None else future.result()
+            return self._load(pair, side) if future is None else future.result()
         except DataError as error:
             raise UnusablePairError(pair, str(error)) from None
 
@@ -106,11 +127,13 @@ class PrefixSource:
         chunk_rows: int = 0,
     ) -> None:
         self._backbone = backbone
+        self._reader = reader
         self._keys = reader.query_keys
-        self._ahead = _Ahead(reader)
+        self._ahead = _Ahead(self._load)
         self._frozen_rows = frozen_rows
         self._chunk_rows = chunk_rows
         self._store = store
+        self._query_bytes = self._num_queries = 0
         self.cache = PrefixCache(cache_bytes, backbone.device)
         self.text_cache = PrefixCache(
             cache_bytes if text_cache_bytes is None else text_cache_bytes, backbone.device
@@ -122,13 +145,15 @@ class PrefixSource:
         found = self.cache.hits + (self._store.hits if self._store else 0)
         return found / max(1, self.cache.hits + self.cache.misses)
 
+    @property
+    def bytes_per_query(self) -> float:
+        """Mean size of a query's keys and values so far; 0 before the first."""
+        return self._query_bytes / max(1, self._num_queries)
+
     def begin(self, pairs: Sequence[int]) -> None:
         """Start to read and decode what pairs will need, in threads."""
         queries: list[tuple[int, Side]] = [
-            (pair, "query")
-            for pair in pairs
-            if self._keys[pair] not in self.cache
-            and not (self._store and self._keys[pair] in self._store)
+            (pair, "query") for pair in pairs if self._keys[pair] not in self.cache
         ]
         self._ahead.begin(
             [*queries, *((pair, "positive") for pair in pairs if pair not in self.text_cache)]
@@ -146,18 +171,17 @@ class PrefixSource:
     def queries(self, pairs: Sequence[int]) -> list[Prefix]:
         """Prefixes of pairs' queries, in chunks; captions of one image share one entry."""
         keys = [self._keys[pair] for pair in pairs]
-
-        def compute(rows: list[int]) -> Prefix:
-            return self._stored([keys[r] for r in rows], [pairs[r] for r in rows])
-
-        return self._chunks(self.cache.get(keys, compute))
+        prefix = self.cache.get(keys, lambda rows: self._stored([pairs[r] for r in rows]))
+        self._query_bytes += prefix.num_bytes
+        self._num_queries += len(prefix)
+        return self._chunks(prefix)
 
     def positives(self, pairs: Sequence[int]) -> list[Prefix]:
         """Prefixes of pairs' positives, in the chunks of `queries`."""
         return self._chunks(
             self.text_cache.get(
                 list(pairs),
-                lambda rows: self._encode([self._ahead.take(pairs[r], "positive") for r in rows]),
+                lambda rows: self._encode([self._item(pairs[r], "positive") for r in rows]),
             )
         )
 
@@ -170,19 +194,30 @@ class PrefixSource:
             for start in range(0, len(prefix), size)
         ]
 
-    def _stored(self, keys: list[str], pairs: list[int]) -> Prefix:
-        """Prefixes from the store, and into it those that it lacks."""
-        found = {n: self._store.get(key) for n, key in enumerate(keys)} if self._store else {}
-        missing = [n for n in range(len(keys)) if found.get(n) is None]
-        rows = {n: row for n, row in found.items() if row is not None}
+    def _load(self, pair: int, side: Side) -> _Loaded:
+        if side == "positive" or self._store is None:
+            return _Loaded(self._reader.item(pair, side))
+        digest = self._reader.digest(pair)
+        stored = digest in self._store
+        return _Loaded(None if stored else self._reader.item(pair, side), digest)
+
+    def _item(self, pair: int, side: Side) -> Item:
+        item = self._ahead.take(pair, side).item
+        return self._reader.item(pair, side) if item is None else item
+
+    def _stored(self, pairs: list[int]) -> Prefix:
+        """Queries' prefixes from the store, and into it those that it lacks."""
+        if self._store is None:
+            return self._encode([self._item(pair, "query") for pair in pairs])
+        digests = [self._ahead.take(pair, "query").digest for pair in pairs]
+        rows = {n: row for n, d in enumerate(digests) if (row := self._store.get(d)) is not None}
+        missing = [n for n in range(len(pairs)) if n not in rows]
         if missing:
-            computed = self._encode([self._ahead.take(pairs[n], "query") for n in missing])
-            if self._store is None:
-                return computed
+            computed = self._encode([self._item(pairs[n], "query") for n in missing])
             for n, row in zip(missing, computed.to("cpu").split(), strict=True):
-                self._store.put(keys[n], row)
+                self._store.put(digests[n], row)
                 rows[n] = row
-        return Prefix.stack([rows[n] for n in range(len(keys))])
+        return Prefix.stack([rows[n] for n in range(len(pairs))])
 
     def _encode(self, items: list[Item]) -> Prefix:
         """Passes over items of similar length, so little is padded; the result is in input order."""
@@ -208,7 +243,7 @@ class PromptSource:
 
     def __init__(self, backbone: Backbone, reader: PairReader, *, chunk_rows: int = 0) -> None:
         self._backbone = backbone
-        self._ahead = _Ahead(reader)
+        self._ahead = _Ahead(lambda pair, side: _Loaded(reader.item(pair, side)))
         self._chunk_rows = chunk_rows
 
     def begin(self, pairs: Sequence[int]) -> None:
@@ -226,13 +261,14 @@ class PromptSource:
 
     def queries(self, pairs: Sequence[int]) -> list[Prompts]:
         """Prompts of pairs' queries, in chunks."""
-        return self._prompts([self._ahead.take(pair, "query") for pair in pairs])
+        return self._prompts([self._ahead.take(pair, "query").item for pair in pairs])
 
     def positives(self, pairs: Sequence[int]) -> list[Prompts]:
         """Prompts of pairs' positives, in the chunks of `queries`."""
-        return self._prompts([self._ahead.take(pair, "positive") for pair in pairs])
+        return self._prompts([self._ahead.take(pair, "positive").item for pair in pairs])
 
-    def _prompts(self, items: list[Item]) -> list[Prompts]:
+    def _prompts(self, loaded: Sequence[Item | None]) -> list[Prompts]:
+        items = [item for item in loaded if item is not None]  # only stored prefixes have none
         size = self._chunk_rows or len(items)
         return [
             self._backbone.prompts(items[start : start + size])

@@ -123,6 +123,25 @@ def test_a_trained_baseline_comes_back_from_its_folder(method: Method, tmp_path:
     assert "baseline" in (folder / "README.md").read_text()
 
 
+def test_a_model_that_was_trained_in_bfloat16_comes_back_with_its_fingerprint(
+    tmp_path: Path,
+) -> None:
+    backbone = load_backbone("tiny", dtype="bfloat16")
+    tuned = TunedBackbone(backbone, "full")
+    tuned.log_temperature.data = tuned.log_temperature.data.bfloat16()  # as DeepSpeed makes it
+    folder = save_adapter(tmp_path / "adapter", backbone, tuned)
+    assert Encoder.from_pretrained(folder).fingerprint == Encoder(backbone, tuned).fingerprint
+
+
+def test_a_temperature_beyond_its_bound_can_come_back() -> None:
+    tuned = TunedBackbone(BUILDERS["qwen3_vl"](), "lora")
+    tuned.log_temperature.data.fill_(-9.0)
+    assert tuned.temperature.item() == pytest.approx(0.01)
+    tuned.temperature.backward()
+    assert tuned.log_temperature.grad is not None
+    assert tuned.log_temperature.grad.item() > 0
+
+
 def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     backbone, tuned = trained_a_little("lora")
     folder = save_adapter(tmp_path / "adapter", backbone, tuned)

@@ -1,6 +1,7 @@
 """Prefixes on disk: what was put comes back bit for bit, or not at all."""
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,23 @@ def test_a_file_that_another_process_evicted_is_a_miss(tmp_path: Path) -> None:
         path.unlink()
     assert theirs.get("a") is None
     assert theirs.num_bytes == 0
+
+
+def test_workers_may_open_one_store_at_the_same_moment(tmp_path: Path) -> None:
+    """A half-written start of another worker, or one that was killed there, is no foreign folder."""
+    (tmp_path / ".0123.partial").write_text("{")
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: PrefixStore(tmp_path, "one", LARGE), range(32)))
+    stores[0].put("a", prefix(0))
+    assert PrefixStore(tmp_path, "one", LARGE).get("a") is not None
+
+
+def test_one_key_stored_twice_with_other_rounding_is_counted_once(tmp_path: Path) -> None:
+    first, second = PrefixStore(tmp_path, "one", LARGE), PrefixStore(tmp_path, "one", LARGE)
+    first.put("a", prefix(0))
+    second.put("a", prefix(1))
+    assert len(files(tmp_path)) == 2
+    later = PrefixStore(tmp_path, "one", LARGE)
+    assert len(files(tmp_path)) == 1
+    assert later.num_bytes == files(tmp_path)[0].stat().st_size
+    assert later.get("a") is not None

@@ -1,5 +1,6 @@
 """Training without a cluster: the order of pairs, the learning rate, cached prefixes, gradients of two ranks."""
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from slq.errors import ConfigError, TrainingError, UnusablePairError
 from slq.latent_queries import LatentQueries
 from slq.losses import info_nce
 from slq.media import decode_image
+from slq.prefix import Prefix
 from slq.prefix_store import PrefixStore
 from slq.schema import Item
 from slq.training import (
@@ -259,6 +261,9 @@ class Reader:
             return Item(image=decode_image(row["image"]))
         return Item(text=row["text"])
 
+    def digest(self, pair: int) -> str:
+        return hashlib.sha256(self._pairs[pair]["image"]).hexdigest()
+
 
 def source_of(backbone: Backbone, pairs: list[dict[str, Any]], **options: Any) -> PrefixSource:
     return PrefixSource(
@@ -272,12 +277,13 @@ def backbone() -> Backbone:
     return load_backbone("tiny")
 
 
-def same_prefix(first: Any, second: Any) -> bool:
-    parts = [
-        *zip(first.keys, second.keys, strict=True),
-        *zip(first.values, second.values, strict=True),
-    ]
-    return all(torch.allclose(a, b, atol=1e-5) for a, b in parts)
+def same_prefix(first: Prefix, second: Prefix) -> bool:
+    """Equal at real tokens; what stands at padding is never read."""
+    return all(
+        torch.allclose(a, b, atol=1e-5)
+        for ours, theirs in zip(first.split(), second.split(), strict=True)
+        for a, b in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True)
+    )
 
 
 def test_captions_of_one_image_share_its_prefix(backbone: Backbone, scenes_dir: Path) -> None:
