@@ -4,10 +4,14 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def interleaved(
@@ -30,13 +34,19 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in sides}
     for measured in range(0 if warm_up else 1, repeats + 1):
         for name, run in sides.items():
-            _wait(device)
-            started = time.perf_counter()
-            run()
-            _wait(device)
+            seconds = timed(run, device)
             if measured:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(seconds)
     return times
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run; a GPU is waited for before and after."""
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
@@ -81,6 +91,92 @@ class SavedBytes:
     def total(self) -> int:
         """Bytes so far."""
         return sum(self._storages.values())
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made inside and still alive, and their highest sum.
+
+    Exact and the same on every run, as it follows storages and not an allocator. What a kernel uses for itself while
+    it runs is not seen.
+
+    Attributes:
+        live: Bytes alive now.
+        peak: Most bytes that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._followed: dict[int, weakref.finalize[..., Any]] = {}
+
+    def __enter__(self) -> "LiveBytes":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        for finalizer in self._followed.values():
+            finalizer.detach()
+        self._followed.clear()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and follow the storages that it made."""
+        del types
+        before = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if _counted(leaf)}
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if _counted(leaf) and _address(leaf) not in before:
+                self._follow(leaf.untyped_storage())
+        return output
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self._followed:
+            return
+        self._followed[address] = weakref.finalize(storage, self._freed, address, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, address: int, size: int) -> None:
+        self._followed.pop(address, None)
+        self.live -= size
+
+
+def _counted(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() > 0
+
+
+def _address(leaf: torch.Tensor) -> int:
+    return leaf.untyped_storage().data_ptr()
+
+
+PEAK_COUNTERS = {
+    "cuda": "most bytes that the CUDA allocator had handed out at once, above those before the run",
+    "cpu": "most bytes of tensors made in the run and alive at once; scratch memory of kernels left out",
+}
+"""What `peak_bytes` counts, by type of device."""
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes in use at once during a run, above those in use before it; see `PEAK_COUNTERS`."""
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as counter:
+        run()
+    return counter.peak
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

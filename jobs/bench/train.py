@@ -5,351 +5,217 @@ compute the same loss, and their gradients in the latents are compared.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from jobs.bench.measure import SavedBytes, hardware, interleaved, medians
-from slq.backbones.base import Backbone, Prompts, prefix_of
-from slq.backbones.random_weights import (
-    INTERNVL3_1B,
-    QWEN3_VL_2B,
-    Draw,
-    Sizes,
-    random_backbone,
+from jobs.bench.flops import limits, work
+from jobs.bench.measure import (
+    PEAK_COUNTERS,
+    SavedBytes,
+    hardware,
+    interleaved,
+    medians,
+    peak_bytes,
+    timed,
 )
-from slq.errors import HardwareError
-from slq.latent_queries import LatentQueries
-from slq.losses import info_nce
-from slq.pooling import mean_pool, unit_norm
-from slq.prefix import Prefix
-from slq.schema import Item
+from jobs.bench.schedule import Plan, measure_full
+from jobs.bench.shapes import CAPTIONS, ON_CPU, PUBLISHED, Shape
+from jobs.bench.sides import Side, Sides, backpropagate
+from slq.backbones.base import Backbone
+from slq.errors import ConfigError, HardwareError
 
-GRID = 16  # visual tokens along one side, 256 in all
-OPENING, CLOSING = 5, 5  # tokens around the image: 266 in all
-TEXT_TOKENS, NUM_LATENTS, CAPTIONS = 20, 20, 5
-_FULL = {"internvl": INTERNVL3_1B, "qwen3_vl": QWEN3_VL_2B}
-_ON_CPU = {  # widths and depths a quarter of the published models, the same number of tokens
-    "internvl": replace(
-        INTERNVL3_1B,
-        hidden=224,
-        ffn=1216,
-        layers=6,
-        head_dim=16,
-        vision_hidden=256,
-        vision_ffn=1024,
-        vision_layers=6,
-        vocab=0,
-    ),
-    "qwen3_vl": replace(
-        QWEN3_VL_2B,
-        hidden=512,
-        ffn=1536,
-        layers=7,
-        head_dim=32,
-        mrope_section=(6, 5, 5),
-        vision_hidden=256,
-        vision_ffn=1024,
-        vision_layers=6,
-        side=512,
-        vocab=0,
-    ),
-}
+_FULL_DEFAULT = ("internvl", "qwen3_vl")
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Random inputs of one step, in the shapes of a training step.
-
-    Attributes:
-        image_embeds: (batch, 266, hidden) input embeddings of image prompts, vision left out.
-        image_positions: (axes, batch, 266).
-        text_embeds: (batch, 20, hidden).
-        text_positions: (axes, batch, 20).
-        prompts: Real prompts of images, with pixels.
-    """
-
-    image_embeds: Tensor
-    image_positions: Tensor
-    text_embeds: Tensor
-    text_positions: Tensor
-    prompts: Prompts
-
-
-def make_inputs(backbone: Backbone, batch: int) -> Inputs:
-    """Inputs for a step of `batch` pairs."""
-    generator = torch.Generator().manual_seed(1)
-
-    def embeds(tokens: int) -> Tensor:
-        values = torch.randn(batch, tokens, backbone.hidden_size, generator=generator)
-        return (values * backbone.embedding_std).to(backbone.device, backbone.dtype)
-
-    axes = backbone.position_axes
-    if axes == 1:
-        image = torch.arange(OPENING + GRID * GRID + CLOSING)[None]
-    else:
-        grid = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).T + OPENING
-        still = torch.full((1, GRID * GRID), OPENING)
-        opening = torch.arange(OPENING).expand(3, -1)
-        closing = torch.arange(OPENING + GRID, OPENING + GRID + CLOSING).expand(3, -1)
-        image = torch.cat([opening, torch.cat([still, grid]), closing], dim=1)
-    pixels = np.random.default_rng(0).integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8)
-    side = GRID * 2 * int(backbone.model.config.vision_config.patch_size[0]) if axes == 1 else (
-        GRID * 2 * int(backbone.model.config.vision_config.patch_size)
-    )  # fmt: skip
-    pictures = [Image.fromarray(picture).resize((side, side)) for picture in pixels]
-    return Inputs(
-        image_embeds=embeds(image.shape[1]),
-        image_positions=image[:, None].expand(axes, batch, -1).to(backbone.device),
-        text_embeds=embeds(TEXT_TOKENS),
-        text_positions=torch.arange(TEXT_TOKENS, device=backbone.device).expand(axes, batch, -1),
-        prompts=backbone.prompts([Item(image=picture) for picture in pictures]),
-    )
-
-
-class Step:
-    """The sides of the comparison on one backbone, as functions from nothing to a loss.
-
-    Args:
-        backbone: The frozen model.
-        batch: Pairs per step.
-    """
-
-    def __init__(self, backbone: Backbone, batch: int) -> None:
-        self.backbone = backbone
-        self.inputs = make_inputs(backbone, batch)
-        self.latents = LatentQueries(NUM_LATENTS, backbone.hidden_size, embedding_std=0.02)
-        self.latents.to(backbone.device)
-        self.kept = (self._image_prefix(), self._text_prefix())
-        self.kept_vision = self._prompt_prefix()
-
-    def naive(self) -> Tensor:
-        """Whole sequences through the language model with gradient."""
-        i = self.inputs
-        images = self._naive(i.image_embeds, i.image_positions)
-        return self._loss(images, self._naive(i.text_embeds, i.text_positions))
-
-    def latent_only(self) -> Tensor:
-        """Prefixes without gradient, then the latents alone."""
-        return self._follow(self._image_prefix(), self._text_prefix())
-
-    def cached(self) -> Tensor:
-        """The latents alone, on keys and values that were kept."""
-        return self._follow(*self.kept)
-
-    def naive_five_captions(self) -> Tensor:
-        """Vision and language model once per caption, as five steps of the published way."""
-        total = torch.zeros((), device=self.backbone.device)
-        for _ in range(CAPTIONS):
-            images = self._naive_prompts()
-            texts = self._naive(self.inputs.text_embeds, self.inputs.text_positions)
-            total = total + _backward(self._loss(images, texts))
-        return total
-
-    def shared_five_captions(self) -> Tensor:
-        """The image prefix once for the five steps."""
-        return self._five_steps(self._prompt_prefix(), self._text_prefix)
-
-    def cached_five_captions(self) -> Tensor:
-        """All keys and values kept from an earlier epoch."""
-        return self._five_steps(self.kept_vision, lambda: self.kept[1])
-
-    def _five_steps(self, images: Prefix, texts: Callable[[], Prefix]) -> Tensor:
-        total = torch.zeros((), device=self.backbone.device)
-        for _ in range(CAPTIONS):
-            total = total + _backward(self._follow(images, texts()))
-        return total
-
-    def _naive(self, embeds: Tensor, positions: Tensor) -> Tensor:
-        batch = len(embeds)
-        latents = self.latents.latents.to(embeds.dtype).expand(batch, -1, -1)
-        following = (
-            positions.amax((0, 2))[:, None] + 1 + torch.arange(NUM_LATENTS, device=embeds.device)
-        )
-        positions = torch.cat([positions, following.expand(len(positions), -1, -1)], dim=2)
-        output = self.backbone.decoder(
-            inputs_embeds=torch.cat([embeds, latents], dim=1),
-            position_ids=positions[0] if len(positions) == 1 else positions,
-            use_cache=False,
-        )
-        return unit_norm(mean_pool(output.last_hidden_state[:, -NUM_LATENTS:]))
-
-    def _naive_prompts(self) -> Tensor:
-        prompts, backbone = self.inputs.prompts, self.backbone
-        positions = backbone.positions(prompts)
-        embeds = backbone.embed_tokens(prompts.input_ids)
-        latents = self.latents.latents.to(embeds.dtype).expand(len(embeds), -1, -1)
-        following = (
-            positions.amax((0, 2))[:, None] + 1 + torch.arange(NUM_LATENTS, device=embeds.device)
-        )
-        positions = torch.cat([positions, following.expand(len(positions), -1, -1)], dim=2)
-        output = backbone.core(
-            inputs_embeds=torch.cat([embeds, latents], dim=1),
-            position_ids=positions[0] if len(positions) == 1 else positions,
-            use_cache=False,
-            **prompts.vision,
-        )
-        return unit_norm(mean_pool(output.last_hidden_state[:, -NUM_LATENTS:]))
-
-    @torch.no_grad()
-    def _prefix(self, embeds: Tensor, positions: Tensor) -> Prefix:
-        output = self.backbone.decoder(
-            inputs_embeds=embeds,
-            position_ids=positions[0] if len(positions) == 1 else positions,
-            use_cache=True,
-        )
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return prefix_of(output, mask, positions)
-
-    def _image_prefix(self) -> Prefix:
-        return self._prefix(self.inputs.image_embeds, self.inputs.image_positions)
-
-    def _text_prefix(self) -> Prefix:
-        return self._prefix(self.inputs.text_embeds, self.inputs.text_positions)
-
-    def _prompt_prefix(self) -> Prefix:
-        return self.backbone.prefix(self.inputs.prompts)
-
-    def _follow(self, images: Prefix, texts: Prefix) -> Tensor:
-        embed = self.latents.embed
-        return self._loss(embed(self.backbone, images), embed(self.backbone, texts))
-
-    def _loss(self, images: Tensor, texts: Tensor) -> Tensor:
-        return info_nce(images, texts, self.latents.temperature)
-
-    def gradient(self, loss: Callable[[], Tensor]) -> Tensor:
-        """Gradient of a side's loss in the latents, (num_latents, hidden)."""
-        (gradient,) = torch.autograd.grad(loss(), self.latents.latents)
-        return gradient
-
-
-def _backward(loss: Tensor) -> Tensor:
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
-
-
-def measure(backbone: Backbone, *, batch: int, repeats: int) -> dict[str, Any]:
+def measure(backbone: Backbone, shape: Shape, *, batch: int, repeats: int) -> dict[str, Any]:
     """Every ratio of the training part for one backbone.
 
     Returns:
-        `ratios` (naive over ours; above 1 is faster or smaller), `limits` where the arithmetic gives one,
-        `gradient_difference` (relative, largest over the sides) and `median_s`.
+        `ratios` (naive over ours; above 1 is faster or smaller), `flop_limits` where the arithmetic gives one,
+        `gradient_difference` (relative, largest over all sides), and per side of `five_captions` and `lm_step`
+        the `median_s` of all its steps, `saved_bytes` of one step, `gradient_difference`, `held_bytes` (caches
+        from earlier epochs) and `peak_bytes` (those included; above weights and inputs).
     """
-    step = Step(backbone, batch)
-    sides = {"naive": step.naive, "latent_only": step.latent_only, "cached": step.cached}
-    reference = step.gradient(step.naive)
-    difference = max(
-        float((step.gradient(side) - reference).norm() / reference.norm())
-        for name, side in sides.items()
-        if name != "naive"
-    )
-    device = backbone.device
-    seconds = medians(
-        interleaved(
-            {name: _whole(side) for name, side in sides.items()}, repeats=repeats, device=device
-        )
-    )
-    backward = medians(_backward_times(step, repeats))
-    whole = medians(
-        interleaved(
-            {
-                "naive": step.naive_five_captions,
-                "shared": step.shared_five_captions,
-                "cached": step.cached_five_captions,
-            },
-            repeats=repeats,
-            device=device,
-        )
-    )
-    saved = {}
-    for name in ("naive", "latent_only"):
-        with SavedBytes(backbone.model) as counter:
-            sides[name]()
-            saved[name] = counter.total
+    sides = Sides(backbone, shape, batch)
+    groups = {
+        name: _group(sides, group, held=sides.held_bytes[name], repeats=repeats)
+        for name, group in (("five_captions", sides.five_captions), ("lm_step", sides.lm_step))
+    }
+    backward = medians(_backward_times(sides, repeats))
     return {
-        "ratios": {
-            "step": seconds["naive"] / seconds["latent_only"],
-            "backward": backward["naive"] / backward["latent_only"],
-            "saved_bytes": saved["naive"] / saved["latent_only"],
-            "step_cached_keys_values": seconds["naive"] / seconds["cached"],
-            "five_captions_shared_image_prefix": whole["naive"] / whole["shared"],
-            "five_captions_cached_keys_values": whole["naive"] / whole["cached"],
+        "ratios": _ratios(groups, backward),
+        "flop_limits": limits(work(shape.family, shape.sizes, shape.tokens), CAPTIONS),
+        "gradient_difference": max(
+            row["gradient_difference"] for rows in groups.values() for row in rows.values()
+        ),
+        "tokens": {
+            "image_prefix": shape.tokens.image,
+            "text_prefix": shape.tokens.text,
+            "latents": shape.tokens.latents,
         },
-        "gradient_difference": difference,
-        "median_s": {
-            "lm_step": seconds,
-            "lm_backward": backward,
-            "five_steps_with_vision": whole,
-        },
-        "saved_bytes": saved,
+        **groups,
+        "lm_backward_median_s": backward,
     }
 
 
-def _whole(side: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: _backward(side())
+def _group(
+    sides: Sides, group: dict[str, Side], *, held: dict[str, int], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """The figures of each side of a group, which holds caches of so many bytes."""
+    device = sides.backbone.device
+    rows: dict[str, dict[str, Any]] = {}
+    gradients: dict[str, Tensor] = {}
+    for name, side in group.items():
+        peak = peak_bytes(partial(_keep_gradient, gradients, name, sides, side), device)
+        difference = (gradients[name] - gradients["naive"]).norm() / gradients["naive"].norm()
+        rows[name] = {
+            "saved_bytes": _saved(sides, side),
+            "held_bytes": held.get(name, 0),
+            "peak_bytes": held.get(name, 0) + peak,
+            "gradient_difference": float(difference),
+        }
+    runs = {name: partial(backpropagate, side) for name, side in group.items()}
+    times = interleaved(runs, repeats=repeats, device=device, warm_up=False)  # each has run above
+    for name, seconds in medians(times).items():
+        rows[name]["median_s"] = seconds
+    return rows
 
 
-def _backward_times(step: Step, repeats: int) -> dict[str, list[float]]:
-    """Seconds of the backward pass alone; the forward pass runs outside the clock."""
+def _keep_gradient(kept: dict[str, Tensor], name: str, sides: Sides, side: Side) -> None:
+    kept[name] = sides.gradient(side)
+
+
+def _saved(sides: Sides, side: Side) -> int:
+    with SavedBytes(sides.backbone.model) as counter:
+        next(side())
+        return counter.total
+
+
+def _ratios(
+    groups: dict[str, dict[str, dict[str, Any]]], backward: dict[str, float]
+) -> dict[str, float]:
+    step, five = groups["lm_step"], groups["five_captions"]
+
+    def ratio(rows: dict[str, dict[str, Any]], name: str, figure: str = "median_s") -> float:
+        return float(rows["naive"][figure] / rows[name][figure])
+
+    return {
+        "step": ratio(step, "latent_only"),
+        "backward": backward["naive"] / backward["latent_only"],
+        "saved_bytes": ratio(step, "latent_only", "saved_bytes"),
+        "step_cached_keys_values": ratio(step, "cached_keys_values"),
+        **{f"five_captions_{name}": ratio(five, name) for name in five if name != "naive"},
+    }
+
+
+def _backward_times(sides: Sides, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the language model's backward pass alone; the forward pass runs outside the clock."""
     times: dict[str, list[float]] = {"naive": [], "latent_only": []}
     for _ in range(repeats):
-        for name, side in (("naive", step.naive), ("latent_only", step.latent_only)):
-            loss = side()
-
-            def run(loss: Tensor = loss) -> Tensor:
-                return _backward(loss)
-
-            times[name] += _once(run, step.backbone.device)
+        for name, seconds in times.items():
+            loss = next(sides.lm_step[name]())
+            seconds.append(timed(loss.backward, sides.backbone.device))
     return times
 
 
-def _once(run: Callable[[], Tensor], device: torch.device) -> list[float]:
-    return interleaved({"only": run}, repeats=1, device=device, warm_up=False)["only"]
+def gpu_plan(plan: Plan, *, reason: str) -> dict[str, Any]:
+    """What stands under `gpu` where nothing was measured: why, what would run, and with which command."""
+    return {
+        "measured": False,
+        "reason": reason,
+        "command": "python -m jobs.bench train --full",
+        "would_run": {
+            family: {
+                "model": PUBLISHED[family].name,
+                "dtype": "bfloat16",
+                "batch": plan.batch,
+                "chunk": plan.chunk,
+                "steps": plan.steps,
+                "training_pixels": list(PUBLISHED[family].training_pixels),
+                "limit_images_per_s": PUBLISHED[family].limit_images_per_s,
+                "paper_h800_hours": PUBLISHED[family].paper_h800_hours,
+            }
+            for family in _FULL_DEFAULT
+        },
+    }
 
 
-def sizes_for(family: str, *, full: bool) -> Sizes:
-    """The published shape, or a quarter of its widths and depth for CPUs."""
-    return (_FULL if full else _ON_CPU)[family]
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench train", description="ratios of SLQ's frozen prefix in training"
+    )
+    parser.add_argument("--device", help="cpu (default) or cuda (default with --full)")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="published widths and depths in bfloat16, and a timed training schedule; needs a GPU",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="pairs per step of the ratios")
+    parser.add_argument("--repeats", type=int, default=5, help="measured rounds of the ratios")
+    parser.add_argument("--steps", type=int, default=100, help="timed steps of the schedule")
+    parser.add_argument("--schedule-batch", type=int, default=1024, help="its pairs per step")
+    parser.add_argument("--chunk", type=int, default=128, help="rows of activations held at a time")
+    parser.add_argument("--rows", type=int, default=0, help="rows of a forward pass; 0: what fits")
+    parser.add_argument(
+        "--family",
+        choices=sorted({*ON_CPU, *PUBLISHED}),
+        action="append",
+        help="may be given again; default: tiny, internvl and qwen3_vl",
+    )
+    return parser
+
+
+def _device(name: str | None, *, full: bool) -> torch.device:
+    if full and name == "cpu":
+        raise HardwareError("--full needs a GPU, but --device is cpu; leave one of the two out")
+    name = name or ("cuda" if full else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise HardwareError(f"device {name!r} was asked for, but torch sees no CUDA GPU")
+    return torch.device(name)
+
+
+def _families(asked: list[str] | None, *, full: bool) -> list[str]:
+    families = asked or list(ON_CPU)
+    unknown = [family for family in families if not full and family not in ON_CPU]
+    if unknown:
+        raise ConfigError(
+            f"family {unknown[0]!r} is measured at full size only; add --full, or choose one of {', '.join(ON_CPU)}"
+        )
+    return families
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure and return what `slq bench train` prints."""
-    parser = argparse.ArgumentParser(
-        prog="bench train", description="ratios of SLQ's frozen prefix in training"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--full-size", action="store_true", help="published widths and depths")
-    parser.add_argument("--batch", type=int, default=8, help="pairs per step")
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds")
-    parser.add_argument("--family", choices=sorted(_FULL), action="append", help="default: all")
-    arguments = parser.parse_args(argv)
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise HardwareError(
-            f"device {arguments.device!r} was asked for, but torch sees no CUDA GPU"
-        )
-    dtype = torch.bfloat16 if arguments.full_size else torch.float32
-    device = torch.device(arguments.device)
+    arguments = _parser().parse_args(argv)
+    full = arguments.full
+    device = _device(arguments.device, full=full)
+    families = _families(arguments.family, full=full)
+    dtype = torch.bfloat16 if full else torch.float32
+    plan = Plan(arguments.schedule_batch, arguments.chunk, arguments.rows, arguments.steps)
     results: dict[str, Any] = {
         "bench": "train",
         "hardware": hardware(device),
         "dtype": str(dtype).removeprefix("torch."),
         "batch": arguments.batch,
         "repeats": arguments.repeats,
-        "tokens": {
-            "image_prefix": OPENING + GRID * GRID + CLOSING,
-            "text_prefix": TEXT_TOKENS,
-            "latents": NUM_LATENTS,
-        },
-        "flop_limits": {"step": 1.78, "step_cached_keys_values": 8.1},
+        "peak_bytes_counter": PEAK_COUNTERS[device.type],
+        "gpu": {} if full else gpu_plan(plan, reason=_reason()),
     }
-    for family in arguments.family or sorted(_FULL):
-        sizes = sizes_for(family, full=arguments.full_size)
-        backbone = random_backbone(family, sizes, Draw(dtype=dtype, device=arguments.device))
-        results[family] = measure(backbone, batch=arguments.batch, repeats=arguments.repeats)
+    for family in families:
+        published = PUBLISHED.get(family) if full else None
+        shape = published.shape if published else ON_CPU[family]
+        backbone = shape.load(dtype, str(device))
+        results[family] = measure(backbone, shape, batch=arguments.batch, repeats=arguments.repeats)
+        if published:
+            results["gpu"][family] = measure_full(published, backbone, plan)
         del backbone
     return results
+
+
+def _reason() -> str:
+    if torch.cuda.is_available():
+        return "full-size models are measured with --full only"
+    return "torch sees no CUDA GPU"

@@ -252,26 +252,33 @@ def kill_a_worker_when(
     return thread
 
 
-@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize(
+    ("seed", "at_step", "at_checkpoint"), [(11, True, False), (12, False, True), (13, True, True)]
+)
 def test_a_run_whose_workers_are_killed_has_the_losses_of_a_whole_one(
-    recipe: Recipe, adapter: Path, tmp_path: Path, seed: int
+    recipe: Recipe, adapter: Path, tmp_path: Path, seed: int, at_step: bool, at_checkpoint: bool
 ) -> None:
-    """One worker dies at a random step, one while a checkpoint is written."""
+    """A worker dies after a random step, while a checkpoint is written, or one at each."""
     rng = random.Random(seed)
     local = changed(recipe, train={"max_failures": 4}, storage={"dir": tmp_path / "run"})
     step, checkpoint = rng.randint(1, STEPS - 1), rng.choice([2, 4])
-    print(f"seed {seed}: kill after step {step}, then as checkpoint {checkpoint} is written")
+    print(f"seed {seed}: after step {step}: {at_step}, in checkpoint {checkpoint}: {at_checkpoint}")
     steps = local.storage.dir / "train" / "history.jsonl"
     folders = local.storage.dir / "ray"
     killed: list[int] = []
-    first = kill_a_worker_when(lambda: lines_in(steps) >= step, rng, killed)
-    second = kill_a_worker_when(
-        lambda: not first.is_alive() and any(folders.glob(f"*/step_{checkpoint:07d}")), rng, killed
-    )
+    killers: list[threading.Thread] = []
+    if at_step:
+        killers.append(kill_a_worker_when(lambda: lines_in(steps) >= step, rng, killed))
+    if at_checkpoint:
+
+        def is_written() -> bool:
+            return len(killed) == int(at_step) and any(folders.glob(f"*/step_{checkpoint:07d}"))
+
+        killers.append(kill_a_worker_when(is_written, rng, killed))
     train(local)
-    first.join()
-    second.join()
-    assert len(killed) == 2
+    for killer in killers:
+        killer.join()
+    assert len(killed) == len(killers)
     assert [s["loss"] for s in history(local)] == [s["loss"] for s in history(recipe)]
     ours, whole = (r.storage.adapter / "adapter_model.safetensors" for r in (local, recipe))
     assert ours.read_bytes() == whole.read_bytes()
@@ -353,13 +360,15 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_an_object_store_that_refuses_is_named_in_one_line(
     recipe: Recipe, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a wrong endpoint or key looks like: no workers start."""
-    local = changed(
-        recipe,
-        train={"seed": 1},
-        storage={"dir": tmp_path / "run", "checkpoints": "s3://Not_A_Bucket/demo"},
-    )
-    with pytest.raises(StorageError, match="s3://Not_A_Bucket/demo cannot be written") as caught:
+    """Without a key nothing can be written, and no worker starts."""
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    place = f"s3://{bucket}/demo"
+    local = changed(recipe, storage={"dir": tmp_path / "run", "checkpoints": place})
+    with pytest.raises(StorageError, match=f"{place} cannot be written: .*credentials") as caught:
         train(local)
     assert len(str(caught.value).splitlines()) == 1
 
