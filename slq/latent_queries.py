@@ -25,7 +25,7 @@ def bounded_temperature(log_temperature: Tensor) -> Tensor:
     """
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     free = log_temperature[0]
-    return (free + (free.clamp(low, high) - free).detach()).exp()
+    return (free.detach().clamp(low, high) + (free - free.detach())).exp()
 
 
 class LatentQueries(nn.Module):

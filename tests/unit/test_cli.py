@@ -121,12 +121,12 @@ def test_pretraining_dry_runs() -> None:
 
 
 def test_the_shipped_backbone_still_has_the_skills_of_its_model_card() -> None:
-    """0.919 and 0.628 on 384 scenes: 48 are enough to see weights or prompts that were exchanged."""
+    """0.919 and 0.628 on 384 scenes: 32 are enough to see weights or prompts that were exchanged."""
     recipe = RECIPES / "pretrain_tiny.yaml"
-    result = slq("pretrain", recipe, "--evaluate", "tiny", "--scenes", "48")
+    result = slq("pretrain", recipe, "--evaluate", "tiny", "--scenes", "32")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["match_accuracy"] > 0.85
+    assert found["match_accuracy"] > 0.8
     assert found["caption_accuracy"] > 0.45
 
 
