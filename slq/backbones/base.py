@@ -7,6 +7,7 @@ long text is cut without touching the closing tokens, and an image prefix can be
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -55,7 +56,7 @@ class Prompts:
     vision: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Backbone:
+class Backbone(ABC):
     """A frozen multimodal LLM of one family.
 
     Args:
@@ -155,11 +156,11 @@ class Backbone:
         """The image as the processor gets it."""
         return image
 
+    @abstractmethod
     def image_limits(self) -> dict[str, int]:
         """What decides how many pixels and tokens an image gets; part of the fingerprint."""
-        raise NotImplementedError
 
-    def fit_processor(self) -> None:
+    def fit_processor(self) -> None:  # noqa: B027 - a hook that most families need not have
         """Make the processor agree with the model and `max_pixels`; called once, when all else is set."""
 
     # Sizes and identity --------------------------------------------------------------------------------------
@@ -398,7 +399,7 @@ class Backbone:
             "mm_encoder_outputs": {"image": join_features(features, stack=self.stacks_features)}
         }
 
-    def _forget(self) -> None:
+    def _forget(self) -> None:  # noqa: B027 - a hook that most families need not have
         """Clear state that a family keeps on the module between calls."""
 
 

@@ -1,5 +1,6 @@
 """Decoder VLMs that see an image as one square tile: LLaVA-OneVision, SmolVLM and Idefics3; InternVL builds on it."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -29,9 +30,9 @@ class DecoderVLMBackbone(Backbone):
         return (self.tile // _side(self.model.config.vision_config.patch_size)) ** 2
 
     @property
+    @abstractmethod
     def tokens_per_image(self) -> int:
         """Placeholder tokens of one image, all markers around them left out."""
-        raise NotImplementedError
 
     def image_limits(self) -> dict[str, int]:
         """Always one tile of `tile` pixels a side."""

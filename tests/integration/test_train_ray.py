@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -330,32 +330,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Recipe, tmp_path: 
         train(changed(recipe, storage={"dir": tmp_path / "x", "checkpoints": "ftp://x/y"}))
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 bucket on this machine; the environment says where and with which key."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir(f"runs-{port}")  # moto keeps its buckets from server to server
-    yield f"runs-{port}"
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 def test_an_object_store_that_refuses_is_named_in_one_line(
-    recipe: Recipe, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, object_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a key nothing can be written, and no worker starts."""
     import s3fs
@@ -363,7 +339,7 @@ def test_an_object_store_that_refuses_is_named_in_one_line(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     s3fs.S3FileSystem.clear_instance_cache()
-    place = f"s3://{bucket}/demo"
+    place = f"s3://{object_store}/demo"
     local = changed(recipe, storage={"dir": tmp_path / "run", "checkpoints": place})
     with pytest.raises(StorageError, match=f"{place} cannot be written: .*credentials") as caught:
         train(local)
@@ -371,13 +347,15 @@ def test_an_object_store_that_refuses_is_named_in_one_line(
 
 
 def test_a_run_goes_on_from_an_object_store_after_its_process_died(
-    recipe: Recipe, adapter: Path, tmp_path: Path, bucket: str, ray_cluster: None
+    recipe: Recipe, adapter: Path, tmp_path: Path, object_store: str, ray_cluster: None
 ) -> None:
     """The command itself, in processes of its own: the first is killed with all its workers."""
     import s3fs
 
     path = tmp_path / "recipe.yaml"
-    local = changed(recipe, storage={"dir": tmp_path / "run", "checkpoints": f"s3://{bucket}/demo"})
+    local = changed(
+        recipe, storage={"dir": tmp_path / "run", "checkpoints": f"s3://{object_store}/demo"}
+    )
     path.write_text(yaml.safe_dump(local.model_dump(mode="json")))
     command = [sys.executable, "-c", "from jobs.cli import app; app()", "train", str(path)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
@@ -388,7 +366,7 @@ def test_a_run_goes_on_from_an_object_store_after_its_process_died(
         deadline = time.monotonic() + 120
         while first.poll() is None and time.monotonic() < deadline:
             s3fs.S3FileSystem.clear_instance_cache()
-            if s3fs.S3FileSystem().glob(f"{bucket}/demo/*/step_0000002/training_state*"):
+            if s3fs.S3FileSystem().glob(f"{object_store}/demo/*/step_0000002/training_state*"):
                 break
             time.sleep(0.01)
         os.killpg(first.pid, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,39 +52,15 @@ def local_pairs(folder: Path, **changes: Any) -> Path:
     return written(folder / "pairs.parquet", rows)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of an S3 server on this machine."""
-    from moto.server import ThreadedMotoServer
-
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
-
-
 @pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 prefix that holds the images as 0.png and so on; the environment says where and with which key."""
+def bucket(object_store: str) -> str:
+    """An S3 prefix that holds the images as 0.png and so on."""
     import s3fs
 
-    for name, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # instances are kept with the endpoint they first met
     store = s3fs.S3FileSystem()
-    if not store.exists("pictures"):
-        store.mkdir("pictures")
     for n in range(NUM_IMAGES):
-        store.pipe_file(f"pictures/coco/{n}.png", png(n))
-    yield "s3://pictures/coco"
-    s3fs.S3FileSystem.clear_instance_cache()
+        store.pipe_file(f"{object_store}/coco/{n}.png", png(n))
+    return f"s3://{object_store}/coco"
 
 
 def s3_pairs(folder: Path, prefix: str) -> Path:
