@@ -16,9 +16,8 @@ from pipelines.images import ImageReader
 from slq.errors import DataError
 from slq.media import decode_image
 from slq.schema import Item
-from slq.training import Side
+from slq.training.sources import SIDES, Side
 
-SIDES: tuple[Side, Side] = ("query", "positive")
 _PARTS = {"image": pa.binary(), "uri": pa.string(), "text": pa.string()}
 _COLUMNS = {
     "id": pa.string(),
@@ -90,23 +89,6 @@ class Pairs:
         stored = self._image(pair, side)
         image = None if stored is None else decode_image(stored)
         return Item(text=self._value(f"{side}_text", pair), image=image)
-
-    def read(self, number: int) -> tuple[bytes, str]:
-        """(image bytes, caption) of one pair.
-
-        Raises:
-            DataError: The image cannot be read, or the pair is not one image and one text.
-            StorageError: The store of the images cannot be reached.
-        """
-        texts = [self._value(f"{side}_text", number) for side in SIDES]
-        images = [self._image(number, side) for side in SIDES]
-        for shown, said in ((0, 1), (1, 0)):
-            image = images[shown]
-            if image is not None and texts[shown] is None and images[said] is None:
-                return image, texts[said]
-        raise DataError(
-            f"pair {self._value('id', number)!r} is not one image and one text; take `item` of each side"
-        )
 
     def check(self, max_error_share: float) -> tuple[list[int], dict[str, str]]:
         """Look for unusable pairs before workers start.

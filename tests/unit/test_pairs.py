@@ -63,6 +63,11 @@ def bucket(object_store: str) -> str:
     return f"s3://{object_store}/coco"
 
 
+def sha256(image: bytes) -> str:
+    """The digest of a pair whose query is an image alone."""
+    return hashlib.sha256(image + b"\x00").hexdigest()
+
+
 def s3_pairs(folder: Path, prefix: str) -> Path:
     rows = [
         {"id": f"p{n}", "uri": f"{prefix}/{n // 2}.png", "text": f"caption {n}"}
@@ -83,9 +88,9 @@ def test_bytes_files_and_s3_read_the_same(tmp_path: Path, bucket: str) -> None:
     for path in tables:
         pairs = Pairs(path)
         assert len(pairs) == 2 * NUM_IMAGES
-        assert [pairs.read(n) for n in range(len(pairs))] == [
-            (row["image"], row["text"]) for row in rows
-        ]
+        assert [pairs.digest(n) for n in range(len(pairs))] == [sha256(r["image"]) for r in rows]
+        texts = [pairs.item(n, "positive").text for n in range(len(pairs))]
+        assert texts == [row["text"] for row in rows]
         query, positive = pairs.item(3, "query"), pairs.item(3, "positive")
         assert (shade(query.image), query.text) == (1, None)
         assert (positive.image, positive.text) == (None, "caption 3")
@@ -116,7 +121,7 @@ def test_bytes_win_over_a_uri_and_either_may_be_null(tmp_path: Path) -> None:
         {"id": "b", "image": None, "uri": "images/1.png", "text": "y"},
     ]
     pairs = Pairs(written(tmp_path / "both.parquet", rows))
-    assert [pairs.read(n)[0] for n in range(2)] == [png(9), png(1)]
+    assert [pairs.digest(n) for n in range(2)] == [sha256(png(9)), sha256(png(1))]
     assert pairs.check(0.0)[0] == [0, 1]
     with pytest.raises(DataError, match=r"none\.parquet: 1 pairs have no image; remove them"):
         Pairs(written(tmp_path / "none.parquet", [*rows, rows[1] | {"uri": None}]))
@@ -140,11 +145,10 @@ def test_pairs_of_items_have_two_sides(tmp_path: Path) -> None:
     assert pairs.item(1, "query") == Item(text="find a dog")
     assert pairs.query_keys == ["images/0.png\nwhat?", "\nfind a dog", "images/0.png", "\na"]
     assert pairs.image_keys == [form[-1] for form in forms]
-    assert pairs.read(1) == (png(1), "find a dog")
-    assert pairs.read(2) == (png(0), "a cat")
-    for number in (0, 3):
-        with pytest.raises(DataError, match=f"pair 'p{number}' is not one image and one text"):
-            pairs.read(number)
+    assert (shade(pairs.item(2, "query").image), pairs.item(2, "positive").text) == (0, "a cat")
+    assert pairs.digest(0) == hashlib.sha256(png(0) + b"\x00what?").hexdigest()
+    assert not pairs.image_to_text
+    assert Pairs(tmp_path / "pairs.parquet").image_to_text
     assert pairs.check(0.0) == ([0, 1, 2, 3], {})
 
 
@@ -277,11 +281,9 @@ def test_a_store_that_cannot_be_reached_is_no_pairs_fault(
     monkeypatch.setattr(ImageReader, "_s3", Unreachable())
     pairs = Pairs(s3_pairs(tmp_path, "s3://pictures/coco"))
     with pytest.raises(StorageError, match=r"0\.png cannot be read: .*check AWS_ENDPOINT_URL"):
-        pairs.read(0)
+        pairs.item(0, "query")
     with pytest.raises(StorageError):
         pairs.check(1.0)
-    with pytest.raises(StorageError):
-        pairs.item(0, "query")
 
 
 def test_a_bad_image_that_the_check_missed_is_named_when_it_is_read(tmp_path: Path) -> None:
