@@ -132,7 +132,7 @@ class Ledger:
         write_json(path, identity)
 
     def _take_lock(self) -> bool:
-        """Note this driver as live; True if no other one is.
+        """Note this driver as live; True if no other one is. Waits while another puts the folder in order.
 
         The kernel drops the lock with the process. Where a file system knows no locks nobody is ever alone, and
         nothing that a live driver may still need is removed.
@@ -141,6 +141,9 @@ class Ledger:
             if self._lock is None:
                 self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._share_lock()  # not before it is done: it removes every partial file, also one begun just now
+            return False
         except OSError:
             return False
         return True
@@ -250,16 +253,19 @@ class Ledger:
     def require_complete(self, num_shards: int) -> dict[int, Commit]:
         """The commit records of a data set that has all its shards.
 
+        A record whose files still wait for their names, because the driver that linked it is between the two steps, is
+        helped along.
+
         Raises:
             ArtifactError: Commit records or their files are missing; the shards are named.
+            StorageError: A file cannot be given its name.
         """
         commits = self.commits()
         missing = [n for n in range(num_shards) if n not in commits]
-        missing += [
-            n
-            for n, commit in commits.items()
-            if any(not final.is_file() for final, _ in self._files(commit))
-        ]
+        try:
+            missing += [n for n, commit in commits.items() if not self._publish(commit, check=True)]
+        except OSError as error:
+            raise StorageError(f"{self.root} cannot be completed: {error}") from None
         if missing or len(commits) != num_shards:
             raise ArtifactError(
                 f"{self.root} has {len(commits)} commit records for {num_shards} shards, and shards "

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from pipelines.recipe import DataConfig
 from slq.benchmarks.karpathy import KarpathyConfig, read_karpathy, require_disjoint, write_karpathy
 from slq.errors import ConfigError, DataError, StorageError
 from slq.schema import RELEVANCE
+from slq.training.sources import SIDES
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 SPLITS = ("train", "restval", "val", "test", "train", "test")
@@ -106,7 +108,9 @@ def test_what_is_written_is_what_the_stages_read(tmp_path: Path) -> None:
     assert pairs.check(0.0) == (list(range(18)), {})
     assert pairs.image_keys == [f"coco-{n}" for n in (1, 2, 5) for _ in range(6)]
     first = tmp_path / "images" / "train2014" / "COCO_train2014_000000000001.jpg"
-    assert pairs.read(0) == (first.read_bytes(), "Caption 0 of 1.")
+    query, positive = (pairs.item(0, side) for side in SIDES)
+    assert np.array_equal(np.asarray(query.image), np.asarray(Image.open(first)))
+    assert positive.text == "Caption 0 of 1."
     (plan,) = plan_shards(tmp_path / "gallery.parquet", 10)
     assert [record.problem for record in read_shard(plan)] == [None, None]
     assert all(record.image for record in read_shard(plan))

@@ -4,13 +4,14 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.ledger import LOCK, Commit, Ledger, attempt_path, new_attempt
+from pipelines.ledger import LOCK, RUN, Commit, Ledger, attempt_path, new_attempt
 from slq.artifacts import file_sha256
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 
@@ -40,7 +41,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 def names(ledger: Ledger) -> set[str]:
     """Every file but those of the run itself."""
-    return files(ledger.root).keys() - {LOCK, "run.json"}
+    return files(ledger.root).keys() - {LOCK, RUN}
 
 
 def published(shard_id: int) -> set[str]:
@@ -156,6 +157,39 @@ def test_a_record_in_the_making_by_a_live_driver_is_not_dropped(ledger: Ledger) 
         assert second.commits() == {0: commit}
         with pytest.raises(ArtifactError, match=r"shards \[0\] are missing; run the same command"):
             second.finish({"num_shards": 1})
+
+
+def test_a_record_of_another_driver_that_waits_for_its_files_is_helped_along(
+    ledger: Ledger,
+) -> None:
+    commit = written(ledger, 0)
+    ledger.commit(commit)
+    for final in (ledger.shard_path(0), ledger.errors_path(0)):
+        final.rename(attempt_path(final, commit.attempt))  # linked, and not yet at the renames
+    assert ledger.require_complete(1) == {0: commit}
+    assert names(ledger) == published(0)
+
+
+def test_a_driver_waits_while_another_puts_the_folder_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is alone removes every partial file: one that a second driver has begun would be among them."""
+    with Ledger(tmp_path / "e") as first, Ledger(tmp_path / "e") as second:
+        other = threading.Thread(target=second.begin, args=(IDENTITY,))
+        touched: list[bool] = []
+
+        def start_the_other(identity: dict[str, Any]) -> None:
+            other.start()
+            other.join(0.5)
+            touched.append((first.root / RUN).exists())
+            genuine(identity)
+
+        genuine = first._require_same
+        monkeypatch.setattr(first, "_require_same", start_the_other)
+        first.begin(IDENTITY)
+        other.join()
+        assert touched == [False]
+        assert second.commits() == {}
 
 
 def test_a_manifest_never_claims_shards_that_are_not_there(ledger: Ledger) -> None:
