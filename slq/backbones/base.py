@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from slq.backbones.attention import use_grouped_attention
 from slq.backbones.vision import VisionFeatures, join_features, split_features
 from slq.errors import DataError
 from slq.media import sanitise_text
@@ -87,6 +88,7 @@ class Backbone(ABC):
         max_pixels: int | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        use_grouped_attention(self.decoder)
         self.processor = processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         self.name = name
@@ -116,10 +118,10 @@ class Backbone(ABC):
         return core
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> PreTrainedModel:
         """The causal language model inside, which takes `inputs_embeds` and a cache."""
         core: Any = self.core
-        decoder: nn.Module = core.get_decoder()
+        decoder: PreTrainedModel = core.get_decoder()
         return decoder
 
     @property
