@@ -6,17 +6,18 @@ safetensors file: each trained tensor in float32 with its two moments, and the n
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.recipe import Recipe
+from pipelines.recipe import VARIANTS, Recipe
 from slq.artifacts import Adapter
 from slq.backbones import Backbone
 from slq.errors import ConfigError
+from slq.latent_queries import LatentQueries
 from slq.training import RetrievalModule, deepspeed_config
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,14 +29,21 @@ def trains_in_bf16(recipe: Recipe) -> bool:
     return recipe.adapter.method == "full" and recipe.backbone.dtype == "bfloat16"
 
 
-def make_engine(recipe: Recipe, backbone: Backbone, adapter: Adapter, world: int) -> Any:
-    """A DeepSpeed engine that trains the adapter's tensors and nothing else.
+def make_engine(
+    recipe: Recipe,
+    backbone: Backbone,
+    adapter: Adapter,
+    world: int,
+    variants: Mapping[str, LatentQueries] | None = None,
+) -> Any:
+    """A DeepSpeed engine that trains the adapter's tensors, and those of its variants, and nothing else.
 
     Args:
         recipe: The resolved recipe.
         backbone: Sharded too under ZeRO-3, frozen as it is.
         adapter: The trained part.
         world: Workers.
+        variants: Further trained parts; their gradients are left for `clip_each`.
 
     Raises:
         ConfigError: The ZeRO stage cannot train weights of this type.
@@ -62,11 +70,15 @@ def make_engine(recipe: Recipe, backbone: Backbone, adapter: Adapter, world: int
     module = RetrievalModule(
         backbone,
         adapter,
+        variants=variants,
         shard_backbone=config.zero_stage == 3,
         dimensions=config.matryoshka,
+        distillation=config.distillation,
+        teacher_temperature=config.teacher_temperature,
     )
+    trained = [p for part in module.trained.values() for p in part.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
-        [parameter for parameter in adapter.parameters() if parameter.requires_grad],
+        trained,
         lr=config.lr,
         weight_decay=config.weight_decay,
     )
@@ -77,7 +89,8 @@ def make_engine(recipe: Recipe, backbone: Backbone, adapter: Adapter, world: int
             config,
             world,
             bf16=trains_in_bf16(recipe),
-            num_trained=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+            num_trained=sum(parameter.numel() for parameter in trained),
+            clip=not variants,
         ),
         dist_init_required=False,
     )
@@ -114,6 +127,20 @@ def gradient_norm(engine: Any, adapter: Adapter) -> float:
         return float("nan")
     gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def clip_each(engine: Any, max_norm: float) -> dict[str, float]:
+    """Clip the averaged gradients of each trained part by their own norm, as if it were trained alone.
+
+    Call it between the engine's backward and its step, without ZeRO.
+
+    Returns:
+        2-norms before clipping, by the name of the part; the adapter's is empty.
+    """
+    return {
+        name: float(torch.nn.utils.clip_grad_norm_(part.parameters(), max_norm))
+        for name, part in engine.module.trained.items()
+    }
 
 
 def load_training_state(engine: Any, tensors: dict[str, Tensor]) -> None:
@@ -160,8 +187,12 @@ def frozen_digest(engine: Any, backbone: Backbone) -> str:
 
 
 def _trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
-    named = engine.module.adapter.named_parameters()
-    return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    return [
+        (f"{VARIANTS}/{part}/{name}" if part else name, parameter)
+        for part, module in engine.module.trained.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def _owned(engine: Any) -> list[Tensor]:

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.corpus import plan_shards, read_shard
-from pipelines.loading import backbone_of, encoder_of, use_threads
+from pipelines.loading import adapter_folder, backbone_of, encoder_of, use_threads
 from pipelines.progress import show
-from pipelines.recipe import Recipe, System, require_files
+from pipelines.recipe import VARIANT_MARK, Recipe, require_files
 from slq.artifacts import load_adapter_config, require_same_fingerprint, write_json
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
@@ -138,11 +138,11 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for system, found in scores.items():
-            partial = folder / f".run_{system}.parquet.partial"
+            partial = folder / f".run_{_file_name(system)}.parquet.partial"
             pq.write_table(run_table(benchmark, found, depth=max(recipe.eval.ks)), partial)
-            partial.replace(folder / f"run_{system}.parquet")
+            partial.replace(folder / f"run_{_file_name(system)}.parquet")
         for stale in folder.glob("run_*.parquet"):
-            if stale.stem.removeprefix("run_") not in scores:
+            if stale.stem.removeprefix("run_") not in map(_file_name, scores):
                 stale.unlink()
     except OSError as error:
         raise StorageError(
@@ -167,12 +167,26 @@ def embedding_space(recipe: Recipe) -> dict[str, Any]:
     return {"backbone": named, "fingerprint": adapter.fingerprint}
 
 
-def score_systems(recipe: Recipe, benchmark: Benchmark) -> dict[System, Scores]:
+def _file_name(system: str) -> str:
+    return system.replace(VARIANT_MARK, "_")
+
+
+def measured_systems(recipe: Recipe) -> list[str]:
+    """The systems of the recipe; after the trained one come the variants that were trained with it."""
+    systems: list[str] = []
+    for system in recipe.eval.systems:
+        systems.append(system)
+        if system == "slq":
+            systems += [f"{system}{VARIANT_MARK}{name}" for name in recipe.adapter.variants]
+    return systems
+
+
+def score_systems(recipe: Recipe, benchmark: Benchmark) -> dict[str, Scores]:
     """Embed gallery and queries in parallel tasks, then score the best candidates in others."""
     vectors = _embed_everything(recipe, benchmark)
     num_items = len(benchmark.items)
-    scores: dict[System, Scores] = {}
-    for system in recipe.eval.systems:
+    scores: dict[str, Scores] = {}
+    for system in measured_systems(recipe):
         found = vectors["slq" if system == "slq_fine" else system]
         coarse = found[num_items:] @ found[:num_items].T
         scores[system] = Scores(coarse, np.full_like(coarse, np.nan))
@@ -247,18 +261,21 @@ def _loaded(recipe_json: str) -> tuple[Recipe, Backbone]:
     return recipe, backbone_of(recipe)
 
 
-def embed_part(recipe_json: str, items: list[Item]) -> dict[System, NDArray[np.float32]]:
+def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.float32]]:
     """Vectors of items for every system of the recipe, from one prefix pass."""
     recipe, backbone = _loaded(recipe_json)
-    wanted: list[System] = [s for s in recipe.eval.systems if s != "slq_fine"]
+    wanted = [s for s in measured_systems(recipe) if s != "slq_fine"]
     if "slq_fine" in recipe.eval.systems and "slq" not in wanted:
         wanted.append("slq")
     encoders = {system: encoder_of(recipe, system, backbone) for system in wanted}
-    if "slq" in encoders:
+    for system, encoder in encoders.items():
+        if system in ("last_token", "untrained"):
+            continue
+        folder = adapter_folder(recipe, system)
         require_same_fingerprint(
-            load_adapter_config(recipe.storage.adapter).fingerprint,
-            encoders["slq"].fingerprint,
-            expected_in=f"adapter {recipe.storage.adapter}",
+            load_adapter_config(folder).fingerprint,
+            encoder.fingerprint,
+            expected_in=f"adapter {folder}",
             found_in="the recipe's backbone with it",
             remedy="measure with the backbone section that it was trained with",
         )
@@ -316,7 +333,7 @@ def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[System, Scores]) -> dict[str, Any]:
+def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -> dict[str, Any]:
     """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals."""
     ks = recipe.eval.ks
     results: dict[str, Any] = {
@@ -325,7 +342,7 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[System, Scores]
         "num_unreadable": benchmark.num_unreadable,
         "systems": {},
     }
-    per_query: dict[System, NDArray[np.float64]] = {}
+    per_query: dict[str, NDArray[np.float64]] = {}
     for system, found in scores.items():
         final = final_scores(found)
         order = pessimistic_order(final, benchmark.relevant)

@@ -1,8 +1,10 @@
 """Loads what a recipe names: the frozen backbone, its latent queries, and encoders of the systems under test."""
 
+from pathlib import Path
+
 import torch
 
-from pipelines.recipe import Recipe, System
+from pipelines.recipe import VARIANT_MARK, Recipe
 from slq.artifacts import Adapter, load_adapter, load_adapter_config
 from slq.backbones import Backbone, PromptSettings, load_backbone
 from slq.encoder import Encoder
@@ -25,9 +27,11 @@ def backbone_of(recipe: Recipe) -> Backbone:
     )
 
 
-def untrained_latents(recipe: Recipe, backbone: Backbone) -> LatentQueries:
-    """Latent queries as the recipe initialises them."""
-    settings = recipe.adapter
+def untrained_latents(
+    recipe: Recipe, backbone: Backbone, variant: str | None = None
+) -> LatentQueries:
+    """Latent queries as the recipe initialises them, or those of one of its variants."""
+    settings = recipe.adapter if variant is None else recipe.adapter.variants[variant]
     return LatentQueries(
         settings.num_latents,
         backbone.hidden_size,
@@ -35,6 +39,7 @@ def untrained_latents(recipe: Recipe, backbone: Backbone) -> LatentQueries:
         embedding_std=backbone.embedding_std,
         temperature=settings.temperature,
         pooling=settings.pooling,
+        sets=settings.sets,
         seed=settings.seed,
     ).to(backbone.device)
 
@@ -55,12 +60,18 @@ def untrained_adapter(recipe: Recipe, backbone: Backbone) -> Adapter:
     )
 
 
-def encoder_of(recipe: Recipe, system: System = "slq", backbone: Backbone | None = None) -> Encoder:
+def adapter_folder(recipe: Recipe, system: str = "slq") -> Path:
+    """Where the trained adapter of a system lies: the recipe's own, or with `slq:NAME` that of a variant."""
+    _, separator, variant = system.partition(VARIANT_MARK)
+    return recipe.storage.variant(variant) if separator else recipe.storage.adapter
+
+
+def encoder_of(recipe: Recipe, system: str = "slq", backbone: Backbone | None = None) -> Encoder:
     """The encoder of a system: last token, untrained latents, or the trained adapter of the run folder.
 
     Args:
         recipe: The resolved recipe.
-        system: `slq_fine` embeds as `slq` does.
+        system: Of `eval.systems`, or `slq:NAME` for a variant; `slq_fine` embeds as `slq` does.
         backbone: One that is loaded already.
 
     Raises:
@@ -71,10 +82,11 @@ def encoder_of(recipe: Recipe, system: System = "slq", backbone: Backbone | None
     if system == "untrained":
         backbone = backbone or backbone_of(recipe)
         return Encoder(backbone, untrained_latents(recipe, backbone))
-    if load_adapter_config(recipe.storage.adapter).slq_type != "SLQ":
+    folder = adapter_folder(recipe, system)
+    if load_adapter_config(folder).slq_type != "SLQ":
         backbone = None  # a baseline changes its backbone, so it never gets a shared one
     backbone = backbone or backbone_of(recipe)
-    return Encoder(backbone, load_adapter(recipe.storage.adapter, backbone))
+    return Encoder(backbone, load_adapter(folder, backbone))
 
 
 def scoring_backbone(recipe: Recipe, encoder: Encoder) -> Backbone:

@@ -62,6 +62,12 @@ class Pairs:
         return int(self._table.num_rows)
 
     @property
+    def ids(self) -> list[str]:
+        """The pairs' ids."""
+        ids: list[str] = self._table["id"].to_pylist()
+        return ids
+
+    @property
     def image_to_text(self) -> bool:
         """Whether every pair is one image and one text."""
         columns = ("query_text", "positive_image", "positive_uri")

@@ -37,6 +37,8 @@ class DataConfig(Section):
     """Folder that relative file names below belong to."""
     train: Path = Path("train.parquet")
     """Pairs: id, image (bytes) or uri, text; or pairs of items, as `pipelines.pairs.Pairs` reads them."""
+    negatives: Path = Path("negatives.parquet")
+    """Mined negatives of the training pairs, as `slq mine` writes and `train.negatives` reads them."""
     corpus: Path = Path("gallery.parquet")
     """Items to embed: a Parquet file (id, image or uri, and/or text) or a folder of images."""
     queries: Path = Path("queries.parquet")
@@ -88,13 +90,16 @@ class RerankConfig(Section):
 
 
 System = Literal["last_token", "untrained", "slq", "slq_fine"]
+VARIANT_MARK = ":"
+"""What stands between `slq` and the name of a variant where systems are named."""
 
 
 class EvalConfig(Section):
     """What is measured."""
 
     systems: tuple[System, ...] = ("last_token", "untrained", "slq", "slq_fine")
-    """Zero-shot last token, zero-shot untrained latents, trained SLQ, and SLQ with the fine stage."""
+    """Zero-shot last token, zero-shot untrained latents, trained SLQ, and SLQ with the fine stage. With SLQ its
+    variants are measured too, as `slq:NAME`."""
     ks: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 5, 10)
     """Depths of hit@k and recall@k."""
     num_threads: Annotated[int, Field(ge=0)] = 1
@@ -141,11 +146,14 @@ class ResourcesConfig(Section):
     """Backbone replicas that autoscaling may reach."""
 
 
+VARIANTS = "variants"
+
+
 class StorageConfig(Section):
     """Where a run writes."""
 
     dir: Path = Path("runs/demo")
-    """Run folder: `train/`, `adapter/`, `embeddings/`, `index/`, `eval/`."""
+    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`."""
     checkpoints: str | None = None
     """Where training checkpoints go: a folder or `s3://bucket/prefix`; `dir`/ray if null. All workers must reach it."""
 
@@ -153,6 +161,10 @@ class StorageConfig(Section):
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.dir / "adapter"
+
+    def variant(self, name: str) -> Path:
+        """A further adapter of the same training run."""
+        return self.dir / VARIANTS / name
 
     @property
     def embeddings(self) -> Path:
@@ -184,6 +196,15 @@ class Recipe(Section):
     serve: ServeConfig = Field(default_factory=ServeConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
+
+    @model_validator(mode="after")
+    def _variants_are_not_sharded(self) -> "Recipe":
+        if self.adapter.variants and self.train.zero_stage != 0:
+            raise ValueError(
+                f"adapter.variants are clipped one by one, and train.zero_stage {self.train.zero_stage} leaves no "
+                "worker a whole gradient; set it to 0, there is nothing to save on latent queries"
+            )
+        return self
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

@@ -15,9 +15,10 @@ import ray
 from numpy.typing import NDArray
 
 import slq.errors
+from pipelines.negatives import MinedNegatives, read_negatives, require_negatives
 from pipelines.pairs import Pairs
 from pipelines.progress import progress_sink
-from pipelines.recipe import Recipe, require_files
+from pipelines.recipe import VARIANTS, Recipe, require_files
 from pipelines.trainer import ADAPTER, Trainer
 from pipelines.training_log import HISTORY, read_history
 from slq.artifacts import (
@@ -73,6 +74,7 @@ class ChosenPairs:
         self._numbers = numbers
         self.image_keys = [pairs.image_keys[n] for n in numbers]
         self.query_keys = [pairs.query_keys[n] for n in numbers]
+        self.ids = [pairs.ids[n] for n in numbers]
 
     def item(self, pair: int, side: Side) -> Item:
         """One decoded side of a pair.
@@ -121,6 +123,25 @@ def hold_out(
     return np.array(kept, dtype=np.int64), np.array(held, dtype=np.int64)
 
 
+def negatives_of(recipe: Recipe, pairs: ChosenPairs) -> MinedNegatives | None:
+    """The mined negatives of a run's pairs, where the recipe wants some.
+
+    Raises:
+        ConfigError: They were not mined, or not with margins.
+        DataError: The file cannot be used.
+    """
+    config = recipe.train
+    if not config.negatives:
+        return None
+    return read_negatives(
+        recipe.data.path("negatives"),
+        pairs.ids,
+        pairs.image_keys,
+        config.negatives,
+        teacher=config.distillation > 0,
+    )
+
+
 def settings_digest(recipe: Recipe) -> str:
     """What a training run depends on; a run resumes only its own checkpoints."""
     sections = {
@@ -130,6 +151,8 @@ def settings_digest(recipe: Recipe) -> str:
     for name in _FREE:
         del sections["train"][name]
     sections["data"] = file_sha256(recipe.data.path("train"))
+    if recipe.train.negatives:
+        sections["negatives"] = file_sha256(recipe.data.path("negatives"))
     sections["revision"] = backbone_revision(recipe.backbone.name, recipe.backbone.revision)
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -148,6 +171,8 @@ def train(recipe: Recipe) -> Path:
         TrainingError: Workers kept failing, or the loss was not finite.
     """
     require_files(recipe, "train")
+    if recipe.train.negatives:
+        require_negatives(recipe.data.path("negatives"))
     digest = settings_digest(recipe)
     done = recipe.storage.dir / "train" / "done.json"
     if done.is_file() and read_json(done)["settings"] == digest:
@@ -170,6 +195,7 @@ def train(recipe: Recipe) -> Path:
         log.warning("training pair %r is left out: %s", name, reason)
     kept, held = hold_out(pairs.image_keys, usable, recipe.train.held_out, recipe.train.seed)
     PairSampler([pairs.image_keys[n] for n in kept], recipe.train.global_batch, recipe.train.seed)
+    negatives_of(recipe, ChosenPairs(pairs, kept))
     started = time.monotonic()
     with progress_sink() as sink:
         try:
@@ -342,6 +368,9 @@ def _install(checkpoint: Path, recipe: Recipe) -> None:
     target = recipe.storage.adapter
     partial = target.with_name(target.name + ".partial")
     try:
+        shutil.rmtree(recipe.storage.dir / VARIANTS, ignore_errors=True)
+        if (checkpoint / VARIANTS).is_dir():
+            shutil.copytree(checkpoint / VARIANTS, recipe.storage.dir / VARIANTS)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(checkpoint / ADAPTER, partial)
         shutil.rmtree(target, ignore_errors=True)
@@ -375,13 +404,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     try:
         pairs = Pairs(recipe.data.path("train"))
+        kept = ChosenPairs(pairs, settings["kept"])
         trainer = Trainer(
             recipe,
-            ChosenPairs(pairs, settings["kept"]),
+            kept,
             ChosenPairs(pairs, settings["held"]),
             rank=context.get_world_rank(),
             world=context.get_world_size(),
             say=sink.add.remote,
+            negatives=negatives_of(recipe, kept),
         )
         with nullcontext() if checkpoint is None else checkpoint.as_directory() as folder:
             trainer.run(None if folder is None else Path(folder), report)

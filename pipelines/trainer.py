@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.engine import (
+    clip_each,
     frozen_digest,
     gathered,
     gradient_norm,
@@ -23,8 +24,9 @@ from pipelines.engine import (
     make_engine,
     training_state,
 )
-from pipelines.loading import backbone_of, untrained_adapter
-from pipelines.recipe import Recipe
+from pipelines.loading import backbone_of, untrained_adapter, untrained_latents
+from pipelines.negatives import MinedNegatives
+from pipelines.recipe import VARIANTS, Recipe
 from pipelines.training_log import HISTORY, TrainingLog, read_history, write_history
 from slq.artifacts import fingerprint, load_trained, read_json, save_adapter, write_json
 from slq.backbones import Backbone
@@ -34,6 +36,7 @@ from slq.errors import StorageError, TrainingError, UnusablePairError
 from slq.latent_queries import LatentQueries
 from slq.prefix_store import PrefixStore
 from slq.training import (
+    MinedRows,
     PairReader,
     PairSampler,
     PrefixSource,
@@ -58,6 +61,7 @@ class Trainer:
         recipe: The resolved recipe.
         pairs: What to learn from.
         held_out: What to measure on every `train.eval_every` steps; may be empty.
+        negatives: Mined wrong images of the pairs' captions; None to do without.
         rank: Of this worker.
         world: Workers.
         say: Takes a progress line; rank 0 only.
@@ -75,7 +79,9 @@ class Trainer:
         rank: int,
         world: int,
         say: Callable[[str], Any],
+        negatives: MinedNegatives | None = None,
     ) -> None:
+        self._negatives = negatives
         self._recipe, self._config = recipe, recipe.train
         self._keys = pairs.image_keys
         self._data = _digest(pairs.image_keys)
@@ -84,6 +90,10 @@ class Trainer:
             torch.set_num_threads(self._config.num_threads)
         self._backbone = backbone_of(recipe)
         self._adapter = untrained_adapter(recipe, self._backbone)
+        self._variants = {
+            name: untrained_latents(recipe, self._backbone, name)
+            for name in recipe.adapter.variants
+        }
         self._sampler = PairSampler(
             self._keys,
             self._config.global_batch,
@@ -137,7 +147,9 @@ class Trainer:
         frozen_part = self._recipe.adapter.method == "slq"
         if checkpoint is not None:
             load_trained(self._adapter, checkpoint / ADAPTER / "adapter_model.safetensors")
-        self._engine = make_engine(self._recipe, self._backbone, self._adapter, self._world)
+        self._engine = make_engine(
+            self._recipe, self._backbone, self._adapter, self._world, self._variants
+        )
         first = self._restore(checkpoint) if checkpoint is not None else 0
         digest = frozen_digest(self._engine, self._backbone) if frozen_part else ""
         if first and self._rank == 0:
@@ -220,18 +232,24 @@ class Trainer:
         mine = self._readable(step, batch)
         decoded = time.monotonic()
         queries, positives = self._source.queries(mine), self._source.positives(mine)
+        mined = self._mined(mine)
         if following is not None:  # its images decode while this step updates
-            self._source.begin(rank_slice(following, self._rank, self._world).tolist())
+            coming = rank_slice(following, self._rank, self._world).tolist()
+            self._source.begin(coming, self._wrong(coming))
         prepared = time.monotonic()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self._config.lr * learning_rate_scale(step, self._config)
-        loss = self._engine(queries, positives)
-        norm, done = self._update(step, loss)
-        return {
-            "step": step + 1,
-            "loss": loss.item(),
-            "temperature": float(self._adapter.temperature.detach()),
-            "gradient_norm": norm,
+        loss = self._engine(queries, positives, mined)
+        norms, done = self._update(step, loss)
+        losses = dict(zip(norms, self._engine.module.losses.tolist(), strict=True))
+        metrics: dict[str, float] = {"step": step + 1}
+        for name, adapter in {"": self._adapter, **self._variants}.items():
+            metrics |= {
+                f"{_group(name)}loss": losses[name],
+                f"{_group(name)}temperature": float(adapter.temperature.detach()),
+                f"{_group(name)}gradient_norm": norms[name],
+            }
+        return metrics | {
             "cached_share": self._source.cached_share,
             "skipped": self._skipped,
             "unusable": len(self._bad),
@@ -248,13 +266,33 @@ class Trainer:
             mine: list[int] = rank_slice(whole, self._rank, self._world).tolist()
             broken: set[int] = set()
             try:
-                self._source.read(mine)
+                self._source.read(mine, self._wrong(mine))
             except UnusablePairError as error:
                 broken, self._reasons[error.pair] = {error.pair}, str(error)
             if all_agree(not broken, self._engine.device):
                 return mine
             self._bad |= union(broken)
             self._require_few_bad()
+
+    def _wrong(self, mine: list[int]) -> list[int]:
+        """The pairs whose images are mined negatives of some pairs' captions; without them none."""
+        if self._negatives is None:
+            return []
+        chosen: list[int] = self._negatives.of(mine, self._bad)[0].ravel().tolist()
+        return chosen
+
+    def _mined(self, mine: list[int]) -> MinedRows | None:
+        """The mined negatives of this worker's pairs, ready for the step."""
+        if self._negatives is None:
+            return None
+        chosen, present = self._negatives.of(mine, self._bad)
+        margins = self._negatives.margins_of(mine)
+        device = self._backbone.device
+        return MinedRows(
+            self._source.queries(chosen.ravel().tolist()),
+            torch.from_numpy(present).to(device),
+            None if margins is None else torch.from_numpy(margins).to(device),
+        )
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -263,7 +301,13 @@ class Trainer:
             return {}
         mine = rank_slice(self._held_rows, self._rank, self._world).tolist()
         sides: tuple[Any, Any] = self._held_out.queries(mine), self._held_out.positives(mine)
-        adapter: Any = self._adapter
+        found: dict[str, float] = {}
+        for name, adapter in {"": self._adapter, **self._variants}.items():
+            measured = self._diagnosed(adapter, sides)
+            found |= {f"{_group(name)}{metric}": value for metric, value in measured.items()}
+        return found
+
+    def _diagnosed(self, adapter: Any, sides: tuple[Any, Any]) -> dict[str, float]:
         vectors = [
             gather_rows(torch.cat([adapter.embed(self._backbone, part) for part in side]))
             for side in sides
@@ -274,7 +318,7 @@ class Trainer:
                 gather_rows(torch.cat([adapter.states(self._backbone, part) for part in side]))
                 for side in sides
             ]
-            options["latents"] = adapter.latents.detach()
+            options["latents"] = adapter.latents.detach()  # the images' where texts have their own
             options["states"] = dict(zip(("images", "texts"), states, strict=True))
         return diagnose(*vectors, ks=(1, 5, 10), **options)
 
@@ -287,23 +331,27 @@ class Trainer:
                 f"number {number}: {reason}; mend them or raise train.max_error_share"
             )
 
-    def _update(self, step: int, loss: Tensor) -> tuple[float, bool]:
-        """Step the engine where loss and gradient are finite on all workers; gives the norm, and whether it did."""
+    def _update(self, step: int, loss: Tensor) -> tuple[dict[str, float], bool]:
+        """Step the engine where loss and gradient are finite on all workers; gives the norms, and whether it did."""
+        names = ("", *self._variants)
         if not all_agree(finite(loss), self._engine.device):
             self._refuse(step, "loss")
-            return float("nan"), False
+            return dict.fromkeys(names, float("nan")), False
         skipping = self._config.non_finite == "skip"
         before = training_state(self._engine) if skipping else {}
         self._engine.backward(loss)
-        norm = gradient_norm(self._engine, self._adapter)
+        if self._variants:
+            norms = clip_each(self._engine, self._config.clip_norm)
+        else:
+            norms = {"": gradient_norm(self._engine, self._adapter)}
         self._engine.step()
         if self._config.zero_stage > 0:
-            norm = float(self._engine.get_global_grad_norm() or 0.0)
-        if all_agree(bool(np.isfinite(norm)), self._engine.device):
-            return norm, True
+            norms[""] = float(self._engine.get_global_grad_norm() or 0.0)
+        if all_agree(bool(np.isfinite(list(norms.values())).all()), self._engine.device):
+            return norms, True
         self._refuse(step, "gradient")
         load_training_state(self._engine, before)
-        return norm, False
+        return norms, False
 
     def _refuse(self, step: int, what: str) -> None:
         self._skipped += 1
@@ -326,6 +374,8 @@ class Trainer:
                 except OSError as error:
                     raise StorageError(f"no checkpoint could be written: {error}") from None
                 save_adapter(folder / ADAPTER, self._backbone, self._adapter)
+                for name, variant in self._variants.items():
+                    save_adapter(folder / VARIANTS / name, self._backbone, variant)
                 write_history(folder / HISTORY, self.steps)
                 position = {"bad": sorted(self._bad), "skipped": self._skipped, "data": self._data}
                 write_json(folder / _POSITION, position)
@@ -343,6 +393,11 @@ class Trainer:
             )
         self._bad, self._skipped = set(position["bad"]), position["skipped"]
         return len(self.steps)
+
+
+def _group(variant: str) -> str:
+    """What a variant's metrics are called by; those of the adapter itself have no group."""
+    return f"{VARIANTS}/{variant}/" if variant else ""
 
 
 Report = Callable[[dict[str, float], Path | None], None]

@@ -44,6 +44,8 @@ class AdapterConfig(Section):
     hidden_size: Annotated[int, Field(gt=0)]
     pooling: Literal["mean", "last", "last_token"] = "mean"
     """Mean of the latents, the last latent, or the last token of a baseline."""
+    sets: Literal["shared", "separate"] = "shared"
+    """Whether texts have latents of their own."""
     norm: Literal["l2"] = "l2"
     prompt: str = ""
     max_text_tokens: int = 128
@@ -160,7 +162,8 @@ def load_adapter_config(folder: Path) -> AdapterConfig:
 
 def _kind_of(adapter: Adapter) -> dict[str, Any]:
     if isinstance(adapter, LatentQueries):
-        return {"slq_type": "SLQ", "num_latents": adapter.num_latents, "pooling": adapter.pooling}
+        named = {"num_latents": adapter.num_latents, "pooling": adapter.pooling}
+        return {"slq_type": "SLQ", **named, "sets": adapter.sets}
     kind = {"slq_type": adapter.method.upper(), "num_latents": 0, "pooling": adapter.pooling}
     if adapter.method == "lora":
         kind |= {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha}
@@ -213,7 +216,9 @@ def load_adapter(folder: Path, backbone: Backbone) -> Adapter:
 def _empty(config: AdapterConfig, backbone: Backbone) -> Adapter:
     if config.slq_type == "SLQ":
         pooling: Pooling = "last" if config.pooling == "last" else "mean"
-        return LatentQueries(config.num_latents, config.hidden_size, pooling=pooling)
+        return LatentQueries(
+            config.num_latents, config.hidden_size, pooling=pooling, sets=config.sets
+        )
     return TunedBackbone(
         backbone,
         "lora" if config.slq_type == "LORA" else "full",

@@ -15,6 +15,7 @@ from slq.schema import Item
 
 Init = Literal["embedding", "normal", "zeros"]
 Pooling = Literal["mean", "last"]
+Sets = Literal["shared", "separate"]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0
 
 
@@ -31,7 +32,7 @@ def bounded_temperature(log_temperature: Tensor) -> Tensor:
 class LatentQueries(nn.Module):
     """`num_latents` vectors that are appended to every prompt, image or text alike.
 
-    Both parameters are float32 whatever the backbone's type: Adam in bfloat16 stalls on them.
+    All parameters are float32 whatever the backbone's type: Adam in bfloat16 stalls on them.
 
     Args:
         num_latents: How many vectors; 20 in the paper.
@@ -40,6 +41,8 @@ class LatentQueries(nn.Module):
         embedding_std: The std for `embedding`.
         temperature: Where the learnable temperature starts.
         pooling: `mean` over the latent positions (the paper's), or the `last` one, which sees all the others.
+        sets: `shared` by images and texts (the paper's), or `separate`: prompts without an image get vectors of their
+            own, which start at the same values.
         seed: Of the initial values.
     """
 
@@ -54,16 +57,19 @@ class LatentQueries(nn.Module):
         embedding_std: float = 0.02,
         temperature: float = 0.07,
         pooling: Pooling = "mean",
+        sets: Sets = "shared",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.pooling: Pooling = pooling
+        self.sets: Sets = sets
         scale = {"embedding": embedding_std, "normal": hidden_size**-0.5, "zeros": 0.0}
         if init not in scale:
             raise ConfigError(f"init {init!r} is unknown; choose one of {', '.join(scale)}")
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(num_latents, hidden_size, generator=generator) * scale[init]
         self.latents = nn.Parameter(values)
+        self.text_latents = nn.Parameter(values.clone()) if sets == "separate" else None
         self.log_temperature = nn.Parameter(
             torch.tensor([math.log(temperature)])
         )  # deepspeed broadcasts bytes: no 0-d
@@ -85,8 +91,10 @@ class LatentQueries(nn.Module):
 
     def states(self, backbone: Backbone, prefix: Prefix) -> Tensor:
         """(batch, num_latents, hidden) states at the latents after the final norm, in the backbone's dtype."""
-        latents = self.latents.to(backbone.dtype).expand(len(prefix), -1, -1)
-        return backbone.follow(prefix, latents)
+        latents = self.latents.expand(len(prefix), -1, -1)
+        if self.text_latents is not None:
+            latents = torch.where(prefix.shows_image[:, None, None], latents, self.text_latents)
+        return backbone.follow(prefix, latents.to(backbone.dtype))
 
     def embed_items(self, backbone: Backbone, items: Sequence[Item]) -> Tensor:
         """Embeddings of items, (batch, hidden) float32."""

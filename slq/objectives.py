@@ -5,7 +5,7 @@ negative each of the InfoNCE forms is `info_nce`, up to rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,12 @@ class HardNegatives:
 
 
 def matryoshka_info_nce(
-    images: Tensor, texts: Tensor, temperature: Tensor, dimensions: Sequence[int]
+    images: Tensor,
+    texts: Tensor,
+    temperature: Tensor,
+    dimensions: Sequence[int],
+    *,
+    negative_images: HardNegatives | None = None,
 ) -> Tensor:
     """Mean InfoNCE over nested prefixes of the vectors, so that cut embeddings retrieve too.
 
@@ -54,6 +59,7 @@ def matryoshka_info_nce(
         texts: (batch, hidden) unit vectors; row i belongs to image i and to no other.
         temperature: Scalar that divides the similarities, the same for every prefix.
         dimensions: Lengths of the prefixes, without duplicates. The full length always counts, named or not.
+        negative_images: Wrong images of each text, cut like the others; see `info_nce_with_negatives`.
 
     Returns:
         Scalar loss in nats.
@@ -67,10 +73,18 @@ def matryoshka_info_nce(
         raise ConfigError(
             f"dimensions {list(dimensions)} must be different lengths from 1 to the embedding's {hidden}"
         )
-    losses = [info_nce(images, texts, temperature)]
-    for length in sorted(set(dimensions) - {hidden}):
-        prefixes = unit_norm(images[:, :length]), unit_norm(texts[:, :length])
-        losses.append(info_nce(*prefixes, temperature))
+    losses = []
+    for length in (hidden, *sorted(set(dimensions) - {hidden})):
+        sides, negatives = (images, texts), negative_images
+        if length < hidden:
+            sides = (unit_norm(images[:, :length]), unit_norm(texts[:, :length]))
+            negatives = negatives and replace(
+                negatives, vectors=unit_norm(negatives.vectors[..., :length])
+            )
+        if negatives is None:
+            losses.append(info_nce(*sides, temperature))
+        else:
+            losses.append(info_nce_with_negatives(*sides, temperature, negative_images=negatives))
     return torch.stack(losses).mean()
 
 

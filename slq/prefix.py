@@ -26,6 +26,7 @@ class Prefix:
         next_position: (batch,) int64, the position of the token that would follow. Under M-RoPE it is smaller than
             the number of tokens, because an image takes only max(rows, columns) positions.
         last_hidden: (batch, hidden), the last token's state after the final norm.
+        shows_image: (batch,) bool, whether an image is among its tokens.
     """
 
     keys: tuple[Tensor, ...]
@@ -33,6 +34,7 @@ class Prefix:
     mask: Tensor
     next_position: Tensor
     last_hidden: Tensor
+    shows_image: Tensor
 
     def __len__(self) -> int:
         return int(self.mask.shape[0])
@@ -58,6 +60,7 @@ class Prefix:
             mask=self.mask.to(device),
             next_position=self.next_position.to(device),
             last_hidden=self.last_hidden.to(device),
+            shows_image=self.shows_image.to(device),
         )
 
     def select(self, rows: Tensor) -> "Prefix":
@@ -68,6 +71,7 @@ class Prefix:
             mask=self.mask[rows],
             next_position=self.next_position[rows],
             last_hidden=self.last_hidden[rows],
+            shows_image=self.shows_image[rows],
         )
 
     def split(self) -> list["Prefix"]:
@@ -82,6 +86,7 @@ class Prefix:
             mask=torch.ones_like(self.mask[number : number + 1, keep]),
             next_position=self.next_position[number : number + 1].clone(),
             last_hidden=self.last_hidden[number : number + 1].clone(),
+            shows_image=self.shows_image[number : number + 1].clone(),
         )
 
     @staticmethod
@@ -101,6 +106,7 @@ class Prefix:
             mask=torch.cat([F.pad(row.mask, (0, seq - row.mask.shape[1])) for row in rows]),
             next_position=torch.cat([row.next_position for row in rows]),
             last_hidden=torch.cat([row.last_hidden for row in rows]),
+            shows_image=torch.cat([row.shows_image for row in rows]),
         )
 
 

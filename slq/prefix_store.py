@@ -182,6 +182,7 @@ def _packed(row: Prefix) -> bytes:
             "mask": row.mask.contiguous(),
             "next_position": row.next_position.contiguous(),
             "last_hidden": row.last_hidden.contiguous(),
+            "shows_image": row.shows_image.contiguous(),
         }
     )
 
@@ -194,4 +195,5 @@ def _unpacked(content: bytes) -> Prefix:
         mask=tensors["mask"],
         next_position=tensors["next_position"],
         last_hidden=tensors["last_hidden"],
+        shows_image=tensors["shows_image"],
     )

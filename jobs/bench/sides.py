@@ -217,7 +217,10 @@ class Sides:
             inputs_embeds=embeds, position_ids=_for_model(positions), use_cache=True
         )
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return prefix_of(output, mask, positions)
+        images = torch.zeros(
+            len(mask), dtype=torch.bool, device=embeds.device
+        )  # one set serves all
+        return prefix_of(output, mask, positions, images)
 
     def _text_prefix(self, caption: int) -> Prefix:
         return self._prefix(self.inputs.text_embeds[caption], self.inputs.text_positions)

@@ -329,7 +329,8 @@ class Backbone(ABC):
             **vision,
         )
         self._forget()
-        return prefix_of(output, prompts.mask, positions)
+        shows_image = (prompts.input_ids == self.image_token_id).any(1)
+        return prefix_of(output, prompts.mask, positions, shows_image)
 
     def last_states(self, prompts: Prompts) -> Tensor:
         """(batch, hidden) states of the last tokens after the final norm, with gradient into trainable weights."""
@@ -405,13 +406,14 @@ class Backbone(ABC):
         """Clear state that a family keeps on the module between calls."""
 
 
-def prefix_of(output: Any, mask: Tensor, positions: Tensor) -> Prefix:
+def prefix_of(output: Any, mask: Tensor, positions: Tensor, shows_image: Tensor) -> Prefix:
     """What a pass with a cache leaves behind.
 
     Args:
         output: Of the model or its language model: `past_key_values` and `last_hidden_state` (batch, seq, hidden).
         mask: (batch, seq) bool, True at real tokens.
         positions: (axes, batch, seq) int64, as the pass had them.
+        shows_image: (batch,) bool, whether a row holds an image.
     """
     furthest = positions.amax(0).masked_fill(~mask, -1).amax(1)
     layers = output.past_key_values.layers
@@ -421,6 +423,7 @@ def prefix_of(output: Any, mask: Tensor, positions: Tensor) -> Prefix:
         mask=mask,
         next_position=furthest + 1,
         last_hidden=output.last_hidden_state[last_places(mask)],
+        shows_image=shows_image,
     )
 
 

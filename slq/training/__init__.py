@@ -3,13 +3,14 @@
 `pipelines.train` drives these on Ray Train with DeepSpeed; a test drives them in one plain process.
 """
 
-from slq.training.modules import RetrievalModule, deepspeed_config, finite
+from slq.training.modules import MinedRows, RetrievalModule, deepspeed_config, finite
 from slq.training.sampling import PairSampler, rank_slice
 from slq.training.settings import AdapterSettings, TrainConfig, learning_rate_scale
 from slq.training.sources import PairReader, PrefixSource, PromptSource, Side, substitute
 
 __all__ = [
     "AdapterSettings",
+    "MinedRows",
     "PairReader",
     "PairSampler",
     "PrefixSource",

@@ -1,28 +1,38 @@
 """Settings of training: what is trained, and how."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 from slq.config import Section
 
 Positive = Annotated[int, Field(gt=0)]
+VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
-class AdapterSettings(Section):
-    """What is trained."""
+class LatentSettings(Section):
+    """Latent queries and how they are read: whatever stands behind a prefix and does not change it."""
 
-    method: Literal["slq", "lora", "full"] = "slq"
-    """Latent queries on the frozen backbone, or the baselines: LoRA, or every weight; both read the last token."""
     num_latents: Positive = 20
     """How many latent queries; 20 in the paper."""
     init: Literal["embedding", "normal", "zeros"] = "embedding"
     """Initial scale: the backbone's embedding std, 1/sqrt(hidden), or zero."""
     pooling: Literal["mean", "last"] = "mean"
     """How the latents' states become one vector: their mean, as in the paper, or the last one."""
+    sets: Literal["shared", "separate"] = "shared"
+    """One set for images and texts, as in the paper, or one for each."""
     temperature: Annotated[float, Field(ge=0.01, le=1.0)] = 0.07
     """Where the learnable temperature starts."""
+    seed: int = 0
+    """Seed of the initial values."""
+
+
+class AdapterSettings(LatentSettings):
+    """What is trained."""
+
+    method: Literal["slq", "lora", "full"] = "slq"
+    """Latent queries on the frozen backbone, or the baselines: LoRA, or every weight; both read the last token."""
     prompt: str = ""
     """Instruction after the content; empty in the paper."""
     max_text_tokens: Positive = 128
@@ -31,8 +41,31 @@ class AdapterSettings(Section):
     """Rank of LoRA on the seven linear maps of every language-model layer; 8 in the paper."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """LoRA's update is scaled by lora_alpha / lora_rank."""
-    seed: int = 0
-    """Seed of the initial values."""
+    variants: dict[VariantName, LatentSettings] = Field(default_factory=dict)
+    """Further latent queries by name, trained in the same run over the same prefixes, each as if it were alone; what
+    one leaves out is as in this section. They come to lie in `variants/NAME` of the run folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_variants(cls, values: Any) -> Any:
+        """Give each variant what it leaves out, before defaults would hide that it was left out."""
+        variants = values.get("variants") if isinstance(values, dict) else None
+        if not isinstance(variants, dict):
+            return values
+        common = {name: values[name] for name in LatentSettings.model_fields if name in values}
+        complete = {
+            name: {**common, **own} if isinstance(own, dict) else common if own is None else own
+            for name, own in variants.items()
+        }
+        return {**values, "variants": complete}
+
+    @model_validator(mode="after")
+    def _latent_variants(self) -> "AdapterSettings":
+        if self.variants and self.method != "slq":
+            raise ValueError(
+                f"variants share the prefixes of a frozen model, and method {self.method} has none; remove them"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -51,6 +84,13 @@ class TrainConfig(Section):
     """Largest gradient norm."""
     matryoshka: tuple[Positive, ...] = ()
     """Shorter embedding lengths that are trained too, so that vectors cut to them still search well."""
+    negatives: Annotated[int, Field(ge=0)] = 0
+    """Wrong images that each caption gets besides the batch's, from `data.negatives` as `slq mine` writes it."""
+    distillation: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss that teaches the fine stage's margins, mined with them, over a caption's own image and
+    negatives; 0 for none."""
+    teacher_temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Divides the margins, in nats; a small one trusts only the best image."""
     order: Literal["block", "uniform"] = "block"
     """`block` draws blocks of images and shows all captions of a block before the next, so that an image prefix is
     computed once per epoch; `uniform` shuffles all pairs."""
@@ -90,6 +130,14 @@ class TrainConfig(Section):
     """Seed of the order of pairs."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Worker failures after which the run gives up."""
+
+    @model_validator(mode="after")
+    def _teacher_has_candidates(self) -> "TrainConfig":
+        if self.distillation and not self.negatives:
+            raise ValueError(
+                "distillation compares an image with mined ones; set train.negatives too"
+            )
+        return self
 
 
 def learning_rate_scale(step: int, config: TrainConfig) -> float:

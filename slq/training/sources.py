@@ -71,6 +71,7 @@ class _Ahead:
 
     def begin(self, wanted: Sequence[tuple[int, Side]]) -> None:
         """Start on items; what was begun and is not among them is forgotten."""
+        wanted = list(dict.fromkeys(wanted))
         still = set(wanted)
         kept = {key: future for key, future in self._begun.items() if key in still}
         for key, future in self._begun.items():
@@ -150,22 +151,22 @@ class PrefixSource:
         """Mean size of a query's keys and values so far; 0 before the first."""
         return self._query_bytes / max(1, self._num_queries)
 
-    def begin(self, pairs: Sequence[int]) -> None:
-        """Start to read and decode what pairs will need, in threads."""
+    def begin(self, pairs: Sequence[int], others: Sequence[int] = ()) -> None:
+        """Start to read and decode what pairs will need, in threads; of `others` only the queries."""
         queries: list[tuple[int, Side]] = [
-            (pair, "query") for pair in pairs if self._keys[pair] not in self.cache
+            (pair, "query") for pair in (*pairs, *others) if self._keys[pair] not in self.cache
         ]
         self._ahead.begin(
             [*queries, *((pair, "positive") for pair in pairs if pair not in self.text_cache)]
         )
 
-    def read(self, pairs: Sequence[int]) -> None:
-        """Read and decode what pairs need, before any pass of the model.
+    def read(self, pairs: Sequence[int], others: Sequence[int] = ()) -> None:
+        """Read and decode what pairs need, before any pass of the model; of `others` only the queries.
 
         Raises:
             UnusablePairError: A pair cannot be used; `pair` is its number.
         """
-        self.begin(pairs)
+        self.begin(pairs, others)
         self._ahead.wait()
 
     def queries(self, pairs: Sequence[int]) -> list[Prefix]:
@@ -246,17 +247,18 @@ class PromptSource:
         self._ahead = _Ahead(lambda pair, side: _Loaded(reader.item(pair, side)))
         self._chunk_rows = chunk_rows
 
-    def begin(self, pairs: Sequence[int]) -> None:
-        """Start to read and decode pairs, in threads."""
-        self._ahead.begin([(pair, side) for pair in pairs for side in SIDES])
+    def begin(self, pairs: Sequence[int], others: Sequence[int] = ()) -> None:
+        """Start to read and decode pairs, in threads; of `others` only the queries."""
+        both: list[tuple[int, Side]] = [(pair, side) for pair in pairs for side in SIDES]
+        self._ahead.begin([*both, *((pair, "query") for pair in others)])
 
-    def read(self, pairs: Sequence[int]) -> None:
-        """Read and decode pairs, before any pass of the model.
+    def read(self, pairs: Sequence[int], others: Sequence[int] = ()) -> None:
+        """Read and decode pairs, before any pass of the model; of `others` only the queries.
 
         Raises:
             UnusablePairError: A pair cannot be used; `pair` is its number.
         """
-        self.begin(pairs)
+        self.begin(pairs, others)
         self._ahead.wait()
 
     def queries(self, pairs: Sequence[int]) -> list[Prompts]:

@@ -1,6 +1,7 @@
 """Evaluation on the tiny gallery: numbers that a plain loop over the encoder gives, written where it says."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from jobs.results import results_table
 from pipelines.evaluate import evaluate, load_benchmark
-from pipelines.loading import encoder_of
+from pipelines.loading import backbone_of, encoder_of, untrained_latents
 from pipelines.recipe import Recipe
+from slq.artifacts import save_adapter
 from slq.errors import ArtifactError, ArtifactMismatchError, DataError
 from slq.media import decode_image
 from slq.schema import ITEMS, RELEVANCE
@@ -76,6 +78,34 @@ def test_an_adapter_that_was_never_trained_is_as_good_as_the_untrained_system(
     systems = measured[1]["systems"]
     assert systems["slq"] == systems["untrained"]
     assert systems["last_token"] != systems["slq"]
+
+
+def test_variants_are_measured_beside_the_adapter(
+    measured: tuple[Recipe, dict[str, Any]],
+) -> None:
+    recipe, before = measured
+    variants: dict[str, dict[str, int]] = {"same": {}, "one": {"num_latents": 1}}
+    recipe = changed(
+        recipe,
+        adapter={"variants": variants},
+        train={"zero_stage": 0},
+        eval={"systems": ("slq",)},
+        storage={"dir": recipe.storage.dir.with_name("variants")},
+    )
+    recipe = with_untrained_adapter(recipe)
+    backbone = backbone_of(recipe)
+    for name in variants:
+        latents = untrained_latents(recipe, backbone, name)
+        save_adapter(recipe.storage.variant(name), backbone, latents)
+    systems = evaluate(recipe)["systems"]
+    assert list(systems) == ["slq", "slq:same", "slq:one"]
+    assert systems["slq:same"] == systems["slq"] == before["systems"]["slq"]
+    assert systems["slq:one"] != systems["slq"]
+    runs = sorted(path.name for path in recipe.storage.evaluation.glob("run_*"))
+    assert runs == ["run_slq.parquet", "run_slq_one.parquet", "run_slq_same.parquet"]
+    shutil.rmtree(recipe.storage.variant("one"))
+    with pytest.raises(ArtifactError, match=r"variants/one holds no adapter"):
+        evaluate(recipe)
 
 
 def test_run_files_hold_the_ranking_with_margins_only_where_pairs_were_scored(

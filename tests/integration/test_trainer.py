@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines.negatives import MinedNegatives
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
 from pipelines.train import ChosenPairs
@@ -47,6 +48,19 @@ def bad_gradient(step: int, loss: Tensor, parameter: Any) -> Tensor:
     return loss + torch.sqrt((parameter * 0).sum()) if step == 2 else loss
 
 
+SMALL = {"num_latents": 2, "pooling": "last", "seed": 5}
+MINED = {"negatives": 2}
+
+
+def mined() -> MinedNegatives:
+    """Two negatives of each pair, of every seventh only one."""
+    pairs = np.array([[(n + 1) % 56, (n + 9) % 56] for n in range(56)])
+    pairs[::7, 1] = -1
+    margins = np.linspace(-3, 3, 56 * 3, dtype=np.float32).reshape(56, 3)
+    margins[::7, 2] = np.nan
+    return MinedNegatives(pairs, margins)
+
+
 class Case:
     """One run in this process's rank; what it found is written by rank 0."""
 
@@ -61,17 +75,28 @@ class Case:
         bad: tuple[int, ...] = (),
         held_bad: tuple[int, ...] = (),
         checkpoint: Path | None = None,
+        adapter: dict[str, Any] | None = None,
+        wrong: MinedNegatives | None = None,
         **train: Any,
     ) -> None:
         kept = self._recipe.storage.dir / name
-        recipe = changed(self._recipe, train=train, storage={"dir": kept})
+        sections = {"train": train, "adapter": adapter or {}, "storage": {"dir": kept}}
+        recipe = changed(self._recipe, **sections)
         pairs = Pairs(recipe.data.path("train"))
         reader = Broken(pairs, np.arange(56))
         reader.bad = bad
         held = Broken(pairs, np.arange(56, 64))
         held.bad = held_bad
         lines: list[str] = []
-        trainer = Trainer(recipe, reader, held, rank=self._rank, world=2, say=lines.append)
+        trainer = Trainer(
+            recipe,
+            reader,
+            held,
+            rank=self._rank,
+            world=2,
+            say=lines.append,
+            negatives=wrong,
+        )
 
         def report(metrics: dict[str, float], folder: Path | None) -> None:
             if folder is not None:
@@ -117,6 +142,15 @@ def _rank(rank: int, plain_recipe: dict[str, Any], folder: str, port: int) -> No
     case.run("broken", bad=(3, 11), max_error_share=0.1)
     case.run("held broken", held_bad=(0, 7))
     case.run("all broken", bad=tuple(range(40)), max_error_share=0.1)
+    case.run("small", adapter=SMALL, zero_stage=0)
+    both = {"variants": {"small": SMALL}}
+    case.run("both", adapter=both, zero_stage=0)
+    at_two = Path(folder) / "both" / "step2"
+    case.run("both resumed", adapter=both, zero_stage=0, checkpoint=at_two)
+    case.run("mined", wrong=mined(), distillation=0.5, **MINED)
+    case.run("mined chunks", wrong=mined(), distillation=0.5, chunk_rows=3, **MINED)
+    case.run("mined broken", wrong=mined(), bad=(3, 11), max_error_share=0.1, **MINED)
+    case.run("mined lora", wrong=mined(), adapter={"method": "lora"}, num_steps=2, **MINED)
     Path(folder, f"found{rank}.json").write_text(json.dumps(found))
 
 
@@ -236,3 +270,60 @@ def test_the_last_step_is_measured_on_pairs_held_out(runs: tuple[Found, Found, P
     assert not measured & set(first["whole"]["steps"][0])
     history = (runs[2] / "whole" / "train" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history] == [1, 2, 3, 4, 5]
+
+
+def test_a_variant_learns_what_it_learns_alone(runs: tuple[Found, Found, Path]) -> None:
+    """Each is clipped by its own gradient, as the first steps of these runs are."""
+    found, _, folder = runs
+    alone, together = (found[name]["steps"] for name in ("small", "both"))
+    assert [step["gradient_norm"] > 1.0 for step in alone[:3]] == [True] * 3
+    for name in ("loss", "temperature", "gradient_norm", "text_to_image/hit@5"):
+        values = [
+            [step[key] for step in steps if key in step]
+            for steps, key in (
+                (alone, name),
+                (together, f"variants/small/{name}"),
+            )
+        ]
+        np.testing.assert_allclose(*values, rtol=1e-5)
+    weights = [
+        load_file(folder / path / "adapter_model.safetensors")["latents"]
+        for path in ("small/step5/adapter", "both/step5/variants/small")
+    ]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    assert weights[0].shape == (2, 192)
+    np.testing.assert_allclose(losses(found, "both"), losses(found, "whole"), rtol=1e-5)
+
+
+def test_a_run_with_variants_resumes(runs: tuple[Found, Found, Path]) -> None:
+    found, _, folder = runs
+    whole, resumed = found["both"]["steps"], found["both resumed"]["steps"]
+    for name in ("loss", "variants/small/loss", "variants/small/temperature"):
+        assert [step[name] for step in resumed] == [step[name] for step in whole]
+    for part in ("adapter", "variants/small"):
+        files = [
+            (folder / run / "step5" / part / "adapter_model.safetensors").read_bytes()
+            for run in ("both", "both resumed")
+        ]
+        assert files[0] == files[1]
+
+
+def test_mined_negatives_raise_the_loss_alike_on_all_workers(
+    runs: tuple[Found, Found, Path],
+) -> None:
+    first, second, _ = runs
+    assert first["mined"]["error"] == ""
+    assert losses(first, "mined") == losses(second, "mined")
+    assert losses(first, "mined")[0] > losses(first, "whole")[0] + 0.05
+    np.testing.assert_allclose(losses(first, "mined chunks"), losses(first, "mined"), rtol=1e-5)
+    assert len(losses(first, "mined lora")) == 2
+
+
+def test_a_negative_that_breaks_during_the_run_is_left_out_on_all_workers(
+    runs: tuple[Found, Found, Path],
+) -> None:
+    first, second, _ = runs
+    assert first["mined broken"]["error"] == ""
+    assert losses(first, "mined broken") == losses(second, "mined broken")
+    assert first["mined broken"]["steps"][-1]["unusable"] == 2
+    assert np.isfinite(losses(first, "mined broken")).all()

@@ -171,6 +171,18 @@ def test_the_last_latent_is_read_where_the_adapter_says_so(
     torch.testing.assert_close(Encoder(backbone, loaded).encode_prefix(prefix), expected)
 
 
+def test_separate_sets_come_back_and_are_another_space(backbone: Backbone, tmp_path: Path) -> None:
+    separate = LatentQueries(4, HIDDEN, embedding_std=0.2, sets="separate")
+    loaded = load_adapter(save_adapter(tmp_path / "adapter", backbone, separate), backbone)
+    assert isinstance(loaded, LatentQueries)
+    assert loaded.sets == "separate"
+    assert loaded.text_latents is not None
+    assert torch.equal(loaded.text_latents, separate.latents)  # both start at the same values
+    shared = LatentQueries(4, HIDDEN, embedding_std=0.2)
+    assert fingerprint(backbone, loaded) == fingerprint(backbone, separate)
+    assert fingerprint(backbone, loaded) != fingerprint(backbone, shared)
+
+
 def test_the_padding_side_does_not_change_the_fingerprint(backbone: Backbone) -> None:
     left = qwen3_vl(settings=PromptSettings(padding_side="left"))
     assert fingerprint(left, latent_queries()) == fingerprint(backbone, latent_queries())

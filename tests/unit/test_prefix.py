@@ -58,6 +58,28 @@ def test_prefix_and_latent_pass_equal_the_naive_full_pass_in_values_and_gradient
     torch.testing.assert_close(gradient, gradient_of(slow, latents), rtol=0, atol=1e-10)
 
 
+def test_texts_may_have_latents_of_their_own(family: str) -> None:
+    backbone = build(family)
+    latents = LatentQueries(
+        NUM_LATENTS, HIDDEN, init="embedding", embedding_std=0.2, sets="separate", seed=3
+    ).double()
+    assert latents.text_latents is not None
+    assert torch.equal(latents.latents, latents.text_latents)
+    with torch.no_grad():
+        latents.text_latents.copy_(latents.text_latents.flip(0))
+    fast = latents.embed(backbone, backbone.prefix(backbone.prompts(MIXED)))
+    slow = [
+        naive_embedding(
+            backbone, item, latents.text_latents if item.image is None else latents.latents
+        )
+        for item in MIXED
+    ]
+    torch.testing.assert_close(fast, torch.stack(slow), rtol=0, atol=1e-10)
+    chosen = [0, 3]  # texts alone, which move nothing but their own set
+    gradients = torch.autograd.grad(fast[chosen].sum(), [latents.latents, latents.text_latents])
+    assert gradients[0].abs().max() == 0 < gradients[1].abs().max()
+
+
 def test_every_kind_of_input_moves_the_embedding(family: str) -> None:
     backbone, latents = build(family), latent_queries()
     items = [*MIXED, Item(image=picture(3, 2, seed=9)), Item(text="a red cat")]
@@ -195,6 +217,7 @@ def make_rows(batch: int, seq: int, first: int = 100) -> Prefix:
         mask=torch.ones(batch, seq, dtype=torch.bool),
         next_position=marks.long(),
         last_hidden=marks[:, None].clone(),
+        shows_image=marks % 2 == 0,
     )
 
 

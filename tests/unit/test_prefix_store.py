@@ -26,12 +26,15 @@ def prefix(seed: int, seq: int = 7) -> Prefix:
         mask=torch.ones(1, seq, dtype=torch.bool),
         next_position=torch.tensor([seq - 2]),
         last_hidden=draw(1, 8),
+        shows_image=torch.tensor([seed % 2 == 0]),
     )
 
 
 def same(first: Prefix, second: Prefix) -> bool:
-    ours = (*first.keys, *first.values, first.mask, first.next_position, first.last_hidden)
-    theirs = (*second.keys, *second.values, second.mask, second.next_position, second.last_hidden)
+    ours = (*first.keys, *first.values, first.mask, first.next_position)
+    theirs = (*second.keys, *second.values, second.mask, second.next_position)
+    ours += (first.last_hidden, first.shows_image)
+    theirs += (second.last_hidden, second.shows_image)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 

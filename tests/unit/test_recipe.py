@@ -164,6 +164,43 @@ def test_an_override_can_fill_a_section_that_the_file_leaves_empty(tmp_path: Pat
     assert recipe.data.scenes.seed == 3
 
 
+def test_a_variant_is_as_the_section_but_for_what_it_names(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        recipe_file(
+            tmp_path,
+            "adapter: {num_latents: 8, seed: 4, variants: {last: {pooling: last}, one: {num_latents: 1}, as_is: }}\n"
+            "train: {zero_stage: 0}",
+        )
+    )
+    found = {
+        name: (variant.num_latents, variant.pooling, variant.seed)
+        for name, variant in recipe.adapter.variants.items()
+    }
+    assert found == {"last": (8, "last", 4), "one": (1, "mean", 4), "as_is": (8, "mean", 4)}
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapter: {variants: {a: {poolin: last}}}", "did you mean .*pooling"),
+        ("adapter: {variants: {../a: {}}}", "should match pattern"),
+        ("adapter: {variants: {a: {prompt: x}}}", "prompt is unknown"),
+        (
+            "adapter: {method: lora, variants: {a: {}}}\ntrain: {zero_stage: 0}",
+            "method lora has none",
+        ),
+        ("adapter: {variants: {a: {}}}", "train.zero_stage 2 leaves no worker a whole gradient"),
+        ("train: {distillation: 0.5}", "set train.negatives too"),
+    ],
+)
+def test_variants_and_teachers_that_cannot_be_are_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_file(tmp_path, text))
+
+
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Recipe().train.lr = 1.0  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """Training without a cluster: the order of pairs, the learning rate, cached prefixes, gradients of two ranks."""
 
 import hashlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from slq.prefix import Prefix
 from slq.prefix_store import PrefixStore
 from slq.schema import Item
 from slq.training import (
+    MinedRows,
     PairSampler,
     PrefixSource,
     RetrievalModule,
@@ -364,13 +366,25 @@ def test_only_the_latents_and_the_temperature_are_parameters(backbone: Backbone)
     assert not [name for name, value in backbone.model.named_parameters() if value.requires_grad]
 
 
-def gradients(folder: Path, pairs: list[int], chunk_rows: int = 0) -> dict[str, Tensor]:
+def wrong_for(pairs: list[int]) -> tuple[list[int], Tensor, Tensor]:
+    """Two negatives of each pair, every third pair's second one absent, and made-up margins."""
+    wrong = [(pair + step) % 64 for pair in pairs for step in (1, 2)]
+    present = torch.tensor([[True, pair % 3 != 0] for pair in pairs])
+    margins = torch.tensor([[2.0, pair / 32 - 1, -1.5] for pair in pairs])
+    return wrong, present, margins
+
+
+def gradients(
+    folder: Path, pairs: list[int], chunk_rows: int = 0, *, mined: bool = False
+) -> dict[str, Tensor]:
     backbone = load_backbone("tiny")
     latents = latent_queries(backbone)
-    module = RetrievalModule(backbone, latents)
+    module = RetrievalModule(backbone, latents, distillation=0.5, teacher_temperature=2.0)
     rows = pairs_of(folder)
     source = source_of(backbone, rows, chunk_rows=chunk_rows)
-    loss = module(source.queries(pairs), source.positives(pairs))
+    wrong, *known = wrong_for(pairs)
+    negatives = MinedRows(source.queries(wrong), *known) if mined else None
+    loss = module(source.queries(pairs), source.positives(pairs), negatives)
     loss.backward()
     assert latents.latents.grad is not None
     assert latents.log_temperature.grad is not None
@@ -401,13 +415,80 @@ def test_nested_lengths_enter_the_loss(backbone: Backbone, scenes_dir: Path) -> 
     assert plain.item() == pytest.approx(nested[0].item(), rel=1e-6)
 
 
+def test_mined_negatives_and_their_margins_enter_the_loss(
+    backbone: Backbone, scenes_dir: Path
+) -> None:
+    """Against sums written out: a negative stands below its own caption only, and the teacher beside it."""
+    pairs, latents = [3, 11, 7, 20], latent_queries(backbone)
+    source = source_of(backbone, pairs_of(scenes_dir))
+    wrong, present, margins = wrong_for(pairs)
+    inputs = [source.queries(pairs), source.positives(pairs), source.queries(wrong)]
+    images, texts, negatives = (
+        latents.embed(backbone, side[0]).detach().double() for side in inputs
+    )
+    exp, t = math.exp, float(latents.temperature.detach())
+    contrast = teaching = 0.0
+    for i in range(4):
+        own = float(texts[i] @ images[i])
+        kept = [float(texts[i] @ negatives[2 * i + k]) for k in range(2) if present[i, k]]
+        to_images = sum(exp(float(texts[i] @ image) / t) for image in images)
+        to_images += sum(exp(value / t) for value in kept)
+        to_texts = sum(exp(float(images[i] @ text) / t) for text in texts)
+        contrast += (math.log(to_images) + math.log(to_texts) - 2 * own / t) / 8
+        known = [
+            float(m) for m, there in zip(margins[i], [True, *present[i]], strict=True) if there
+        ]
+        teacher = [exp(m / 2) / sum(exp(other / 2) for other in known) for m in known]
+        whole = sum(exp(value / t) for value in [own, *kept])
+        student = [exp(value / t) / whole for value in [own, *kept]]
+        teaching += sum(p * math.log(p / q) for p, q in zip(teacher, student, strict=True)) / 4
+    options: dict[str, Any] = {"distillation": 0.5, "teacher_temperature": 2.0}
+    module = RetrievalModule(backbone, latents, **options)
+    loss = module(*inputs[:2], MinedRows(inputs[2], present, margins))
+    assert teaching > 0.05
+    assert loss.item() == pytest.approx(contrast + 0.5 * teaching, rel=1e-5)
+    untaught = module(*inputs[:2], MinedRows(inputs[2], present))
+    assert untaught.item() == pytest.approx(contrast, rel=1e-5)
+    assert module(*inputs[:2]).item() < untaught.item()
+
+
+def test_variants_have_the_losses_and_gradients_that_they_have_alone(
+    backbone: Backbone, scenes_dir: Path
+) -> None:
+    pairs = [3, 11, 7, 20, 33]
+    source = source_of(backbone, pairs_of(scenes_dir))
+    sides = source.queries(pairs), source.positives(pairs)
+
+    def parts() -> list[LatentQueries]:
+        std = backbone.embedding_std
+        return [
+            latent_queries(backbone),
+            LatentQueries(2, backbone.hidden_size, embedding_std=std, pooling="last"),
+            LatentQueries(3, backbone.hidden_size, embedding_std=std, sets="separate", seed=5),
+        ]
+
+    first, *others = together = parts()
+    module = RetrievalModule(backbone, first, variants={"a": others[0], "b.c": others[1]})
+    module(*sides).backward()
+    for number, (ours, alone) in enumerate(zip(together, parts(), strict=True)):
+        loss = RetrievalModule(backbone, alone)(*sides)
+        loss.backward()
+        assert module.losses[number].item() == pytest.approx(loss.item(), rel=1e-6)
+        for a, b in zip(ours.parameters(), alone.parameters(), strict=True):
+            assert b.grad is not None
+            assert b.grad.abs().max() > 0
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mined", [False, True])
 @pytest.mark.parametrize("chunk_rows", [1, 4, 9])
 def test_chunks_give_the_loss_and_gradient_of_the_whole_batch(
-    scenes_dir: Path, chunk_rows: int
+    scenes_dir: Path, chunk_rows: int, mined: bool
 ) -> None:
     torch.set_num_threads(1)
     batch = [3, 11, 7, 20, 33, 41, 2, 60, 17]
-    whole, chunked = gradients(scenes_dir, batch), gradients(scenes_dir, batch, chunk_rows)
+    whole = gradients(scenes_dir, batch, mined=mined)
+    chunked = gradients(scenes_dir, batch, chunk_rows, mined=mined)
     for name, value in whole.items():
         assert float((chunked[name] - value).norm() / value.norm()) <= 1e-5, name
 
@@ -437,12 +518,13 @@ def test_chunks_hold_the_activations_of_one_chunk_at_a_time(
     assert saved(4) < 0.1 * saved(0)
 
 
-def _rank(number: int, folder: str, out: str, batch: list[int]) -> None:
+def _rank(number: int, folder: str, out: str, batch: list[int], mined: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/rendezvous", rank=number, world_size=2
     )
-    found = gradients(Path(folder), rank_slice(np.array(batch), number, 2).tolist())
+    mine = rank_slice(np.array(batch), number, 2).tolist()
+    found = gradients(Path(folder), mine, mined=mined)
     for name in ("latents", "log_temperature"):  # what a data-parallel engine does
         dist.all_reduce(found[name])
         found[name] /= 2
@@ -451,11 +533,14 @@ def _rank(number: int, folder: str, out: str, batch: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_average_to_the_gradient_of_one_process(scenes_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mined", [False, True])
+def test_two_ranks_average_to_the_gradient_of_one_process(
+    scenes_dir: Path, tmp_path: Path, mined: bool
+) -> None:
     torch.set_num_threads(1)
     batch = [3, 11, 7, 20, 33, 41, 2, 60, 17]  # uneven: five and four
-    mp.spawn(_rank, args=(str(scenes_dir), str(tmp_path), batch), nprocs=2)
-    truth = gradients(scenes_dir, batch)
+    mp.spawn(_rank, args=(str(scenes_dir), str(tmp_path), batch, mined), nprocs=2)
+    truth = gradients(scenes_dir, batch, mined=mined)
     for number in range(2):
         ours = load_file(tmp_path / f"rank{number}.safetensors")
         for name, value in truth.items():
