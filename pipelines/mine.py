@@ -101,42 +101,33 @@ def mine(recipe: Recipe) -> dict[str, Any]:
     started = time.monotonic()
     job = Job(recipe.model_dump_json(), load_adapter_config(recipe.storage.adapter).fingerprint)
     pairs = _minable_pairs(recipe)
-    first = np.unique(_numbered(pairs.query_keys), return_index=True)[1]
-    images = _embed(recipe, job, first, "query")
-    unreadable = _without_query(pairs, images)
-    _require_few(recipe, pairs, unreadable)
-    captions = _embed(recipe, job, np.arange(len(pairs)), "positive")
-    unreadable |= {number: why for part in captions for number, why in part.lost.items()}
-    _require_few(recipe, pairs, unreadable)
-    ids = pairs.ids
-    for number, why in unreadable.items():
-        log.warning("training pair %r is left out: %s", ids[number], why)
+    images, captions, unreadable = _embed_both(recipe, job, pairs)
     layout = lay_out(pairs, unreadable)
     gallery = _gallery(layout, images, pairs.query_keys)
     found = _search(recipe, gallery, captions, layout)
     margins = _margins(recipe, job, gallery, layout, found) if recipe.mine.margins else None
-    table = negatives_table(ids, gallery.pairs, layout.usable, found, margins)
+    table = negatives_table(pairs.ids, gallery.pairs, layout.usable, found, margins)
     path = recipe.data.path("negatives")
     _write(path, table.replace_schema_metadata({"fingerprint": job.fingerprint}))
-    summary: dict[str, Any] = {
+    present = found.rows != NONE
+    log.info(
+        "%s: %d negatives for %d pairs; %d candidates dropped as possible right answers, %d pairs unreadable",
+        path,
+        present.sum(),
+        table.num_rows,
+        found.num_doubtful,
+        len(unreadable),
+    )
+    return {
         "pairs": table.num_rows,
         "images": len(gallery.pairs),
-        "negatives_per_pair": float((found.rows != NONE).sum(axis=1).mean()),
+        "negatives_per_pair": float(present.sum(axis=1).mean()),
         "dropped_as_possible_answers": found.num_doubtful,
         "unreadable": len(unreadable),
         "seconds": round(time.monotonic() - started, 1),
         "fingerprint": job.fingerprint,
         "file": str(path),
     }
-    log.info(
-        "%s: %.2f negatives for each of %d pairs; %d candidates dropped as possible right answers, %d pairs unreadable",
-        path,
-        summary["negatives_per_pair"],
-        summary["pairs"],
-        summary["dropped_as_possible_answers"],
-        summary["unreadable"],
-    )
-    return summary
 
 
 def _minable_pairs(recipe: Recipe) -> Pairs:
@@ -154,13 +145,7 @@ def _minable_pairs(recipe: Recipe) -> Pairs:
             f"mine.margins: {path} has queries without an image, and the fine stage scores an image with a text; set "
             "mine.margins=false"
         )
-    names = Counter(pairs.ids)
-    name, count = names.most_common(1)[0] if names else (None, 0)
-    if count != 1 or None in names:
-        raise DataError(
-            f"{path}: negatives are named by the id of their pair, so every pair needs one of its own; {name!r} stands "
-            f"there {count} times"
-        )
+    _require_own_ids(path, pairs.ids)
     num_images = len(set(pairs.query_keys))
     if recipe.index.kind == "ivf" and recipe.index.num_lists > num_images:
         raise ConfigError(
@@ -169,10 +154,45 @@ def _minable_pairs(recipe: Recipe) -> Pairs:
     return pairs
 
 
+def _require_own_ids(path: Path, ids: Sequence[str | None]) -> None:
+    if not ids:
+        raise DataError(f"{path} holds no pairs; there is nothing to mine")
+    counts = Counter(ids)
+    if None in counts or len(counts) < len(ids):
+        name, count = (None, counts[None]) if None in counts else counts.most_common(1)[0]
+        raise DataError(
+            f"{path}: negatives are named by the id of their pair, so every pair needs one of its own; {name!r} stands "
+            f"there {count} times"
+        )
+
+
 def _numbered(keys: Iterable[str]) -> NDArray[np.int64]:
     """Numbers for keys, in the order in which they first come."""
     known: dict[str, int] = {}
     return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+
+
+def _embed_both(
+    recipe: Recipe, job: Job, pairs: Pairs
+) -> tuple[list[Embedded], list[Embedded], dict[int, str]]:
+    """Distinct queries, all positives, and why pairs that lack one of the two cannot be mined.
+
+    Raises:
+        DataError: More pairs cannot be read than training would accept.
+    """
+    first = np.unique(_numbered(pairs.query_keys), return_index=True)[1]
+    images = _embed(recipe, job, first, "query")
+    lost = {pairs.query_keys[n]: why for part in images for n, why in part.lost.items()}
+    unreadable = {n: lost[key] for n, key in enumerate(pairs.query_keys) if key in lost}
+    _require_few(recipe, pairs, unreadable)
+    captions = _embed(recipe, job, np.arange(len(pairs)), "positive")
+    for part in captions:
+        unreadable |= part.lost
+    _require_few(recipe, pairs, unreadable)
+    ids = pairs.ids
+    for number, why in unreadable.items():
+        log.warning("training pair %r is left out: %s", ids[number], why)
+    return images, captions, unreadable
 
 
 def _embed(recipe: Recipe, job: Job, numbers: NDArray[np.int64], side: Side) -> list[Embedded]:
@@ -191,24 +211,13 @@ def _slices(count: int) -> list[slice]:
     return parts(count, max(8, -(-count // _PART_ROWS)))
 
 
-def _without_query(pairs: Pairs, images: list[Embedded]) -> dict[int, str]:
-    """All pairs of the queries that could not be read, with the reason."""
-    lost = {pairs.query_keys[n]: why for part in images for n, why in part.lost.items()}
-    return {n: lost[key] for n, key in enumerate(pairs.query_keys) if key in lost}
-
-
 def _require_few(recipe: Recipe, pairs: Pairs, unreadable: dict[int, str]) -> None:
-    """Refuse to go on when more pairs cannot be read than training would accept."""
-    if not unreadable:
-        return
-    ids = pairs.ids
-    number, reason = next(iter(unreadable.items()))
-    if len(unreadable) == len(pairs) or (
-        len(unreadable) > recipe.train.max_error_share * len(pairs)
-    ):
+    allowed = min(recipe.train.max_error_share * len(pairs), len(pairs) - 1)
+    if len(unreadable) > allowed:
+        number, reason = next(iter(unreadable.items()))
         raise DataError(
-            f"{len(unreadable)} of {len(pairs)} training pairs cannot be read, first {ids[number]!r}: {reason}; mend "
-            "them or raise train.max_error_share"
+            f"{len(unreadable)} of {len(pairs)} training pairs cannot be read, first {pairs.ids[number]!r}: {reason}; "
+            "mend them or raise train.max_error_share"
         )
 
 

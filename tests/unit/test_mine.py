@@ -11,15 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from pipelines.loading import encoder_of
+from pipelines.loading import backbone_of, encoder_of, untrained_adapter
 from pipelines.mine import lay_out, mine, negatives_table, plan
 from pipelines.mining_tasks import NONE, Asked, Gallery, Mined, embed_part, score_part, search_part
 from pipelines.pairs import Pairs
 from pipelines.recipe import MineConfig, Recipe, load_recipe
+from slq.artifacts import save_adapter, trained_tensors
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError, StorageError
 from slq.index import IndexConfig, build
-from slq.schema import NEGATIVES, PAIRS
+from slq.media import decode_image
+from slq.reranker import Reranker
+from slq.schema import NEGATIVES, PAIRS, Item
 from tests.integration.runs import changed, with_untrained_adapter
 
 Rows = list[dict[str, Any]]
@@ -293,6 +297,11 @@ def test_pairs_that_cannot_be_mined_are_refused_before_any_work(
     repeated = with_pairs(tiny_run, tmp_path / "data", rows)
     with pytest.raises(DataError, match=rf"'{rows[0]['id']}' stands there 2 times"):
         mine(repeated)
+    rows[2]["id"] = None
+    with pytest.raises(DataError, match="None stands there 1 times"):
+        mine(with_pairs(tiny_run, tmp_path / "data", rows))
+    with pytest.raises(DataError, match="holds no pairs"):
+        mine(with_pairs(tiny_run, tmp_path / "data", []))
     few = changed(tiny_run, index={"kind": "ivf", "num_lists": 100})
     with pytest.raises(ConfigError, match=r"num_lists is 100, but .* only 64 images"):
         mine(with_untrained_adapter(few))
@@ -313,6 +322,28 @@ def test_a_place_that_cannot_be_written_is_a_storage_error_and_keeps_the_old_fil
     with pytest.raises(StorageError, match=r"set data\.negatives to another place"):
         mine(recipe)
     assert recipe.data.path("negatives").read_bytes() == written
+
+
+@pytest.mark.parametrize("method", ["slq", "lora"])
+def test_margins_are_the_frozen_models_whatever_was_trained(
+    tiny_run: Recipe, tmp_path: Path, recorder: Recorder, method: str
+) -> None:
+    rows = scene_rows(tiny_run)[:4]
+    recipe = with_pairs(tiny_run, tmp_path / "data", rows)
+    recipe = changed(recipe, mine={"depth": 4, "per_pair": 2, "margins": True})
+    if method == "lora":
+        recipe = changed(recipe, adapter={"method": "lora"})
+        backbone = backbone_of(recipe)
+        adapter = untrained_adapter(recipe, backbone)
+        with torch.no_grad():
+            for parameter in trained_tensors(adapter).values():
+                parameter.add_(0.05)
+        save_adapter(recipe.storage.adapter, backbone, adapter)
+    mine(recipe)
+    reranker = Reranker(backbone_of(recipe))
+    for row, found in zip(rows, mined_rows(recipe), strict=True):
+        own = (Item(text=row["text"]), Item(image=decode_image(row["image"])))
+        assert found["margins"][0] == pytest.approx(reranker.score([own]).item(), abs=1e-4)
 
 
 def test_the_file_names_the_adapter_that_mined(
