@@ -51,6 +51,23 @@ def train(
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
 
 
+@app.command(epilog="Example: slq mine jobs/recipes/demo.yaml --set mine.margins=true")
+def mine(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find hard negatives of the training pairs with the trained adapter; --json says how many."""
+    from pipelines.mine import mine as stage
+    from pipelines.mine import plan as facts
+
+    def plan(resolved: Recipe) -> dict[str, Any]:
+        return {"plan": facts(resolved)}
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
+
+
 @app.command(epilog="Example: slq embed jobs/recipes/demo.yaml")
 def embed(
     recipe: RecipePath,

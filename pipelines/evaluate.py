@@ -1,10 +1,8 @@
 """Measures several systems on one gallery, in parallel Ray tasks that share each prefix pass."""
 
 import logging
-import time
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,13 @@ from numpy.typing import NDArray
 
 from pipelines.corpus import plan_shards, read_shard
 from pipelines.loading import adapter_folder, backbone_of, encoder_of, use_threads
-from pipelines.progress import show
 from pipelines.recipe import VARIANT_MARK, Recipe, require_files
+from pipelines.tasks import collect, parts
 from slq.artifacts import load_adapter_config, require_same_fingerprint, write_json
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
-from slq.errors import DataError, MediaError, SlqError, StorageError
+from slq.errors import DataError, MediaError, StorageError
 from slq.media import decode_image
 from slq.metrics import (
     bootstrap_interval,
@@ -205,9 +203,9 @@ def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray
     task = ray.remote(num_cpus=1, num_gpus=recipe.resources.gpus_per_worker)(embed_part)
     everything = [*benchmark.items, *benchmark.queries]
     recipe_json = recipe.model_dump_json()
-    parts = _parts(len(everything))
-    found = _collect(
-        [task.remote(recipe_json, everything[part]) for part in parts], "eval embedded part"
+    found = collect(
+        [task.remote(recipe_json, everything[part]) for part in parts(len(everything))],
+        "eval embedded part",
     )
     return {system: np.concatenate([part[system] for part in found]) for system in found[0]}
 
@@ -223,34 +221,10 @@ def _score_best(
     items = ray.put(benchmark.items)
     tasks = [
         task.remote(recipe_json, benchmark.queries[part], items, best[part])
-        for part in _parts(len(best))
+        for part in parts(len(best))
     ]
-    margins: NDArray[np.float32] = np.concatenate(_collect(tasks, "eval fine stage part"))
+    margins: NDArray[np.float32] = np.concatenate(collect(tasks, "eval fine stage part"))
     return margins
-
-
-def _parts(count: int, number: int = 8) -> list[slice]:
-    edges = np.linspace(0, count, min(number, count) + 1).astype(int)
-    return [slice(int(a), int(b)) for a, b in pairwise(edges)]
-
-
-def _collect(tasks: list[Any], what: str) -> list[Any]:
-    """Results in order, with a line of progress as tasks end."""
-    import ray
-
-    waiting, started = list(tasks), time.monotonic()
-    while waiting:
-        _, waiting = ray.wait(waiting, num_returns=1)
-        ended = len(tasks) - len(waiting)
-        eta = (time.monotonic() - started) / ended * len(waiting)
-        show(f"{what} {ended}/{len(tasks)}  ETA {eta:.0f} s")
-    try:
-        results: list[Any] = ray.get(tasks)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, SlqError):
-            raise error.cause from None  # ours say all in one line; Ray's wrapper adds a traceback
-        raise
-    return results
 
 
 @cache

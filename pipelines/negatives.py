@@ -66,7 +66,12 @@ def require_negatives(path: Path) -> None:
 
 
 def read_negatives(
-    path: Path, ids: Sequence[str], image_keys: Sequence[str], num_negatives: int, *, teacher: bool
+    path: Path,
+    ids: Sequence[str | None],
+    image_keys: Sequence[str],
+    num_negatives: int,
+    *,
+    teacher: bool,
 ) -> MinedNegatives:
     """Read the negatives of a run's pairs.
 
@@ -90,7 +95,7 @@ def read_negatives(
         raise DataError(
             f"{path} cannot be read as mined negatives: {error}; run `slq mine` again"
         ) from None
-    place = {name: n for n, name in enumerate(ids)}
+    place = {name: n for n, name in enumerate(ids) if name is not None}
     pairs = np.full((len(ids), num_negatives), _ABSENT, dtype=np.int64)
     margins = np.full((len(ids), 1 + num_negatives), np.nan, dtype=np.float32)
     mined = 0

@@ -62,16 +62,28 @@ class Pairs:
         return int(self._table.num_rows)
 
     @property
-    def ids(self) -> list[str]:
-        """The pairs' ids."""
-        ids: list[str] = self._table["id"].to_pylist()
+    def image_to_text(self) -> bool:
+        """Whether every pair is one image and one text."""
+        return self.positive_texts is not None and _is_null(self._table["query_text"])
+
+    @property
+    def ids(self) -> list[str | None]:
+        """The id of each pair."""
+        ids: list[str | None] = self._table["id"].to_pylist()
         return ids
 
     @property
-    def image_to_text(self) -> bool:
-        """Whether every pair is one image and one text."""
-        columns = ("query_text", "positive_image", "positive_uri")
-        return all(self._table[name].null_count == len(self) for name in columns)
+    def positive_texts(self) -> list[str] | None:
+        """The text of each positive; None if some of them have images."""
+        if not all(_is_null(self._table[f"positive_{part}"]) for part in ("image", "uri")):
+            return None
+        texts: list[str] = self._table["positive_text"].to_pylist()
+        return texts
+
+    @property
+    def queries_have_images(self) -> bool:
+        """Whether every query has an image, alone or with a text."""
+        return not pc.any(_absent(self._table, "query", "image", "uri")).as_py()
 
     def digest(self, number: int) -> str:
         """sha256 of the query's encoded image and text, whatever its uri says.
@@ -214,6 +226,10 @@ def _absent(table: pa.Table, side: str, *parts: str) -> pa.ChunkedArray:
     """(rows,) bool: none of these parts of a side is there."""
     # nulls first: the bytes of all images may not fit into one Arrow array
     return reduce(pc.and_, (table[f"{side}_{part}"].is_null() for part in parts))
+
+
+def _is_null(column: pa.ChunkedArray) -> bool:
+    return bool(column.null_count == len(column))
 
 
 def _blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -37,14 +37,14 @@ class DataConfig(Section):
     """Folder that relative file names below belong to."""
     train: Path = Path("train.parquet")
     """Pairs: id, image (bytes) or uri, text; or pairs of items, as `pipelines.pairs.Pairs` reads them."""
-    negatives: Path = Path("negatives.parquet")
-    """Mined negatives of the training pairs, as `slq mine` writes and `train.negatives` reads them."""
     corpus: Path = Path("gallery.parquet")
     """Items to embed: a Parquet file (id, image or uri, and/or text) or a folder of images."""
     queries: Path = Path("queries.parquet")
     """Queries: id, text and/or image, kind."""
     relevance: Path = Path("relevance.parquet")
     """query_id, item_id, grade."""
+    negatives: Path = Path("negatives.parquet")
+    """Hard negatives of the training pairs: id, negatives, similarities, margins, as `slq mine` writes them."""
     scenes: ScenesConfig | None = None
     """Generate the shipped scenes."""
     karpathy: KarpathyConfig | None = None
@@ -63,6 +63,27 @@ class DataConfig(Section):
         """Absolute or `dir`-relative path of one of the files above."""
         value: Path = getattr(self, name)
         return value if value.is_absolute() else self.dir / value
+
+
+class MineConfig(Section):
+    """How hard negatives of the training pairs are found."""
+
+    depth: Annotated[int, Field(gt=0)] = 30
+    """Nearest images of a caption that are looked at, its own among them."""
+    per_pair: Annotated[int, Field(gt=0)] = 4
+    """Negatives of a pair at most; the most similar ones are kept."""
+    max_share_of_positive: Annotated[float, Field(gt=0)] = 0.95
+    """Images whose cosine is above this share of the own image's are taken for right answers and dropped."""
+    margins: bool = False
+    """Score own image and negatives with the fine stage too, as a teacher; by far the larger part of the work."""
+
+    @model_validator(mode="after")
+    def _deep_enough(self) -> "MineConfig":
+        if self.per_pair >= self.depth:
+            raise ValueError(
+                f"per_pair is {self.per_pair}, but {self.depth} images with the own one are looked at; raise depth"
+            )
+        return self
 
 
 class EmbedConfig(Section):
@@ -189,6 +210,7 @@ class Recipe(Section):
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    mine: MineConfig = Field(default_factory=MineConfig)
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     index: IndexConfig = Field(default_factory=IndexConfig)
     rerank: RerankConfig = Field(default_factory=RerankConfig)

@@ -74,7 +74,8 @@ class ChosenPairs:
         self._numbers = numbers
         self.image_keys = [pairs.image_keys[n] for n in numbers]
         self.query_keys = [pairs.query_keys[n] for n in numbers]
-        self.ids = [pairs.ids[n] for n in numbers]
+        names = pairs.ids
+        self.ids = [names[n] for n in numbers]
 
     def item(self, pair: int, side: Side) -> Item:
         """One decoded side of a pair.

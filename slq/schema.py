@@ -61,6 +61,18 @@ RUN = pa.schema(
 )
 """A ranking; `rank` starts at 1, `fine_score` is null where only the coarse stage ran."""
 
+NEGATIVES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("negatives", pa.list_(pa.string())),
+        ("similarities", pa.list_(pa.float32())),
+        ("margins", pa.list_(pa.float32())),
+    ]
+)
+"""Mined hard negatives of training pairs. `negatives` are ids of pairs whose query is a wrong answer to the positive of
+pair `id`, most similar first, and `similarities` their cosines with it; both may be empty. `margins` are the fine
+stage's, in nats: first that of the pair's own query, then each negative's; null where they were not asked for."""
+
 ERRORS = pa.schema(
     [
         ("id", pa.string()),

@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 SHIPPED = sorted(p for p in RECIPES.glob("*.yaml") if not p.name.startswith("pretrain_"))
 DEMO = RECIPES / "demo.yaml"
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-STAGES = ("train", "embed", "index", "eval", "serve")
+STAGES = ("train", "mine", "embed", "index", "eval", "serve")
 
 
 def slq(*arguments: str | Path) -> Any:
@@ -61,7 +61,7 @@ def test_without_arguments_the_help_shows_where_to_start() -> None:
     assert all(command in text for command in COMMANDS)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "embed"])
+@pytest.mark.parametrize("stage", [s for s in STAGES if s not in ("mine", "embed")])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_stage_dry_runs_every_shipped_recipe(
     stage: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +102,28 @@ def test_a_dry_run_of_embedding_before_the_scenes_exist_knows_their_number(tmp_p
     where = ("--set", f"data.dir={tmp_path / 'none'}", "--set", "embed.shard_rows=100")
     shown = json.loads(slq("embed", DEMO, "--dry-run", "--json", *where).stdout)
     assert shown["plan"] == {"shards": 7, "rows": 640, "corpus": "generated first"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_dry_run_of_mining_knows_the_pairs_or_who_makes_them(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if path.stem == "hub":
+        text = refusal("mine", path, "--dry-run")
+        assert "ConfigError: data.train: /data/coco/train.parquet does not exist" in text
+        return
+    shown = json.loads(slq("mine", path, "--dry-run", "--json").stdout)
+    assert shown["plan"]["pairs"] == (3072 if path.stem == "demo" else "generated first")
+    assert shown["plan"]["depth"] == shown["recipe"]["mine"]["depth"] == 30
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+def test_a_dry_run_of_mining_counts_pairs_and_images(scenes_dir: Path) -> None:
+    options = ("--dry-run", "--json", "--set", f"data.dir={scenes_dir}", "--set", "mine.depth=9")
+    shown = json.loads(slq("mine", DEMO, *options).stdout)
+    file = str(scenes_dir / "negatives.parquet")
+    assert shown["plan"] == {"pairs": 64, "images": 64, "depth": 9, "writes": file}
 
 
 @pytest.mark.parametrize("name", ["demo", "2026-11-21", "x #1", "a: b"])
