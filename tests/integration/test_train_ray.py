@@ -25,11 +25,12 @@ from pipelines.loading import backbone_of, untrained_latents
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
 from pipelines.train import ChosenPairs, history, hold_out, train
+from slq.arrow import PAIRS
 from slq.artifacts import read_json
 from slq.errors import ConfigError, DataError, HardwareError, StorageError, TrainingError
 from slq.losses import info_nce
 from slq.media import decode_image
-from slq.schema import PAIRS, Item
+from slq.schema import Item
 from slq.training import PairSampler, PrefixSource, learning_rate_scale
 from tests.integration.runs import changed, fingerprints_of_files, free_port
 
