@@ -37,11 +37,12 @@ from pipelines.ledger import Commit, Ledger, attempt_path, new_attempt, sync_fol
 from pipelines.loading import encoder_of, use_threads
 from pipelines.progress import show
 from pipelines.recipe import Recipe, require_files
+from slq.arrow import ERRORS, embedding_schema
 from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.encoder import batches_by_length
 from slq.errors import ConfigError, DataError, MediaError, SlqError, StorageError
 from slq.media import check_image, decode_image, sanitise_text
-from slq.schema import ERRORS, Item, embedding_schema
+from slq.schema import Item
 
 log = logging.getLogger(__name__)
 _FAILURE = "slq_failure"

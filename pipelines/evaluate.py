@@ -15,6 +15,7 @@ from pipelines.corpus import plan_shards, read_shard
 from pipelines.loading import adapter_folder, backbone_of, encoder_of, use_threads
 from pipelines.recipe import VARIANT_MARK, Recipe, require_files
 from pipelines.tasks import collect, parts
+from slq.arrow import RUN
 from slq.artifacts import load_adapter_config, require_same_fingerprint, write_json
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
@@ -30,7 +31,7 @@ from slq.metrics import (
     reciprocal_ranks,
 )
 from slq.reranker import Reranker
-from slq.schema import RUN, Item
+from slq.schema import Item
 
 log = logging.getLogger(__name__)
 _GALLERY_ROWS = 4096

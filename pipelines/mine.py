@@ -31,10 +31,10 @@ from pipelines.mining_tasks import (
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe, require_files
 from pipelines.tasks import collect, parts
+from slq.arrow import NEGATIVES
 from slq.artifacts import load_adapter_config
 from slq.errors import ConfigError, DataError, StorageError
 from slq.index import build
-from slq.schema import NEGATIVES
 from slq.training import Side
 
 log = logging.getLogger(__name__)

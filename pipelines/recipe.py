@@ -261,12 +261,14 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
     name = recipe.backbone.name
     if "/" in name and Path(name).is_dir():
         name = str(Path(name).resolve())
-    cache = recipe.train.disk_cache
+    caches = {name: getattr(recipe.train, name) for name in ("disk_cache", "vision_cache")}
     sections = {
         "backbone": recipe.backbone.model_copy(update={"name": name}),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
         "storage": recipe.storage.model_copy(update={"dir": recipe.storage.dir.resolve()}),
-        "train": recipe.train.model_copy(update={"disk_cache": cache and cache.resolve()}),
+        "train": recipe.train.model_copy(
+            update={name: path and path.resolve() for name, path in caches.items()}
+        ),
     }
     return recipe.model_copy(update=sections)
 

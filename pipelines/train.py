@@ -56,6 +56,8 @@ _FREE = (  # what may change between two parts of one run
     "text_cache_bytes",
     "disk_cache",
     "disk_cache_bytes",
+    "vision_cache",
+    "vision_cache_bytes",
     "num_threads",
     "max_failures",
 )
@@ -300,11 +302,12 @@ def _require_workers(recipe: Recipe) -> None:
             f"backbone.device is {recipe.backbone.device}, so training needs resources.gpus_per_worker {gpus:g}, "
             f"not {resources.gpus_per_worker:g}"
         )
-    if recipe.adapter.method != "slq" and recipe.train.disk_cache is not None:
-        raise ConfigError(
-            f"train.disk_cache keeps prefixes of a frozen model, and adapter.method {recipe.adapter.method} changes "
-            "it; remove the setting"
-        )
+    for cache in ("disk_cache", "vision_cache"):
+        if recipe.adapter.method != "slq" and getattr(recipe.train, cache) is not None:
+            raise ConfigError(
+                f"train.{cache} keeps what a frozen model computes, and adapter.method {recipe.adapter.method} "
+                "changes it; remove the setting"
+            )
     if recipe.train.zero_stage == 3 and recipe.train.global_batch % resources.train_workers:
         raise ConfigError(
             f"with train.zero_stage 3 all workers must make the same passes, so resources.train_workers "

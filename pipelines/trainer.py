@@ -28,8 +28,16 @@ from pipelines.loading import backbone_of, untrained_adapter, untrained_latents
 from pipelines.negatives import MinedNegatives
 from pipelines.recipe import VARIANTS, Recipe
 from pipelines.training_log import HISTORY, TrainingLog, read_history, write_history
-from slq.artifacts import fingerprint, load_trained, read_json, save_adapter, write_json
+from slq.artifacts import (
+    fingerprint,
+    load_trained,
+    read_json,
+    save_adapter,
+    vision_fingerprint,
+    write_json,
+)
 from slq.backbones import Backbone
+from slq.backbones.vision import VisionStore
 from slq.collectives import all_agree, gather_rows, union
 from slq.diagnostics import diagnose
 from slq.errors import StorageError, TrainingError, UnusablePairError
@@ -118,10 +126,14 @@ class Trainer:
             return PromptSource(self._backbone, pairs, chunk_rows=config.chunk_rows)
         # ZeRO-3 gathers weights layer by layer, so all workers must make the same passes: none may skip one.
         keep = config.zero_stage < 3
-        store = None
+        store = vision_store = None
         if config.disk_cache is not None and keep:
             store = PrefixStore(
                 config.disk_cache, prefix_fingerprint(self._backbone), config.disk_cache_bytes
+            )
+        if config.vision_cache is not None and keep:
+            vision_store = VisionStore(
+                config.vision_cache, vision_fingerprint(self._backbone), config.vision_cache_bytes
             )
         return PrefixSource(
             self._backbone,
@@ -129,6 +141,7 @@ class Trainer:
             cache_bytes=(cache_bytes or config.cache_bytes) if keep else 0,
             text_cache_bytes=(cache_bytes or config.text_cache_bytes) if keep else 0,
             store=store,
+            vision_store=vision_store,
             frozen_rows=config.frozen_rows,
             chunk_rows=config.chunk_rows,
         )

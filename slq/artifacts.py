@@ -78,6 +78,12 @@ def fingerprint(backbone: Backbone, adapter: Adapter | None) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def vision_fingerprint(backbone: Backbone) -> str:
+    """sha256 that names what stored vision features depend on; a changed prompt leaves them valid."""
+    identity = {**backbone.vision_identity(), "dtype": str(backbone.dtype)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The trained tensors by name, as they are, on their device."""
     return {

@@ -3,6 +3,7 @@
 Limits are checked on the file's header, before any pixel is decoded, so a decompression bomb costs nothing.
 """
 
+import hashlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -48,6 +49,13 @@ def decode_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Ima
     with _checked(data, limits) as opened:
         opened.load()
         return to_rgb(ImageOps.exif_transpose(opened))
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """Digest of what a decoded image shows, whatever file it came from."""
+    digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
 
 
 def check_image(data: bytes, limits: MediaLimits = DEFAULT_LIMITS) -> None:

@@ -190,8 +190,8 @@ class Backbone(ABC):
         weight: Tensor = self.model.get_input_embeddings().weight
         return float(weight.detach().float().std())
 
-    def identity(self) -> dict[str, Any]:
-        """What the fingerprint says of the backbone: id, revision, configuration, processor, template, settings."""
+    def vision_identity(self) -> dict[str, Any]:
+        """What vision features depend on besides the image and the type: all of `identity` but the prompt."""
         config = self.model.config.to_dict()
         for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
             config.pop(volatile, None)
@@ -202,6 +202,12 @@ class Backbone(ABC):
             "config_sha256": _digest(config),
             "image_processor_sha256": _digest(image_processor),
             "image_limits": self.image_limits(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint says of the backbone: id, revision, configuration, processor, template, settings."""
+        return {
+            **self.vision_identity(),
             "template_sha256": _digest(
                 [self._opening[True], self._opening[False], self._closing_ids]
             ),

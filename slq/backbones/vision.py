@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from slq.tensor_store import TensorStore
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,20 @@ def join_features(features: Sequence[VisionFeatures], *, stack: bool = False) ->
         pooler_output=torch.stack(images) if stack else images,
         deepstack_features=list(zip(*(image.deepstack for image in features), strict=True)),
     )
+
+
+class VisionStore(TensorStore[VisionFeatures]):
+    """Features of images on disk, which outlive the run; they depend on `Backbone.vision_identity` and the type."""
+
+    holds: ClassVar[str] = "vision features"
+    setting: ClassVar[str] = "train.vision_cache"
+
+    def packed(self, value: VisionFeatures) -> dict[str, Tensor]:
+        """See `TensorStore`; the levels of deepstack are one (levels, num_tokens, hidden) tensor."""
+        levels = {"deepstack": torch.stack(value.deepstack)} if value.deepstack else {}
+        return {"tokens": value.tokens.contiguous(), **levels}
+
+    def unpacked(self, tensors: dict[str, Tensor]) -> VisionFeatures:
+        """See `TensorStore`."""
+        levels = tensors.get("deepstack")
+        return VisionFeatures(tensors["tokens"], () if levels is None else levels.unbind())

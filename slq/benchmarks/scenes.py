@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from slq.arrow import ITEMS, PAIRS, RELEVANCE
 from slq.config import Section
 from slq.errors import StorageError
 from slq.scenes import (
@@ -28,7 +29,6 @@ from slq.scenes import (
     render_png,
 )
 from slq.scenes.sampling import Split
-from slq.schema import ITEMS, PAIRS, RELEVANCE
 
 _ROWS_PER_GROUP = 1024
 _GALLERY_SEED_OFFSET = 1000

@@ -118,6 +118,11 @@ class TrainConfig(Section):
     """Folder that keeps image prefixes over runs; it belongs to one backbone and its settings."""
     disk_cache_bytes: Annotated[int, Field(ge=0)] = 100 * 2**30
     """Bound of each worker's use of disk_cache."""
+    vision_cache: Path | None = None
+    """Folder that keeps the vision tower's output for each image over epochs and runs, several times smaller than its
+    prefix; another prompt or caption length may share it. Like all caches it is not used with zero_stage 3."""
+    vision_cache_bytes: Annotated[int, Field(ge=0)] = 100 * 2**30
+    """Bound of each worker's use of vision_cache."""
     max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of unusable pairs (broken image, empty caption) above which the run is refused."""
     non_finite: Literal["halt", "skip"] = "halt"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -11,7 +11,9 @@ from torch import arange, from_numpy
 
 from slq.backbones import Backbone
 from slq.backbones.base import Prompts
+from slq.backbones.vision import VisionFeatures, VisionStore
 from slq.errors import DataError, TrainingError, UnusablePairError
+from slq.media import pixels_sha256
 from slq.prefix import Prefix, PrefixCache
 from slq.prefix_store import PrefixStore
 from slq.schema import Item
@@ -51,10 +53,24 @@ class PairReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A decoded side of a pair, or only the digest of a query whose prefix is stored."""
+    """What is needed of a side of a pair.
+
+    Attributes:
+        item: Decoded; None for a query whose prefix is stored.
+        digest: Of the query's content, where prefixes are stored.
+        pixels: Digest of the image, where vision features are stored; empty without an image.
+        features: Of the image, if they were stored when it was read.
+    """
 
     item: Item | None
     digest: str = ""
+    pixels: str = ""
+    features: VisionFeatures | None = None
+
+    @property
+    def text_length(self) -> int:
+        """Characters of the text; 0 without one."""
+        return len((self.item and self.item.text) or "")
 
 
 class _Ahead:
@@ -112,6 +128,8 @@ class PrefixSource:
         cache_bytes: Bound of the queries' prefixes in host memory.
         text_cache_bytes: Bound of the positives' prefixes; as `cache_bytes` by default.
         store: Queries' prefixes on disk, which outlive the run; none by default.
+        vision_store: Vision features of all images on disk, which spare the vision tower where a prefix has to be
+            computed; none by default.
         frozen_rows: Rows per frozen forward pass.
         chunk_rows: Rows of a chunk that is handed out; 0 hands out all rows as one.
     """
@@ -124,6 +142,7 @@ class PrefixSource:
         cache_bytes: int,
         text_cache_bytes: int | None = None,
         store: PrefixStore | None = None,
+        vision_store: VisionStore | None = None,
         frozen_rows: int = 32,
         chunk_rows: int = 0,
     ) -> None:
@@ -134,6 +153,7 @@ class PrefixSource:
         self._frozen_rows = frozen_rows
         self._chunk_rows = chunk_rows
         self._store = store
+        self._vision_store = vision_store
         self._query_bytes = self._num_queries = 0
         self.cache = PrefixCache(cache_bytes, backbone.device)
         self.text_cache = PrefixCache(
@@ -182,7 +202,7 @@ class PrefixSource:
         return self._chunks(
             self.text_cache.get(
                 list(pairs),
-                lambda rows: self._encode([self._item(pairs[r], "positive") for r in rows]),
+                lambda rows: self._encode([self._loaded(pairs[r], "positive") for r in rows]),
             )
         )
 
@@ -196,39 +216,75 @@ class PrefixSource:
         ]
 
     def _load(self, pair: int, side: Side) -> _Loaded:
+        """Reads and decodes, from several threads."""
         if side == "positive" or self._store is None:
-            return _Loaded(self._reader.item(pair, side))
+            return self._decoded(pair, side)
         digest = self._reader.digest(pair)
-        stored = digest in self._store
-        return _Loaded(None if stored else self._reader.item(pair, side), digest)
+        if digest in self._store:
+            return _Loaded(None, digest)
+        return replace(self._decoded(pair, side), digest=digest)
 
-    def _item(self, pair: int, side: Side) -> Item:
-        item = self._ahead.take(pair, side).item
-        return self._reader.item(pair, side) if item is None else item
+    def _decoded(self, pair: int, side: Side) -> _Loaded:
+        item = self._reader.item(pair, side)
+        if self._vision_store is None or item.image is None:
+            return _Loaded(item)
+        pixels = pixels_sha256(item.image)
+        return _Loaded(item, pixels=pixels, features=self._vision_store.get(pixels))
+
+    def _loaded(self, pair: int, side: Side) -> _Loaded:
+        loaded = self._ahead.take(pair, side)
+        return loaded if loaded.item is not None else self._decoded(pair, side)
 
     def _stored(self, pairs: list[int]) -> Prefix:
         """Queries' prefixes from the store, and into it those that it lacks."""
         if self._store is None:
-            return self._encode([self._item(pair, "query") for pair in pairs])
+            return self._encode([self._loaded(pair, "query") for pair in pairs])
         digests = [self._ahead.take(pair, "query").digest for pair in pairs]
         rows = {n: row for n, d in enumerate(digests) if (row := self._store.get(d)) is not None}
         missing = [n for n in range(len(pairs)) if n not in rows]
         if missing:
-            computed = self._encode([self._item(pairs[n], "query") for n in missing])
+            computed = self._encode([self._loaded(pairs[n], "query") for n in missing])
             for n, row in zip(missing, computed.to("cpu").split(), strict=True):
                 self._store.put(digests[n], row)
                 rows[n] = row
         return Prefix.stack([rows[n] for n in range(len(pairs))])
 
-    def _encode(self, items: list[Item]) -> Prefix:
+    def _encode(self, loaded: list[_Loaded]) -> Prefix:
         """Passes over items of similar length, so little is padded; the result is in input order."""
-        order = sorted(range(len(items)), key=lambda n: len(items[n].text or ""))
-        parts = []
-        for start in range(0, len(order), self._frozen_rows):
-            chunk = order[start : start + self._frozen_rows]
-            parts.append(self._backbone.prefix(self._backbone.prompts([items[n] for n in chunk])))
-        stacked = Prefix.stack(parts)
-        return stacked.select(from_numpy(np.argsort(order)).to(stacked.mask.device))
+        loaded = [self._with_features(one) for one in loaded]
+        order = sorted(range(len(loaded)), key=lambda n: loaded[n].text_length)
+        # no pass mixes images whose features are stored with those that need the vision tower
+        groups = [
+            [n for n in order if (loaded[n].features is None) is new] for new in (True, False)
+        ]
+        chunks = [
+            group[start : start + self._frozen_rows]
+            for group in groups
+            for start in range(0, len(group), self._frozen_rows)
+        ]
+        stacked = Prefix.stack([self._pass([loaded[n] for n in chunk]) for chunk in chunks])
+        places = np.argsort(np.concatenate(chunks))
+        return stacked.select(from_numpy(places).to(stacked.mask.device))
+
+    def _with_features(self, loaded: _Loaded) -> _Loaded:
+        """Look again: they may have been stored since the item was read."""
+        if self._vision_store is None or not loaded.pixels or loaded.features is not None:
+            return loaded
+        return replace(loaded, features=self._vision_store.get(loaded.pixels))
+
+    def _pass(self, loaded: list[_Loaded]) -> Prefix:
+        """A frozen pass; the vision tower runs unless features were loaded, and what it gives is stored."""
+        backbone = self._backbone
+        prompts = backbone.prompts([one.item for one in loaded if one.item is not None])
+        if self._vision_store is None:
+            return backbone.prefix(prompts)
+        features = [one.features for one in loaded if one.features is not None]
+        if not features:
+            features = backbone.vision_features(prompts)
+            shown = [one.pixels for one in loaded if one.pixels]
+            for pixels, image in zip(shown, features, strict=True):
+                self._vision_store.put(pixels, image.to("cpu"))
+        return backbone.prefix(prompts, [image.to(backbone.device) for image in features])
 
 
 class PromptSource:

@@ -26,12 +26,12 @@ from pipelines.index import index, read_embeddings
 from pipelines.ledger import MANIFEST, Commit, Ledger
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
+from slq.arrow import ERRORS, embedding_schema
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
 from slq.index import VectorIndex
 from slq.media import decode_image
-from slq.schema import ERRORS, embedding_schema
 from tests.integration.runs import changed, fingerprints_of_files, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -14,10 +14,10 @@ from jobs.results import results_table
 from pipelines.evaluate import evaluate, load_benchmark
 from pipelines.loading import backbone_of, encoder_of, untrained_latents
 from pipelines.recipe import Recipe
+from slq.arrow import ITEMS, RELEVANCE
 from slq.artifacts import save_adapter
 from slq.errors import ArtifactError, ArtifactMismatchError, DataError
 from slq.media import decode_image
-from slq.schema import ITEMS, RELEVANCE
 from tests.integration.runs import changed, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

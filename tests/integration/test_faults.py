@@ -22,10 +22,10 @@ from pipelines.embed import embed, write_shard
 from pipelines.index import index, read_embeddings
 from pipelines.ledger import Commit, Ledger
 from pipelines.recipe import Recipe
+from slq.arrow import ITEMS
 from slq.artifacts import file_sha256
 from slq.errors import StorageError
 from slq.index import Hit, VectorIndex, current_version
-from slq.schema import ITEMS
 from tests.integration.runs import changed, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

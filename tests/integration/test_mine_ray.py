@@ -11,10 +11,11 @@ import pytest
 from pipelines.loading import backbone_of, encoder_of
 from pipelines.mine import mine
 from pipelines.recipe import Recipe
+from slq.arrow import NEGATIVES, PAIRS
 from slq.errors import ArtifactMismatchError, DataError
 from slq.media import decode_image
 from slq.reranker import Reranker
-from slq.schema import NEGATIVES, PAIRS, Item
+from slq.schema import Item
 from tests.integration.runs import changed, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -37,13 +37,14 @@ from pipelines.serve import (
 )
 from pipelines.serving.ingress import Ingress, UnavailableError, answer_of
 from pipelines.serving.replicas import BackboneService, IndexService, Pinned, each_alone
+from slq.arrow import ITEMS
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
 from slq.errors import ArtifactError, ArtifactMismatchError, DataError, ServiceError
 from slq.index import IndexConfig, VectorIndex, build, publish
 from slq.media import decode_image
 from slq.reranker import Reranker
-from slq.schema import ITEMS, Item
+from slq.schema import Item
 from tests.integration.runs import changed, free_port, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -25,11 +25,12 @@ from pipelines.loading import backbone_of, untrained_latents
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
 from pipelines.train import ChosenPairs, history, hold_out, train
+from slq.arrow import PAIRS
 from slq.artifacts import read_json
 from slq.errors import ConfigError, DataError, HardwareError, StorageError, TrainingError
 from slq.losses import info_nce
 from slq.media import decode_image
-from slq.schema import PAIRS, Item
+from slq.schema import Item
 from slq.training import PairSampler, PrefixSource, learning_rate_scale
 from tests.integration.runs import changed, fingerprints_of_files, free_port
 
@@ -326,6 +327,10 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Recipe, tmp_path: 
     crowded = changed(recipe, resources={"train_workers": 17}, storage={"dir": tmp_path / "x"})
     with pytest.raises(ConfigError, match="less than one pair for each of 17 workers"):
         train(crowded)
+    for cache in ("disk_cache", "vision_cache"):
+        kept = {"adapter": {"method": "lora"}, "train": {cache: tmp_path / "kept"}}
+        with pytest.raises(ConfigError, match=f"train.{cache} keeps .* adapter.method lora"):
+            train(changed(recipe, **kept, storage={"dir": tmp_path / "x"}))
     with pytest.raises(ConfigError, match="give a folder or s3://bucket/prefix"):
         train(changed(recipe, storage={"dir": tmp_path / "x", "checkpoints": "ftp://x/y"}))
 

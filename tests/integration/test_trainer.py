@@ -19,6 +19,8 @@ from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
 from pipelines.train import ChosenPairs
 from pipelines.trainer import Trainer
+from slq.backbones.base import Backbone, Prompts
+from slq.backbones.vision import VisionFeatures
 from slq.errors import MediaError, TrainingError
 from slq.training import RetrievalModule
 from tests.integration.runs import changed, free_port
@@ -103,6 +105,14 @@ class Case:
                 shutil.copytree(folder, kept / f"step{metrics['step']:.0f}")
 
         error = ""
+        towers = 0
+        see = Backbone.vision_features
+
+        def vision_features(backbone: Backbone, prompts: Prompts) -> list[VisionFeatures]:
+            nonlocal towers
+            towers += bool(prompts.vision)  # captions have none
+            return see(backbone, prompts)
+
         plain = RetrievalModule.forward
         calls = iter(range(100))
 
@@ -112,13 +122,20 @@ class Case:
             return loss if fault is None else fault(next(calls), loss, parameter)
 
         RetrievalModule.forward = forward  # type: ignore[method-assign]
+        Backbone.vision_features = vision_features  # type: ignore[method-assign]
         try:
             trainer.run(checkpoint, report)
         except TrainingError as raised:
             error = str(raised)
         finally:
             RetrievalModule.forward = plain  # type: ignore[method-assign]
-        self._found[name] = {"steps": trainer.steps, "error": error, "lines": lines}
+            Backbone.vision_features = see  # type: ignore[method-assign]
+        self._found[name] = {
+            "steps": trainer.steps,
+            "error": error,
+            "lines": lines,
+            "towers": towers,
+        }
 
 
 def _rank(rank: int, plain_recipe: dict[str, Any], folder: str, port: int) -> None:
@@ -130,6 +147,8 @@ def _rank(rank: int, plain_recipe: dict[str, Any], folder: str, port: int) -> No
     case = Case(Recipe.model_validate(plain_recipe), rank, found)
     case.run("whole")
     case.run("resumed", checkpoint=Path(folder) / "whole" / "step2")
+    for name in ("features kept", "features read"):
+        case.run(name, vision_cache=Path(folder) / "features", cache_bytes=0)
     case.run("chunks", chunk_rows=3)
     case.run("sharded", zero_stage=3)
     case.run("skipped", fault=not_a_number, non_finite="skip")
@@ -211,6 +230,17 @@ def test_chunks_and_sharded_weights_learn_the_same(
     runs: tuple[Found, Found, Path], name: str
 ) -> None:
     assert losses(runs[0], name) == pytest.approx(losses(runs[0], "whole"), rel=1e-5)
+
+
+def test_a_run_with_stored_vision_features_learns_the_same_without_the_tower(
+    runs: tuple[Found, Found, Path],
+) -> None:
+    for name in ("features kept", "features read"):
+        assert losses(runs[0], name) == pytest.approx(losses(runs[0], "whole"), rel=1e-5)
+    for found in runs[:2]:
+        assert found["features kept"]["towers"] > 0
+        assert found["features read"]["towers"] == 0
+    assert len(list((runs[2] / "features").glob("*/*"))) > 16
 
 
 @pytest.mark.parametrize("name", ["skipped", "undone0", "undone2", "undone3"])

@@ -17,9 +17,9 @@ from jobs.console import generate_files
 from pipelines.corpus import plan_shards, read_shard
 from pipelines.pairs import Pairs
 from pipelines.recipe import DataConfig
+from slq.arrow import RELEVANCE
 from slq.benchmarks.karpathy import KarpathyConfig, read_karpathy, require_disjoint, write_karpathy
 from slq.errors import ConfigError, DataError, StorageError
-from slq.schema import RELEVANCE
 from slq.training.sources import SIDES
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"

@@ -18,12 +18,13 @@ from pipelines.mine import lay_out, mine, negatives_table, plan
 from pipelines.mining_tasks import NONE, Asked, Gallery, Mined, embed_part, score_part, search_part
 from pipelines.pairs import Pairs
 from pipelines.recipe import MineConfig, Recipe, load_recipe
+from slq.arrow import NEGATIVES, PAIRS
 from slq.artifacts import save_adapter, trained_tensors
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError, StorageError
 from slq.index import IndexConfig, build
 from slq.media import decode_image
 from slq.reranker import Reranker
-from slq.schema import NEGATIVES, PAIRS, Item
+from slq.schema import Item
 from tests.integration.runs import changed, with_untrained_adapter
 
 Rows = list[dict[str, Any]]

@@ -104,7 +104,7 @@ def test_another_backbones_store_is_refused_with_both_fingerprints(tmp_path: Pat
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match="no prefix store and not empty"):
+    with pytest.raises(ArtifactError, match="no store of prefixes and not empty"):
         PrefixStore(tmp_path, "one", LARGE)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -47,6 +47,16 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
         assert loaded.model_dump(exclude=folders) == plain.model_dump(exclude=folders)
 
 
+def test_the_folders_of_caches_are_absolute_for_workers_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe_file(tmp_path, "train: {disk_cache: prefixes, vision_cache: ../features}")
+    monkeypatch.chdir(tmp_path)
+    train = load_recipe(path).train
+    assert train.disk_cache == tmp_path.resolve() / "prefixes"
+    assert train.vision_cache == tmp_path.resolve().parent / "features"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -25,8 +25,8 @@ from jobs.results import SYSTEM_NAMES
 from pipelines.corpus import Record
 from pipelines.recipe import Recipe
 from pipelines.training_log import write_history
+from slq.arrow import ITEMS, RELEVANCE, RUN
 from slq.errors import DataError
-from slq.schema import ITEMS, RELEVANCE, RUN
 
 DEMO = Path("jobs/recipes/demo.yaml").resolve()
 COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta"]

@@ -1,0 +1,75 @@
+"""Arrow schemas of the files that stages exchange; apart from `slq.schema`, which needs no pyarrow."""
+
+import pyarrow as pa
+
+from slq.errors import DataError
+
+PAIRS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("text", pa.string())])
+"""Training pairs: a caption of an image, both positive for each other; other columns are ignored."""
+
+ITEMS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("text", pa.string())])
+"""Items and queries; `image` (encoded bytes) or `text` may be null, other columns are carried."""
+
+RELEVANCE = pa.schema([("query_id", pa.string()), ("item_id", pa.string()), ("grade", pa.int32())])
+"""Which items answer a query; grade > 0 means relevant."""
+
+RUN = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("item_id", pa.string()),
+        ("rank", pa.int32()),
+        ("score", pa.float32()),
+        ("coarse_score", pa.float32()),
+        ("fine_score", pa.float32()),
+    ]
+)
+"""A ranking; `rank` starts at 1, `fine_score` is null where only the coarse stage ran."""
+
+NEGATIVES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("negatives", pa.list_(pa.string())),
+        ("similarities", pa.list_(pa.float32())),
+        ("margins", pa.list_(pa.float32())),
+    ]
+)
+"""Mined hard negatives of training pairs. `negatives` are ids of pairs whose query is a wrong answer to the positive of
+pair `id`, most similar first, and `similarities` their cosines with it; both may be empty. `margins` are the fine
+stage's, in nats: first that of the pair's own query, then each negative's; null where they were not asked for."""
+
+ERRORS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("uri", pa.string()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+        ("message", pa.string()),
+    ]
+)
+"""Quarantined rows: `error` is the stable short reason."""
+
+
+def embedding_schema(dimension: int, user_fields: list[pa.Field]) -> pa.Schema:
+    """Columns of an embedding shard.
+
+    Args:
+        dimension: Length of a vector.
+        user_fields: The user's own columns, appended at the end.
+    """
+    own = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("embedding", pa.list_(pa.float16(), dimension), nullable=False),
+        pa.field("modality", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("content_hash", pa.string(), nullable=False),
+        pa.field("shard_id", pa.int32(), nullable=False),
+        pa.field("row_in_shard", pa.int32(), nullable=False),
+    ]
+    names = {f.name for f in own}
+    clash = sorted(names & {f.name for f in user_fields})
+    if clash:
+        raise DataError(f"user columns {', '.join(clash)} clash with slq's own; rename them")
+    return pa.schema([*own, *user_fields])
