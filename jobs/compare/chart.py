@@ -25,8 +25,9 @@ def study_figure(rows: Sequence[Row]) -> Figure:
     """Horizontal bars of hit@1 in %, the first row on top; zero-shot rows in grey."""
     subsets = main_subsets(rows)
     longest = max(len(row["name"]) for row in rows)
-    size = (1 + 0.07 * longest + 3.9 * len(subsets), 0.9 + 0.42 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
+    size = (1 + 0.07 * longest + 3.9 * len(subsets), 0.9 + 0.36 * len(rows))
+    figure = Figure(figsize=size)
+    figure.set_layout_engine("constrained", wspace=0.04, w_pad=0.08, h_pad=0.08)
     panels = figure.subplots(1, len(subsets), sharey=True, squeeze=False)[0]
     for number, (axes, subset) in enumerate(zip(panels, subsets, strict=True)):
         _panel(axes, rows, subset, _PANEL_COLOURS[number % len(_PANEL_COLOURS)])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
 from pipelines.train import ChosenPairs
-from pipelines.trainer import Trainer
+from pipelines.trainer import Trainer, peak_memory_bytes
 from slq.errors import MediaError, TrainingError
 from slq.training import RetrievalModule
 from tests.integration.runs import changed, free_port
@@ -236,3 +237,18 @@ def test_the_last_step_is_measured_on_pairs_held_out(runs: tuple[Found, Found, P
     assert not measured & set(first["whole"]["steps"][0])
     history = (runs[2] / "whole" / "train" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history] == [1, 2, 3, 4, 5]
+
+
+def test_the_peak_of_memory_is_in_bytes_and_only_rises(runs: tuple[Found, Found, Path]) -> None:
+    peaks = [step["peak_memory_bytes"] for step in runs[0]["whole"]["steps"]]
+    assert peaks[0] > 2**27
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_of_memory_is_what_the_kernel_says() -> None:
+    found = peak_memory_bytes(torch.device("cpu"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    told = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    # the kernel counts with some slack, and a process begins with the peak of the one that started it
+    assert 0.95 * told <= found <= 64 * told
