@@ -11,7 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from jobs.compare import compare, outline
 from jobs.compare.chart import study_figure, write_study_chart
 from jobs.compare.running import Flows, count_values, training_figures
@@ -434,6 +436,55 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
     plan = plan_study(study_file(tmp_path), tmp_path / "file" / "out")
     with pytest.raises(StorageError, match="cannot be written"):
         compare(plan, Recorder(tmp_path).flows)
+
+
+# The command -------------------------------------------------------------------------------------------------
+
+
+def slq_compare(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def test_a_dry_run_shows_the_trainings_and_writes_nothing(tmp_path: Path) -> None:
+    path, out = study_file(tmp_path), tmp_path / "out"
+    shown = yaml.safe_load(slq_compare(path, "--out", out, "--dry-run").stdout)
+    assert shown["trainings"] == 5
+    assert shown["runs"]["SLQ"]["tune"] == {"train.lr": RATES}
+    assert shown["runs"]["LoRA r=8"]["recipe"]["adapter"]["method"] == "lora"
+    assert shown == json.loads(slq_compare(path, "--out", out, "--dry-run", "--json").stdout)
+    assert not out.exists()
+
+
+def test_the_command_prints_the_table_or_the_whole_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = study_file(tmp_path), tmp_path / "out"
+    monkeypatch.setattr("jobs.compare.real_flows", lambda: Recorder(out).flows)
+    result = slq_compare(path, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((out / "study.json").read_text())
+    result = slq_compare(path, "--out", out)
+    assert "SLQ: train.lr 0.003, chosen from 0.003, 0.01, 0.03" in result.stdout
+    for text in ("LoRA r=8", "zero-shot", "50.1", "(40.1-60.1)", "identical", "changed", "13"):
+        assert text in result.stdout
+
+
+def test_a_wrong_study_is_one_line(tmp_path: Path) -> None:
+    result = slq_compare(study_file(tmp_path, tune_step=1), "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    expected = "error: ConfigError: study.yaml: tune_step is unknown; did you mean tune_steps?"
+    assert result.stderr.strip() == expected
+
+
+def test_what_changes_no_figure_runs_nothing_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = study_file(tmp_path)
+    compare(plan_study(path, out), Recorder(out).flows)
+    again = Recorder(out)
+    compare(plan_study(path, out, ["serve.port=8080", "resources.address=x"]), again.flows)
+    assert again.calls == FIRST[:1]
+    compare(plan_study(path, out, ["resources.train_workers=1"]), again.flows)
+    assert again.calls == [FIRST[0], *FIRST, *TRIALS, *SLQ, *LORA]
 
 
 # The table ---------------------------------------------------------------------------------------------------
