@@ -15,6 +15,7 @@ from pipelines.progress import show
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, read_history
 from slq.artifacts import ADAPTER_WEIGHTS, read_json, write_json
+from slq.errors import ConfigError
 
 RESULT = "result.json"
 _SECONDS = "seconds/"
@@ -113,7 +114,10 @@ def _zero_shot(plan: Plan, flows: Flows) -> dict[str, Any]:
         return found
     show("compare zero-shot: the backbone without training")
     with flows.connect(recipe.resources):
-        kept = flows.retention(recipe, None, num_scenes=scenes) if scenes else None
+        try:
+            kept = flows.retention(recipe, None, num_scenes=scenes) if scenes else None
+        except ConfigError as error:
+            raise ConfigError(f"{error}; set retention_scenes: 0 to ask nothing") from None
         results = flows.evaluate(recipe)
     return _saved(
         folder, {"digest": digest, "results": results, "retention": kept, **_described(recipe)}

@@ -7,7 +7,7 @@ from slq.backbones import Backbone
 from slq.backbones.loading import load_backbone
 from slq.errors import ConfigError
 from slq.pretraining.config import PretrainConfig
-from slq.pretraining.mixture import GRID, ImageExample, Turn, framed_match
+from slq.pretraining.mixture import GRID, PATCH, ImageExample, Turn, framed_match
 from slq.pretraining.model import packed_hidden
 from slq.pretraining.packing import Packer
 from slq.scenes.captions import explicit_caption, explicit_captions
@@ -66,6 +66,11 @@ def accuracies_of(
     if not isinstance(loaded.model, Qwen3VLForConditionalGeneration):
         kind = type(loaded.model).__name__
         raise ConfigError(f"{loaded.name} is a {kind}, no Qwen3-VL of scenes")
+    patch = loaded.model.config.vision_config.patch_size
+    if patch != PATCH:  # a hub's Qwen3-VL
+        raise ConfigError(
+            f"{loaded.name} has patches of {patch} px, no Qwen3-VL of scenes ({PATCH})"
+        )
     exact = config.model_copy(update={"autocast": False})
     return evaluate(loaded.model, loaded.tokenizer, exact, num_scenes=num_scenes, split="test")
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, write_history
 from slq.artifacts import read_json
 from slq.errors import ConfigError, StorageError, TrainingError
+from slq.pretraining.config import PretrainConfig
+from slq.pretraining.evaluation import accuracies_of
+from tests.families import BUILDERS
 
 STUDIES = sorted((Path(__file__).parents[2] / "jobs" / "recipes" / "studies").glob("*.yaml"))
 SUBSETS = ("explicit", "explicit, hard subset", "knowledge")
@@ -429,6 +433,34 @@ def test_without_retention_and_tuning_neither_is_run(tmp_path: Path) -> None:
     assert recorder.calls == [FIRST[0], FIRST[2], *[c.replace("0.003", "0.01") for c in SLQ[:2]]]
     assert "caption kept" not in columns(summary["rows"])
     assert summary["notes"] == []
+
+
+def test_a_backbone_that_cannot_be_asked_is_found_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> dict[str, Any]:
+        raise ConfigError("x is a GPT, no Qwen3-VL of scenes")
+
+    out = tmp_path / "out"
+    recorder = Recorder(out)
+    flows = replace(recorder.flows, retention=refuse)
+    with pytest.raises(ConfigError, match="no Qwen3-VL of scenes; set retention_scenes: 0"):
+        compare(plan_study(study_file(tmp_path), out), flows)
+    assert recorder.calls == FIRST[:1]
+
+
+@pytest.mark.parametrize(
+    ("family", "patch", "reason"),
+    [
+        ("intern_vl", 8, "is a InternVLForConditionalGeneration, no"),
+        ("qwen3_vl", 16, "patches of 16 px, no"),
+    ],
+)
+def test_only_a_backbone_of_scenes_is_asked(family: str, patch: int, reason: str) -> None:
+    backbone = BUILDERS[family]()
+    backbone.model.config.vision_config.patch_size = patch
+    with pytest.raises(ConfigError, match=f"{reason} Qwen3-VL of scenes"):
+        accuracies_of(backbone, PretrainConfig(), num_scenes=1)
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
