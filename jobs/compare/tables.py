@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.compare.study import ZERO_SHOT, Plan
@@ -166,9 +167,12 @@ def _part(title: str, found: Mapping[str, list[str]], hits: bool) -> Table:
     wanted = {"run": found["run"], **wanted}
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in wanted:
-        table.add_column(name, justify="left" if name in ("run", "weights") else "right")
-    for cells in zip(*wanted.values(), strict=True):
-        table.add_row(*cells)
+        side: Any = "left" if name in ("run", "weights") else "right"
+        table.add_column(name, justify=side, overflow="fold", min_width=9 if hits else None)
+    for first, *cells in zip(*wanted.values(), strict=True):
+        # an interval below its value, so that six subsets fit into 80 columns
+        folded = [cell.replace(" (", "\n").removesuffix(")") for cell in cells]
+        table.add_row(escape(first), *(folded if hits else cells))
     return table
 
 

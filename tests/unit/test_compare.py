@@ -1,5 +1,6 @@
 """A study: what it refuses, what it runs and does not run twice, which value it chooses, what its table says."""
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -19,7 +21,14 @@ from jobs.compare import compare, outline
 from jobs.compare.chart import study_figure, write_study_chart
 from jobs.compare.running import Flows, count_values, training_figures
 from jobs.compare.study import ZERO_SHOT, plan_study, slug
-from jobs.compare.tables import columns, notes, study_markdown, study_rows, study_summary
+from jobs.compare.tables import (
+    columns,
+    notes,
+    study_markdown,
+    study_rows,
+    study_summary,
+    study_table,
+)
 from jobs.compare.tuning import METRIC, choose, judged, on_edge
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, write_history
@@ -497,7 +506,7 @@ def test_the_command_prints_the_table_or_the_whole_study(
     assert json.loads(result.stdout) == json.loads((out / "study.json").read_text())
     result = slq_compare(path, "--out", out)
     assert "SLQ: train.lr 0.003, chosen from 0.003, 0.01, 0.03" in result.stdout
-    for text in ("LoRA r=8", "zero-shot", "50.1", "(40.1-60.1)", "identical", "changed", "13"):
+    for text in ("LoRA r=8", "zero-shot", "50.1", "40.1-60.1", "identical", "changed", "13"):
         assert text in result.stdout
 
 
@@ -570,6 +579,21 @@ def test_every_system_of_a_run_has_a_row() -> None:
     assert found["caption kept"] == ["60.0", "60.0", "60.0", "", "", "1.0"]
     assert found["weights"] == ["identical", "identical", "identical", "", "", "changed"]
     assert notes(fake_results()) == ["SLQ: train.lr 2, chosen from 1, 2, 3"]
+
+
+def test_the_terminal_table_cuts_no_figure_in_80_columns() -> None:
+    results = fake_results()
+    for result in results.values():
+        for report in result["results"]["systems"].values():
+            entry = report["text_to_image"]["explicit"]
+            kinds = ("explicit", "knowledge")
+            parts = ("", ", hard subset", ", unseen objects")
+            report["text_to_image"] = {k + part: entry for k in kinds for part in parts}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(study_table({"rows": study_rows(results)}))
+    text = console.export_text()
+    assert text.count("70.0-90.0") == 3 * 6
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
 
 
 def test_the_markdown_table_has_as_many_cells_in_every_row(tmp_path: Path) -> None:
