@@ -207,6 +207,46 @@ def demo(
         run_demo(recipe)
 
 
+@app.command(epilog="Example: slq compare jobs/recipes/studies/methods.yaml --out runs/methods")
+def compare(
+    study: Annotated[
+        Path, typer.Argument(help="YAML study, for example jobs/recipes/studies/methods.yaml")
+    ],
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="the runs' folders, study.json, study.md and study.png")
+    ],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and measure variants of one recipe alike, in one table; run it again to finish what is missing."""
+    import yaml
+
+    from jobs.compare import compare as run
+    from jobs.compare import outline, plan_study, study_table
+    from slq import log
+
+    log.configure()
+    with friendly_errors():
+        plan = plan_study(study, out_dir, overrides)
+        if dry_run:
+            shown = outline(plan)
+            print(
+                json.dumps(shown, indent=2)
+                if as_json
+                else yaml.safe_dump(shown, sort_keys=False, width=1000)
+            )
+            return
+        summary = run(plan)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    out.print(study_table(summary))
+    for note in summary["notes"]:
+        out.print(note, markup=False, highlight=False, soft_wrap=True)
+    out.print(f"[green]done[/] {out_dir}", soft_wrap=True)
+
+
 @app.command(epilog="Example: slq pretrain jobs/recipes/pretrain_tiny.yaml --out runs/tiny")
 def pretrain(
     recipe: RecipePath,

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -267,6 +269,7 @@ class Trainer:
             "skipped": self._skipped,
             "unusable": len(self._bad),
             "updated": float(done),
+            "peak_memory_bytes": peak_memory_bytes(self._backbone.device),
             "seconds/read": decoded - began,
             "seconds/frozen": prepared - decoded,
             "seconds/update": time.monotonic() - prepared,
@@ -422,6 +425,14 @@ def _digest(keys: list[str]) -> str:
     for key in keys:
         digest.update(key.encode() + b"\x00")
     return digest.hexdigest()
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """The most memory that this process has held so far: torch's on a GPU, else all that was resident."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def prefix_fingerprint(backbone: Backbone) -> str:

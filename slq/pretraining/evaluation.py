@@ -3,10 +3,11 @@
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
+from slq.backbones import Backbone
 from slq.backbones.loading import load_backbone
 from slq.errors import ConfigError
 from slq.pretraining.config import PretrainConfig
-from slq.pretraining.mixture import GRID, ImageExample, Turn, framed_match
+from slq.pretraining.mixture import GRID, PATCH, ImageExample, Turn, framed_match
 from slq.pretraining.model import packed_hidden
 from slq.pretraining.packing import Packer
 from slq.scenes.captions import explicit_caption, explicit_captions
@@ -48,20 +49,28 @@ def evaluate(
     return {"match_accuracy": correct / asked, "caption_accuracy": said / num_scenes}
 
 
-def accuracies_of(backbone: str, config: PretrainConfig, *, num_scenes: int) -> dict[str, float]:
+def accuracies_of(
+    backbone: str | Backbone, config: PretrainConfig, *, num_scenes: int
+) -> dict[str, float]:
     """`evaluate` of a finished backbone on split `test`, in float32: the figures of a model card.
 
     Args:
-        backbone: `tiny`, or the folder of a Qwen3-VL that `pretrain` made.
+        backbone: `tiny`, the folder of a Qwen3-VL that `pretrain` made, or one that is loaded, on the CPU.
         config: The recipe; its seed draws the scenes.
         num_scenes: Distinct scenes.
 
     Raises:
         ConfigError: The backbone cannot be loaded, or is of another architecture.
     """
-    loaded = load_backbone(backbone)
+    loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
     if not isinstance(loaded.model, Qwen3VLForConditionalGeneration):
-        raise ConfigError(f"{backbone} is a {type(loaded.model).__name__}, no Qwen3-VL of scenes")
+        kind = type(loaded.model).__name__
+        raise ConfigError(f"{loaded.name} is a {kind}, no Qwen3-VL of scenes")
+    patch = loaded.model.config.vision_config.patch_size
+    if patch != PATCH:  # a hub's Qwen3-VL
+        raise ConfigError(
+            f"{loaded.name} has patches of {patch} px, no Qwen3-VL of scenes ({PATCH})"
+        )
     exact = config.model_copy(update={"autocast": False})
     return evaluate(loaded.model, loaded.tokenizer, exact, num_scenes=num_scenes, split="test")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.negatives import MinedNegatives
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
 from pipelines.train import ChosenPairs
-from pipelines.trainer import Trainer
+from pipelines.trainer import Trainer, peak_memory_bytes
 from slq.backbones.base import Backbone, Prompts
 from slq.backbones.vision import VisionFeatures
 from slq.errors import MediaError, TrainingError
@@ -357,3 +358,18 @@ def test_a_negative_that_breaks_during_the_run_is_left_out_on_all_workers(
     assert losses(first, "mined broken") == losses(second, "mined broken")
     assert first["mined broken"]["steps"][-1]["unusable"] == 2
     assert np.isfinite(losses(first, "mined broken")).all()
+
+
+def test_the_peak_of_memory_is_in_bytes_and_only_rises(runs: tuple[Found, Found, Path]) -> None:
+    peaks = [step["peak_memory_bytes"] for step in runs[0]["whole"]["steps"]]
+    assert peaks[0] > 2**27
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_of_memory_is_what_the_kernel_says() -> None:
+    found = peak_memory_bytes(torch.device("cpu"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    told = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    # the kernel counts with some slack, and a process begins with the peak of the one that started it
+    assert 0.95 * told <= found <= 64 * told

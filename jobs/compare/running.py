@@ -1,0 +1,196 @@
+"""Runs a study: trials, trainings, measurements; what is finished is not done again."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from jobs.compare.digest import recipe_digest
+from jobs.compare.study import ZERO_SHOT, Plan, Run
+from jobs.compare.tuning import choose, on_edge, run_trials
+from pipelines.progress import show
+from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
+from pipelines.training_log import HISTORY, read_history
+from slq.artifacts import ADAPTER_WEIGHTS, read_json, write_json
+from slq.errors import ConfigError
+
+RESULT = "result.json"
+_SECONDS = "seconds/"
+_VARIANT = "slq:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flows:
+    """What a study runs.
+
+    Attributes:
+        generate: Writes missing data files.
+        connect: Holds Ray for one run.
+        train: Gives the adapter folder.
+        evaluate: Gives the results.
+        retention: The model's own skills with an adapter, or without (None).
+    """
+
+    generate: Callable[[DataConfig], None]
+    connect: Callable[[ResourcesConfig], AbstractContextManager[None]]
+    train: Callable[[Recipe], Path]
+    evaluate: Callable[[Recipe], dict[str, Any]]
+    retention: Callable[..., dict[str, Any]]
+
+
+def real_flows() -> Flows:
+    """Those of `pipelines`."""
+    from jobs.console import generate_files
+    from pipelines.evaluate import evaluate
+    from pipelines.retention import retention
+    from pipelines.runtime import connect
+    from pipelines.train import train
+
+    return Flows(
+        generate=generate_files,
+        connect=connect,
+        train=train,
+        evaluate=evaluate,
+        retention=retention,
+    )
+
+
+def run_study(plan: Plan, flows: Flows) -> dict[str, dict[str, Any]]:
+    """Run what is not finished.
+
+    A run is finished when its `result.json` has the digest of its recipe, its grid and the study's settings. With
+    another digest it is run again; the trainer keeps what is the same.
+
+    Returns:
+        The result of the zero-shot systems under `zero-shot`, then of every run under its name.
+    """
+    flows.generate(plan.zero_shot.data)
+    results = {ZERO_SHOT: _zero_shot(plan, flows)}
+    for number, run in enumerate(plan.runs, start=1):
+        heading = f"compare run {number}/{len(plan.runs)} {run.name}"
+        digest = recipe_digest(
+            run.recipe,
+            grid=[trial.value for trial in run.trials],
+            trials=[recipe_digest(trial.recipe) for trial in run.trials],
+            retention_scenes=plan.study.retention_scenes,
+        )
+        found = _finished(run.folder, digest)
+        if found is None:
+            found = _saved(run.folder, {"digest": digest, **_run(plan, run, flows, heading)})
+        else:
+            show(f"{heading}: finished before")
+        results[run.name] = found
+    return results
+
+
+def _finished(folder: Path, digest: str) -> dict[str, Any] | None:
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = read_json(path)
+    if result["digest"] == digest:
+        return result
+    show(f"{path} was made with other settings: it is made again")
+    return None
+
+
+def _saved(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """The result as it will be read next time."""
+    write_json(folder / RESULT, found)
+    result: dict[str, Any] = read_json(folder / RESULT)
+    return result
+
+
+def _zero_shot(plan: Plan, flows: Flows) -> dict[str, Any]:
+    """The untrained systems; first of all, as it also shows whether the model's skills can be asked."""
+    recipe, scenes = plan.zero_shot, plan.study.retention_scenes
+    folder = recipe.storage.dir
+    digest = recipe_digest(recipe, retention_scenes=scenes)
+    found = _finished(folder, digest)
+    if found is not None:
+        return found
+    show("compare zero-shot: the backbone without training")
+    with flows.connect(recipe.resources):
+        try:
+            kept = flows.retention(recipe, None, num_scenes=scenes) if scenes else None
+        except ConfigError as error:
+            raise ConfigError(f"{error}; set retention_scenes: 0 to ask nothing") from None
+        results = flows.evaluate(recipe)
+    return _saved(
+        folder, {"digest": digest, "results": results, "retention": kept, **_described(recipe)}
+    )
+
+
+def _run(plan: Plan, run: Run, flows: Flows, heading: str) -> dict[str, Any]:
+    """One variant, in a Ray of its own where there is none: peaks of memory are of its processes alone."""
+    with flows.connect(run.recipe.resources):
+        recipe, tuned = run.recipe, None
+        if run.trials:
+            trials = run_trials(run, flows.train, heading)
+            chosen = choose(trials)
+            edge = on_edge([trial.value for trial in run.trials], chosen)
+            recipe = run.trials[chosen].final
+            value = run.trials[chosen].value
+            tuned = {"key": run.key, "value": value, "on_edge": edge, "trials": trials}
+        show(f"{heading}: training" + (f" with {run.key} = {tuned['value']}" if tuned else ""))
+        adapter = flows.train(recipe)
+        show(f"{heading}: measuring")
+        results = flows.evaluate(recipe)
+        scenes = plan.study.retention_scenes
+        kept = flows.retention(recipe, adapter, num_scenes=scenes) if scenes else None
+    return {
+        "tuned": tuned,
+        "training": training_figures(run.folder),
+        "trained_parameters": trained_parameters(run.folder, list(results["systems"])),
+        "results": results,
+        "retention": kept,
+        **_described(recipe),
+    }
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    return {"recipe": recipe.model_dump(mode="json")}
+
+
+def training_figures(folder: Path) -> dict[str, float | None]:
+    """Steps, seconds and the peak memory of rank 0, from the history of a run.
+
+    Seconds are the sum of all `seconds/*` of all steps: reading, frozen passes and updates; neither the start of the
+    workers, nor measurements while training, nor checkpoints.
+    """
+    history = read_history(folder / "train" / HISTORY)
+    peaks = [entry["peak_memory_bytes"] for entry in history if "peak_memory_bytes" in entry]
+    seconds = (v for entry in history for name, v in entry.items() if name.startswith(_SECONDS))
+    return {
+        "steps": history[-1]["step"] if history else 0,
+        "seconds": sum(seconds),
+        "peak_memory_bytes": max(peaks) if peaks else None,
+    }
+
+
+def trained_parameters(folder: Path, systems: list[str]) -> dict[str, int]:
+    """Values in the adapter of each trained system; one that shares the run's adapter has its count."""
+    counts = {}
+    for system in systems:
+        adapter = folder / "adapter"
+        if system.startswith(_VARIANT):
+            adapter = folder / "variants" / system.removeprefix(_VARIANT)
+        path = adapter / ADAPTER_WEIGHTS
+        if path.is_file():
+            counts[system] = count_values(path)
+    return counts
+
+
+def count_values(path: Path) -> int:
+    """Numbers in a safetensors file, from its header."""
+    total = 0
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            size = 1
+            for length in file.get_slice(name).get_shape():
+                size *= length
+            total += size
+    return total

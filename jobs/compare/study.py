@@ -1,0 +1,259 @@
+"""A study: variants of one recipe that are trained and measured alike."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, field_validator
+
+from pipelines.recipe import Recipe, StorageConfig, load_recipe
+from slq.config import Section
+from slq.errors import ConfigError
+
+ZERO_SHOT = "zero-shot"
+_RESERVED = ("data", ZERO_SHOT)
+_SHARED = ("backbone", "data")
+_OUT_DECIDES = "--out decides where a study writes"
+_SAME_FOR_ALL = "all runs are measured on one model and data, which the study's own `set` names"
+_Settings = dict[str, Any]
+
+
+class RunConfig(Section):
+    """One variant."""
+
+    set: _Settings = Field(default_factory=dict)
+    """Overrides of this run, `section.key: value`."""
+    tune: dict[str, Annotated[list[Any], Field(min_length=2)]] = Field(default_factory=dict)
+    """One key with the values that are tried before the run."""
+
+    @field_validator("tune")
+    @classmethod
+    def _one_key(cls, tune: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if len(tune) > 1:
+            raise ValueError(f"tune one key, not {' and '.join(tune)}")
+        return tune
+
+
+class Study(Section):
+    """What `slq compare` trains and measures."""
+
+    recipe: Path
+    """What all runs start from; relative to the study's file."""
+    set: _Settings = Field(default_factory=dict)
+    """Overrides of all runs, `section.key: value`."""
+    retention_scenes: Annotated[int, Field(ge=0)] = 0
+    """Held-out scenes on which the model's own skills are asked before and after training; 0 asks nothing."""
+    tune_steps: Annotated[int, Field(gt=0)] = 40
+    """Optimiser steps of each trial run."""
+    runs: Annotated[dict[str, RunConfig], Field(min_length=1)]
+    """The variants by name, in the order of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One value of the key that is tuned.
+
+    Attributes:
+        value: As the recipe understands it.
+        recipe: Of the short training that judges it.
+        final: Of the run, should this value be chosen.
+    """
+
+    value: Any
+    recipe: Recipe
+    final: Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One variant, resolved.
+
+    Attributes:
+        name: As in the study.
+        folder: Where everything of it is written.
+        recipe: Of the final training; a tuned key still has the recipe's value.
+        key: What is tuned; empty if nothing is.
+        trials: One for each value.
+    """
+
+    name: str
+    folder: Path
+    recipe: Recipe
+    key: str
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study, resolved.
+
+    Attributes:
+        source: The study's file.
+        study: As read.
+        out_dir: Everything is below it.
+        zero_shot: Measures the backbone without training.
+        runs: In the study's order.
+    """
+
+    source: Path
+    study: Study
+    out_dir: Path
+    zero_shot: Recipe
+    runs: tuple[Run, ...]
+
+    @property
+    def num_trainings(self) -> int:
+        """Trials and final trainings."""
+        return sum(1 + len(run.trials) for run in self.runs)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        ConfigError: It is missing or no YAML, a key is unknown (the nearest is named), or a value is wrong.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"study {path} does not exist{hint}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `recipe:` and `runs:`, not {values!r}")
+    study = Study.parse(values, source=path.name)
+    assert isinstance(study, Study)
+    return study
+
+
+def plan_study(path: Path, out_dir: Path, overrides: list[str] | None = None) -> Plan:
+    """Resolve every run of a study, so that all mistakes are found before the first training.
+
+    Args:
+        path: The study's file.
+        out_dir: Gets `data/`, a folder for each run, and the tables.
+        overrides: `section.key=value` for all runs; they win over the study's and the runs' own.
+
+    Raises:
+        ConfigError: A run cannot be what the study says; the run is named.
+    """
+    study = read_study(path)
+    given = list(overrides or [])
+    _refuse(f"{path.name}: set", study.set, ("storage",), _OUT_DECIDES)
+    _refuse("--set", [text.partition("=")[0] for text in given], ("storage",), _OUT_DECIDES)
+    resolver = _Resolver(path, study, out_dir.resolve(), given)
+    names: dict[str, str] = {}
+    for name in study.runs:
+        folder = slug(name)
+        if not folder or folder in _RESERVED:
+            raise ConfigError(f"{path.name}: run {name!r} cannot name a folder; rename it")
+        if folder in names:
+            raise ConfigError(
+                f"{path.name}: runs {names[folder]!r} and {name!r} would both write {folder}/; rename one"
+            )
+        names[folder] = name
+    runs = tuple(resolver.run(name, config) for name, config in study.runs.items())
+    zero_shot = resolver.recipe(ZERO_SHOT, {}, {"eval.systems": ["last_token", "untrained"]})
+    out = out_dir.resolve()
+    return Plan(source=path, study=study, out_dir=out, zero_shot=zero_shot, runs=runs)
+
+
+def slug(name: str) -> str:
+    """A name as a folder: lower-case letters, digits and dots, joined by hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+
+
+class _Resolver:
+    """Makes the recipes of a study's runs.
+
+    Args:
+        source: The study's file.
+        study: As read.
+        out_dir: Everything is below it.
+        given: Overrides from the command line.
+    """
+
+    def __init__(self, source: Path, study: Study, out_dir: Path, given: list[str]) -> None:
+        self._source, self._study, self._out_dir, self._given = source, study, out_dir, given
+        self._path = source.parent / study.recipe
+
+    def run(self, name: str, config: RunConfig) -> Run:
+        """One variant with its trials."""
+        where = f"{self._source.name}: run {name!r}"
+        _refuse(where, config.set, ("storage",), _OUT_DECIDES)
+        _refuse(where, [*config.set, *config.tune], ("storage", *_SHARED), _SAME_FOR_ALL)
+        wanted = self.recipe(name, config.set, {}).eval
+        systems = [system for system in wanted.systems if system.startswith("slq")] or ["slq"]
+        if "slq" not in systems or 1 not in wanted.ks:
+            raise ConfigError(
+                f"{where}: hit@1 of `slq` is compared; add it to eval.systems and 1 to eval.ks"
+            )
+        last: _Settings = {"eval.systems": systems}
+        recipe = self.recipe(name, config.set, last)
+        key, values = next(iter(config.tune.items()), ("", []))
+        if key:
+            _require_tunable(recipe, self._study, where)
+        trials = [self._trial(self.recipe(name, config.set, {**last, key: v}), key) for v in values]
+        if len({trial.recipe.storage.dir for trial in trials}) < len(trials):
+            raise ConfigError(f"{where}: tune.{key} has the same value twice; remove one")
+        folder = recipe.storage.dir
+        return Run(name=name, folder=folder, recipe=recipe, key=key, trials=tuple(trials))
+
+    def recipe(self, name: str, own: _Settings, last: _Settings) -> Recipe:
+        """The study's recipe with the run's own settings, and those that nobody may override."""
+        first, second, third = (
+            [f"{key}={json.dumps(value)}" for key, value in part.items()]  # JSON is YAML
+            for part in (self._study.set, own, last)
+        )
+        try:
+            found = load_recipe(self._path, [*first, *second, *self._given, *third])
+        except ConfigError as error:
+            raise ConfigError(f"{self._source.name}: run {name!r}: {error}") from None
+        data, storage = found.data, found.storage
+        chosen = any(k.startswith("data.dir") for k in (*self._study.set, *self._given))
+        if data.scenes is not None and not chosen:
+            data = data.model_copy(update={"dir": self._out_dir / "data"})
+        return found.model_copy(
+            update={"data": data, "storage": _below(storage, self._out_dir, slug(name))}
+        )
+
+    def _trial(self, final: Recipe, key: str) -> Trial:
+        value = reduce(getattr, key.split("."), final)
+        steps = self._study.tune_steps
+        training = {"num_steps": steps, "checkpoint_every": steps, "eval_every": steps}
+        place = f"trials/{slug(str(value)) or 'none'}"
+        sections = {
+            "train": final.train.model_copy(update=training),
+            "storage": _below(final.storage, final.storage.dir, place),
+        }
+        return Trial(value=value, recipe=final.model_copy(update=sections), final=final)
+
+
+def _below(storage: StorageConfig, folder: Path, place: str) -> StorageConfig:
+    """Storage of one run or trial; where checkpoints go elsewhere, it has a place of its own there."""
+    kept = storage.checkpoints and f"{storage.checkpoints.rstrip('/')}/{place}"
+    return storage.model_copy(update={"dir": folder / place, "checkpoints": kept})
+
+
+def _require_tunable(recipe: Recipe, study: Study, where: str) -> None:
+    if not recipe.train.held_out:
+        raise ConfigError(f"{where}: trials are judged on held-out pairs; set train.held_out")
+    if study.tune_steps <= recipe.train.warmup_steps:
+        raise ConfigError(
+            f"{where}: tune_steps is {study.tune_steps}, so a trial would not get past train.warmup_steps "
+            f"({recipe.train.warmup_steps}); raise it"
+        )
+
+
+def _refuse(where: str, keys: Iterable[str], sections: tuple[str, ...], reason: str) -> None:
+    for key in keys:
+        if key.partition(".")[0] in sections:
+            raise ConfigError(f"{where}: {key} has no place here: {reason}")

@@ -1,0 +1,190 @@
+"""The table of a study: one row per measured system, for the terminal and as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.compare.study import ZERO_SHOT, Plan
+
+_METRIC = "hit@1"
+_ZERO_SHOT_NAMES = {"last_token": "zero-shot last token", "untrained": "untrained latents"}
+_LEGEND = (
+    "hit@1 in %, text to image, with 95% bootstrap intervals over queries.",
+    "training s: reading, frozen passes and updates of all steps; peak GiB: of one worker's process (on a GPU, of its "
+    "tensors).",
+)
+_KEPT = (
+    "match, caption kept: match prompts answered rightly and scenes said exactly, in %, with the adapter loaded; "
+    "weights: whether the model's own are bit for bit those from before."
+)
+_SKILLS = {"match_accuracy": "match", "caption_accuracy": "caption"}
+Row = dict[str, Any]
+
+
+def study_summary(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What `study.json` holds: rows of the table, notes, and the results they are made from."""
+    rows = study_rows(results)
+    return {
+        "study": plan.source.name,
+        "recipe": str(plan.study.recipe),
+        "metric": "text_to_image/hit@1",
+        "rows": rows,
+        "notes": notes(results),
+        "results": dict(results),
+    }
+
+
+def study_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """One row per zero-shot system, then one per trained system of every run.
+
+    Args:
+        results: As `jobs.compare.running.run_study` gives them.
+    """
+    rows = []
+    for run, result in results.items():
+        systems = result["results"]["systems"]
+        if run == ZERO_SHOT:
+            names = {key: name for key, name in _ZERO_SHOT_NAMES.items() if key in systems}
+        else:
+            trained = sorted((key for key in systems if key.startswith("slq")), key=_order)
+            names = {key: _row_name(run, key) for key in trained}
+        rows += [_row(name, run, key, result) for key, name in names.items()]
+    return rows
+
+
+def _order(system: str) -> tuple[bool, str]:
+    return system != "slq", system
+
+
+def _row_name(run: str, system: str) -> str:
+    if system == "slq":
+        return run
+    if system == "slq_fine":
+        return f"{run} + fine stage"
+    return f"{run}: {system.removeprefix('slq:')}"
+
+
+def _row(name: str, run: str, system: str, result: Mapping[str, Any]) -> Row:
+    report = result["results"]["systems"][system]["text_to_image"]
+    training = result.get("training") or {}
+    own = system in (
+        "slq",
+        *_ZERO_SHOT_NAMES,
+    )  # a model's skills are asked with the run's own adapter
+    return {
+        "name": name,
+        "run": run,
+        "system": system,
+        "trained_parameters": (result.get("trained_parameters") or {}).get(system),
+        "training_seconds": training.get("seconds"),
+        "peak_memory_bytes": training.get("peak_memory_bytes"),
+        "hits": {
+            subset: {
+                "value": entry[_METRIC],
+                "interval": list(entry[f"{_METRIC}_interval"]),
+                "num_queries": entry["num_queries"],
+            }
+            for subset, entry in report.items()
+        },
+        "retention": result.get("retention") if own else None,
+        "tuned": result.get("tuned"),
+    }
+
+
+def notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the table needs to be read rightly: chosen values, and those on the edge of their grid."""
+    found = []
+    for run, result in results.items():
+        tuned = result.get("tuned")
+        if tuned is None:
+            continue
+        grid = ", ".join(str(trial["value"]) for trial in tuned["trials"])
+        text = f"{run}: {tuned['key']} {tuned['value']}, chosen from {grid}"
+        if tuned["on_edge"]:
+            text += "; it is on the edge of its grid, so widen that before comparing"
+        failed = [str(trial["value"]) for trial in tuned["trials"] if trial.get("error")]
+        if failed:
+            text += f"; trials that failed: {', '.join(failed)}"
+        found.append(text)
+    return found
+
+
+def main_subsets(rows: Sequence[Row]) -> list[str]:
+    """Subsets of the first row that are no part of another one, as `explicit` and `knowledge`."""
+    return [name for name in rows[0]["hits"] if ", " not in name]
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The table as text, column by column; a column without any figure is left out."""
+    table = {"run": [row["name"] for row in rows]}
+    table["trained"] = [_count(row["trained_parameters"]) for row in rows]
+    for subset in rows[0]["hits"]:
+        size = rows[0]["hits"][subset]["num_queries"]
+        table[f"{subset} (n = {size})"] = [_hit(row["hits"].get(subset)) for row in rows]
+    table["training s"] = [_number(row["training_seconds"], 1, "{:.0f}") for row in rows]
+    table["peak GiB"] = [_number(row["peak_memory_bytes"], 2**-30, "{:.2f}") for row in rows]
+    for skill, name in _SKILLS.items():
+        kept = [(row["retention"] or {}).get(skill) for row in rows]
+        table[f"{name} kept"] = [_number(value, 100, "{:.1f}") for value in kept]
+    table["weights"] = [_weights(row["retention"]) for row in rows]
+    return {name: cells for name, cells in table.items() if any(cells)}
+
+
+def _hit(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    low, high = entry["interval"]
+    return f"{100 * entry['value']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _number(value: float | None, scale: float, form: str) -> str:
+    return "" if value is None else form.format(scale * value)
+
+
+def _weights(retention: Mapping[str, Any] | None) -> str:
+    if retention is None:
+        return ""
+    return "identical" if retention["weights_identical"] else "changed"
+
+
+def study_table(summary: Mapping[str, Any]) -> Group:
+    """The table for a terminal, in two parts: hits, and what they cost."""
+    found = columns(summary["rows"])
+    parts = {"text -> image, hit@1 in % (95% interval)": True, "cost and retention": False}
+    return Group(*(_part(title, found, hits) for title, hits in parts.items()))
+
+
+def _part(title: str, found: Mapping[str, list[str]], hits: bool) -> Table:
+    wanted = {name: cells for name, cells in found.items() if ("(n = " in name) == hits}
+    wanted = {"run": found["run"], **wanted}
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in wanted:
+        side: Any = "left" if name in ("run", "weights") else "right"
+        table.add_column(name, justify=side, overflow="fold", min_width=9 if hits else None)
+    for first, *cells in zip(*wanted.values(), strict=True):
+        # an interval below its value, so that six subsets fit into 80 columns
+        folded = [cell.replace(" (", "\n").removesuffix(")") for cell in cells]
+        table.add_row(escape(first), *(folded if hits else cells))
+    return table
+
+
+def study_markdown(summary: Mapping[str, Any]) -> str:
+    """The table and its notes, to paste into a README."""
+    found = columns(summary["rows"])
+    rules = ["---" if name in ("run", "weights") else "---:" for name in found]
+    rows = [list(found), rules, *(list(cells) for cells in zip(*found.values(), strict=True))]
+    lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+    told = [*_LEGEND, *([_KEPT] if "weights" in found else []), *summary["notes"]]
+    return "\n".join([*lines, "", *(f"- {_cell(note)}" for note in told), ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
