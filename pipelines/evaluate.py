@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from pipelines.corpus import plan_shards, read_shard
 from pipelines.loading import adapter_folder, backbone_of, encoder_of, use_threads
-from pipelines.recipe import VARIANT_MARK, Recipe, require_files
+from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe, require_files
 from pipelines.tasks import collect, parts
 from slq.arrow import RUN
 from slq.artifacts import load_adapter_config, require_same_fingerprint, write_json
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
-from slq.errors import DataError, MediaError, StorageError
+from slq.errors import ConfigError, DataError, MediaError, StorageError
 from slq.media import decode_image
 from slq.metrics import (
     bootstrap_interval,
@@ -167,7 +167,22 @@ def embedding_space(recipe: Recipe) -> dict[str, Any]:
 
 
 def _file_name(system: str) -> str:
-    return system.replace(VARIANT_MARK, "_")
+    return system.replace(VARIANT_MARK, "_").replace(LENGTH_MARK, "_")
+
+
+def _cut(vectors: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """The first values of each vector, (rows, length), as unit vectors again.
+
+    Raises:
+        ConfigError: They are not longer than that.
+    """
+    if length >= vectors.shape[1]:
+        raise ConfigError(
+            f"eval.dimensions names {length}, and the embeddings have {vectors.shape[1]}; cut them to less"
+        )
+    cut = vectors[:, :length]
+    lengths: NDArray[np.float32] = np.linalg.norm(cut, axis=1, keepdims=True)
+    return cut / lengths
 
 
 def measured_systems(recipe: Recipe) -> list[str]:
@@ -189,6 +204,11 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> dict[str, Scores]:
         found = vectors["slq" if system == "slq_fine" else system]
         coarse = found[num_items:] @ found[:num_items].T
         scores[system] = Scores(coarse, np.full_like(coarse, np.nan))
+        for length in recipe.eval.dimensions if system == "slq" else ():
+            cut = _cut(found, length)
+            coarse = cut[num_items:] @ cut[:num_items].T
+            name = f"{system}{LENGTH_MARK}{length}"
+            scores[name] = Scores(coarse, np.full_like(coarse, np.nan))
     if "slq_fine" in scores:
         coarse = scores["slq_fine"].coarse
         best = np.argsort(-coarse, axis=1, kind="stable")[:, : recipe.rerank.depth]

@@ -111,8 +111,8 @@ class RerankConfig(Section):
 
 
 System = Literal["last_token", "untrained", "slq", "slq_fine"]
-VARIANT_MARK = ":"
-"""What stands between `slq` and the name of a variant where systems are named."""
+VARIANT_MARK, LENGTH_MARK = ":", "@"
+"""What stands between `slq` and the name of a variant, or the length of cut vectors, where systems are named."""
 
 
 class EvalConfig(Section):
@@ -121,6 +121,8 @@ class EvalConfig(Section):
     systems: tuple[System, ...] = ("last_token", "untrained", "slq", "slq_fine")
     """Zero-shot last token, zero-shot untrained latents, trained SLQ, and SLQ with the fine stage. With SLQ its
     variants are measured too, as `slq:NAME`."""
+    dimensions: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Shorter lengths to which SLQ's vectors are cut and measured again, as `slq@48`; see train.matryoshka."""
     ks: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 5, 10)
     """Depths of hit@k and recall@k."""
     num_threads: Annotated[int, Field(ge=0)] = 1

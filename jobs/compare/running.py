@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from jobs.compare.digest import recipe_digest
@@ -14,7 +15,7 @@ from jobs.compare.tuning import choose, on_edge, run_trials
 from pipelines.progress import show
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, read_history
-from slq.artifacts import ADAPTER_WEIGHTS, read_json, write_json
+from slq.artifacts import ADAPTER_WEIGHTS, load_adapter_config, read_json, write_json
 from slq.errors import ConfigError
 
 RESULT = "result.json"
@@ -30,6 +31,7 @@ class Flows:
         generate: Writes missing data files.
         connect: Holds Ray for one run.
         train: Gives the adapter folder.
+        mine: Writes the hard negatives of a recipe's training pairs.
         evaluate: Gives the results.
         retention: The model's own skills with an adapter, or without (None).
     """
@@ -37,6 +39,7 @@ class Flows:
     generate: Callable[[DataConfig], None]
     connect: Callable[[ResourcesConfig], AbstractContextManager[None]]
     train: Callable[[Recipe], Path]
+    mine: Callable[[Recipe], dict[str, Any]]
     evaluate: Callable[[Recipe], dict[str, Any]]
     retention: Callable[..., dict[str, Any]]
 
@@ -45,6 +48,7 @@ def real_flows() -> Flows:
     """Those of `pipelines`."""
     from jobs.console import generate_files
     from pipelines.evaluate import evaluate
+    from pipelines.mine import mine
     from pipelines.retention import retention
     from pipelines.runtime import connect
     from pipelines.train import train
@@ -53,6 +57,7 @@ def real_flows() -> Flows:
         generate=generate_files,
         connect=connect,
         train=train,
+        mine=mine,
         evaluate=evaluate,
         retention=retention,
     )
@@ -76,6 +81,7 @@ def run_study(plan: Plan, flows: Flows) -> dict[str, dict[str, Any]]:
             grid=[trial.value for trial in run.trials],
             trials=[recipe_digest(trial.recipe) for trial in run.trials],
             retention_scenes=plan.study.retention_scenes,
+            miner=run.miner and results[run.miner.name]["digest"],
         )
         found = _finished(run.folder, digest)
         if found is None:
@@ -128,6 +134,8 @@ def _run(plan: Plan, run: Run, flows: Flows, heading: str) -> dict[str, Any]:
     """One variant, in a Ray of its own where there is none: peaks of memory are of its processes alone."""
     with flows.connect(run.recipe.resources):
         recipe, tuned = run.recipe, None
+        if run.miner is not None:
+            _mine(run, run.miner, flows, heading)
         if run.trials:
             trials = run_trials(run, flows.train, heading)
             chosen = choose(trials)
@@ -149,6 +157,20 @@ def _run(plan: Plan, run: Run, flows: Flows, heading: str) -> dict[str, Any]:
         "retention": kept,
         **_described(recipe),
     }
+
+
+def _mine(run: Run, miner: Run, flows: Flows, heading: str) -> None:
+    """Mine with another run's adapter, unless that was done before."""
+    data = miner.recipe.data.model_copy(update={"negatives": run.recipe.data.negatives})
+    recipe = miner.recipe.model_copy(update={"data": data, "mine": run.recipe.mine})
+    path = data.path("negatives")
+    fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
+    if path.is_file():
+        metadata = pq.read_schema(path).metadata or {}
+        if metadata.get(b"fingerprint") == fingerprint.encode():
+            return
+    show(f"{heading}: mining with {miner.name}")
+    flows.mine(recipe)
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:

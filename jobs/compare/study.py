@@ -1,9 +1,11 @@
 """A study: variants of one recipe that are trained and measured alike."""
 
 import difflib
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, field_validator
 
-from pipelines.recipe import Recipe, StorageConfig, load_recipe
+from pipelines.recipe import MineConfig, Recipe, StorageConfig, load_recipe
 from slq.config import Section
 from slq.errors import ConfigError
 
@@ -31,6 +33,8 @@ class RunConfig(Section):
     """Overrides of this run, `section.key: value`."""
     tune: dict[str, Annotated[list[Any], Field(min_length=2)]] = Field(default_factory=dict)
     """One key with the values that are tried before the run."""
+    negatives_of: str | None = None
+    """An earlier run whose adapter mines the hard negatives of this one, by this one's `mine` section."""
 
     @field_validator("tune")
     @classmethod
@@ -80,6 +84,7 @@ class Run:
         recipe: Of the final training; a tuned key still has the recipe's value.
         key: What is tuned; empty if nothing is.
         trials: One for each value.
+        miner: The run whose adapter mines the hard negatives; None where none are wanted.
     """
 
     name: str
@@ -87,6 +92,7 @@ class Run:
     recipe: Recipe
     key: str
     trials: tuple[Trial, ...]
+    miner: "Run | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +166,14 @@ def plan_study(path: Path, out_dir: Path, overrides: list[str] | None = None) ->
                 f"{path.name}: runs {names[folder]!r} and {name!r} would both write {folder}/; rename one"
             )
         names[folder] = name
-    runs = tuple(resolver.run(name, config) for name, config in study.runs.items())
+    runs: dict[str, Run] = {}
+    for name, config in study.runs.items():
+        runs[name] = resolver.run(name, config, runs)
     zero_shot = resolver.recipe(ZERO_SHOT, {}, {"eval.systems": ["last_token", "untrained"]})
     out = out_dir.resolve()
-    return Plan(source=path, study=study, out_dir=out, zero_shot=zero_shot, runs=runs)
+    return Plan(
+        source=path, study=study, out_dir=out, zero_shot=zero_shot, runs=tuple(runs.values())
+    )
 
 
 def slug(name: str) -> str:
@@ -185,9 +195,16 @@ class _Resolver:
         self._source, self._study, self._out_dir, self._given = source, study, out_dir, given
         self._path = source.parent / study.recipe
 
-    def run(self, name: str, config: RunConfig) -> Run:
+    def run(self, name: str, config: RunConfig, earlier: Mapping[str, Run]) -> Run:
         """One variant with its trials."""
         where = f"{self._source.name}: run {name!r}"
+        miner = None
+        if config.negatives_of is not None:
+            miner = earlier.get(config.negatives_of)
+            if miner is None:
+                raise ConfigError(
+                    f"{where}: negatives_of names {config.negatives_of!r}, which is no run before this one"
+                )
         _refuse(where, config.set, ("storage",), _OUT_DECIDES)
         _refuse(where, [*config.set, *config.tune], ("storage", *_SHARED), _SAME_FOR_ALL)
         wanted = self.recipe(name, config.set, {}).eval
@@ -197,17 +214,29 @@ class _Resolver:
                 f"{where}: hit@1 of `slq` is compared; add it to eval.systems and 1 to eval.ks"
             )
         last: _Settings = {"eval.systems": systems}
-        recipe = self.recipe(name, config.set, last)
+        recipe = self.recipe(name, config.set, last, miner)
+        if (recipe.train.negatives > 0) != (miner is not None):
+            raise ConfigError(
+                f"{where}: train.negatives is {recipe.train.negatives} and negatives_of {config.negatives_of!r}; "
+                "a run has both or neither"
+            )
         key, values = next(iter(config.tune.items()), ("", []))
         if key:
             _require_tunable(recipe, self._study, where)
-        trials = [self._trial(self.recipe(name, config.set, {**last, key: v}), key) for v in values]
+        trials = [
+            self._trial(self.recipe(name, config.set, {**last, key: value}, miner), key)
+            for value in values
+        ]
         if len({trial.recipe.storage.dir for trial in trials}) < len(trials):
             raise ConfigError(f"{where}: tune.{key} has the same value twice; remove one")
         folder = recipe.storage.dir
-        return Run(name=name, folder=folder, recipe=recipe, key=key, trials=tuple(trials))
+        return Run(
+            name=name, folder=folder, recipe=recipe, key=key, trials=tuple(trials), miner=miner
+        )
 
-    def recipe(self, name: str, own: _Settings, last: _Settings) -> Recipe:
+    def recipe(
+        self, name: str, own: _Settings, last: _Settings, miner: Run | None = None
+    ) -> Recipe:
         """The study's recipe with the run's own settings, and those that nobody may override."""
         first, second, third = (
             [f"{key}={json.dumps(value)}" for key, value in part.items()]  # JSON is YAML
@@ -221,6 +250,9 @@ class _Resolver:
         chosen = any(k.startswith("data.dir") for k in (*self._study.set, *self._given))
         if data.scenes is not None and not chosen:
             data = data.model_copy(update={"dir": self._out_dir / "data"})
+        if miner is not None:
+            place = os.path.relpath(miner.folder / _negatives_name(found.mine), data.dir)
+            data = data.model_copy(update={"negatives": Path(place)})
         return found.model_copy(
             update={"data": data, "storage": _below(storage, self._out_dir, slug(name))}
         )
@@ -235,6 +267,11 @@ class _Resolver:
             "storage": _below(final.storage, final.storage.dir, place),
         }
         return Trial(value=value, recipe=final.model_copy(update=sections), final=final)
+
+
+def _negatives_name(mine: MineConfig) -> str:
+    """The file of what is mined with some settings; runs that agree share it."""
+    return f"negatives-{hashlib.sha256(mine.model_dump_json().encode()).hexdigest()[:8]}.parquet"
 
 
 def _below(storage: StorageConfig, folder: Path, place: str) -> StorageConfig:

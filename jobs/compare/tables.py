@@ -1,5 +1,6 @@
 """The table of a study: one row per measured system, for the terminal and as Markdown."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.compare.study import ZERO_SHOT, Plan
+from pipelines.recipe import LENGTH_MARK, VARIANT_MARK
 
 _METRIC = "hit@1"
 _ZERO_SHOT_NAMES = {"last_token": "zero-shot last token", "untrained": "untrained latents"}
@@ -56,8 +58,10 @@ def study_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def _order(system: str) -> tuple[bool, str]:
-    return system != "slq", system
+def _order(system: str) -> list[tuple[bool, int, str]]:
+    """The run's own adapter first, and 4 latents before 16."""
+    parts = re.split(r"(\d+)", system)
+    return [(part != "slq", int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _row_name(run: str, system: str) -> str:
@@ -65,12 +69,16 @@ def _row_name(run: str, system: str) -> str:
         return run
     if system == "slq_fine":
         return f"{run} + fine stage"
-    return f"{run}: {system.removeprefix('slq:')}"
+    if system.startswith(f"slq{LENGTH_MARK}"):
+        return f"{run}, cut to {system.partition(LENGTH_MARK)[2]}"
+    return f"{run}: {system.removeprefix(f'slq{VARIANT_MARK}')}"
 
 
 def _row(name: str, run: str, system: str, result: Mapping[str, Any]) -> Row:
     report = result["results"]["systems"][system]["text_to_image"]
-    training = result.get("training") or {}
+    systems = result["results"]["systems"]
+    alone = not any(name.startswith(f"slq{VARIANT_MARK}") for name in systems)
+    training = (alone and result.get("training")) or {}  # of all variants together it says nothing
     own = system in (
         "slq",
         *_ZERO_SHOT_NAMES,

@@ -16,7 +16,7 @@ from pipelines.loading import backbone_of, encoder_of, untrained_latents
 from pipelines.recipe import Recipe
 from slq.arrow import ITEMS, RELEVANCE
 from slq.artifacts import save_adapter
-from slq.errors import ArtifactError, ArtifactMismatchError, DataError
+from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
 from slq.media import decode_image
 from tests.integration.runs import changed, with_untrained_adapter
 
@@ -89,7 +89,7 @@ def test_variants_are_measured_beside_the_adapter(
         recipe,
         adapter={"variants": variants},
         train={"zero_stage": 0},
-        eval={"systems": ("slq",)},
+        eval={"systems": ("slq",), "dimensions": (48,)},
         storage={"dir": recipe.storage.dir.with_name("variants")},
     )
     recipe = with_untrained_adapter(recipe)
@@ -98,11 +98,29 @@ def test_variants_are_measured_beside_the_adapter(
         latents = untrained_latents(recipe, backbone, name)
         save_adapter(recipe.storage.variant(name), backbone, latents)
     systems = evaluate(recipe)["systems"]
-    assert list(systems) == ["slq", "slq:same", "slq:one"]
+    assert list(systems) == ["slq", "slq@48", "slq:same", "slq:one"]
     assert systems["slq:same"] == systems["slq"] == before["systems"]["slq"]
     assert systems["slq:one"] != systems["slq"]
+    rows = pq.read_table(recipe.storage.evaluation / "run_slq_48.parquet").to_pylist()
+    encoder = encoder_of(recipe)
+    texts = {
+        row["id"]: row["text"] for row in pq.read_table(recipe.data.path("queries")).to_pylist()
+    }
+    images = {
+        row["id"]: row["image"] for row in pq.read_table(recipe.data.path("corpus")).to_pylist()
+    }
+    for row in rows[:3]:
+        pair = encoder.encode([texts[row["query_id"]], decode_image(images[row["item_id"]])])[
+            :, :48
+        ]
+        cosine = pair[0] @ pair[1] / np.linalg.norm(pair[0]) / np.linalg.norm(pair[1])
+        assert row["coarse_score"] == pytest.approx(float(cosine), abs=1e-5)
     runs = sorted(path.name for path in recipe.storage.evaluation.glob("run_*"))
-    assert runs == ["run_slq.parquet", "run_slq_one.parquet", "run_slq_same.parquet"]
+    assert runs == [f"run_slq{name}.parquet" for name in ("", "_48", "_one", "_same")]
+    with pytest.raises(
+        ConfigError, match=r"eval\.dimensions names 192, and the embeddings have 192"
+    ):
+        evaluate(changed(recipe, eval={"dimensions": (192,)}))
     shutil.rmtree(recipe.storage.variant("one"))
     with pytest.raises(ArtifactError, match=r"variants/one holds no adapter"):
         evaluate(recipe)

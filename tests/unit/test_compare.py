@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -32,6 +34,7 @@ from jobs.compare.tables import (
 from jobs.compare.tuning import METRIC, choose, judged, on_edge
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, write_history
+from slq.arrow import NEGATIVES
 from slq.artifacts import read_json
 from slq.errors import ConfigError, StorageError, TrainingError
 from slq.pretraining.config import PretrainConfig
@@ -285,6 +288,7 @@ class Recorder:
             generate=self._generate,
             connect=self._connect,
             train=self._train,
+            mine=self._mine,
             evaluate=self._evaluate,
             retention=self._retention,
         )
@@ -300,6 +304,7 @@ class Recorder:
 
     def _generate(self, data: DataConfig) -> None:
         self.calls.append(f"generate {data.dir.relative_to(self._out)}")
+        data.dir.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def _connect(self, resources: ResourcesConfig) -> Iterator[None]:
@@ -328,6 +333,13 @@ class Recorder:
             [{"step": step, **entry, "peak_memory_bytes": step * 2.0**20} for step in steps],
         )
         return recipe.storage.adapter
+
+    def _mine(self, recipe: Recipe) -> dict[str, Any]:
+        self._note("mine", recipe)
+        path = recipe.data.path("negatives")
+        schema = NEGATIVES.with_metadata({"fingerprint": "space"})
+        pq.write_table(schema.empty_table(), path)
+        return {"file": str(path)}
 
     def _evaluate(self, recipe: Recipe) -> dict[str, Any]:
         self._note("evaluate", recipe)
@@ -432,6 +444,67 @@ def test_a_changed_run_is_run_again_and_the_others_are_not(
     trial = "train slq/trials/0.02 lr=0.02 steps=3"
     assert recorder.calls == [FIRST[0], trial, *SLQ]
     assert "was made with other settings: it is made again" in capsys.readouterr().err
+
+
+def test_a_run_learns_from_what_an_earlier_one_mined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that mine alike share a file; another adapter, or other settings, mine anew."""
+    config = SimpleNamespace(fingerprint="space")
+    monkeypatch.setattr("jobs.compare.running.load_adapter_config", lambda _: config)
+    mined = {"negatives_of": "SLQ", "set": {"train.negatives": 2}}
+    deeper = {"negatives_of": "SLQ", "set": {"train.negatives": 2, "mine.depth": 50}}
+    runs = {"SLQ": {}, "a": mined, "b": mined, "c": deeper}
+    out = tmp_path / "out"
+    plan = plan_study(study_file(tmp_path, retention_scenes=0, runs=runs), out)
+    recorder = Recorder(out)
+    compare(plan, recorder.flows)
+    mining = [n for n, call in enumerate(recorder.calls) if call.startswith("mine ")]
+    assert [recorder.calls[n : n + 2] for n in mining] == [
+        ["mine slq", "train a lr=0.01 steps=9"],
+        ["mine slq", "train c lr=0.01 steps=9"],
+    ]
+    files = [run.recipe.data.path("negatives").resolve() for run in plan.runs[1:]]
+    assert files[0] == files[1] != files[2]
+    assert {file.parent for file in files} == {out / "slq"}
+    assert all(file.is_file() for file in files)
+    (out / "a" / "result.json").unlink()
+    config.fingerprint = "another space"
+    again = Recorder(out)
+    compare(plan, again.flows)
+    assert "mine slq" in again.calls
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"negatives_of": "b", "set": {"train.negatives": 1}}, "'b', which is no run before this"),
+        ({"negatives_of": "SLQ"}, "a run has both or neither"),
+        ({"set": {"train.negatives": 1}}, "a run has both or neither"),
+    ],
+)
+def test_negatives_come_from_an_earlier_run_only(
+    tmp_path: Path, run: dict[str, Any], message: str
+) -> None:
+    path = study_file(tmp_path, runs={"SLQ": {}, "a": run, "b": {}})
+    with pytest.raises(ConfigError, match=message):
+        plan_study(path, tmp_path / "out")
+
+
+def test_variants_and_cut_vectors_have_rows_and_no_time_of_their_own() -> None:
+    systems = ("slq", "slq:16-latents", "slq:4-latents", "slq@96", "slq@48")
+    result = {"results": results_of(systems, 0.5), "training": {"seconds": 7.0}}
+    rows = study_rows({"SLQ": result})
+    assert [row["name"] for row in rows] == [
+        "SLQ",
+        "SLQ: 4-latents",
+        "SLQ: 16-latents",
+        "SLQ, cut to 48",
+        "SLQ, cut to 96",
+    ]
+    assert {row["training_seconds"] for row in rows} == {None}
+    alone = {"results": results_of(("slq",), 0.5), "training": {"seconds": 7.0}}
+    assert study_rows({"SLQ": alone})[0]["training_seconds"] == 7
 
 
 def test_without_retention_and_tuning_neither_is_run(tmp_path: Path) -> None:
@@ -552,7 +625,7 @@ def fake_results() -> dict[str, dict[str, Any]]:
         },
         "full | all": {
             "results": results_of(("slq",), 0.7),
-            "training": {"steps": 9, "seconds": 100.0, "peak_memory_bytes": None},
+            "training": {"steps": 9, "seconds": 100.0, "peak_memory_bytes": 3 * 2**29},
             "trained_parameters": {"slq": 4_900_001},
             "retention": retained(0.01, identical=False),
             "tuned": None,
@@ -574,8 +647,8 @@ def test_every_system_of_a_run_has_a_row() -> None:
     assert found["trained"] == ["", "", "3,841", "1,000", "", "4,900,001"]
     assert found["explicit (n = 8)"][2] == "80.0 (70.0-90.0)"
     assert [name for name in found if "(n = 8)" in name] == [f"{name} (n = 8)" for name in SUBSETS]
-    assert found["training s"] == ["", "", "62", "62", "62", "100"]
-    assert found["peak GiB"] == ["", "", "1.50", "1.50", "1.50", ""]
+    assert found["training s"] == ["", "", "", "", "", "100"]  # not where variants shared the run
+    assert found["peak GiB"] == ["", "", "", "", "", "1.50"]
     assert found["caption kept"] == ["60.0", "60.0", "60.0", "", "", "1.0"]
     assert found["weights"] == ["identical", "identical", "identical", "", "", "changed"]
     assert notes(fake_results()) == ["SLQ: train.lr 2, chosen from 1, 2, 3"]
