@@ -17,6 +17,7 @@ class _Lines:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._refusal = ""
+        self._trouble = ""
 
     def add(self, line: str) -> None:
         self._lines.append(line)
@@ -31,6 +32,13 @@ class _Lines:
 
     def refusal(self) -> str:
         return self._refusal
+
+    def fail(self, reason: str) -> None:
+        """A worker's reason to give up for now; the last one tells why the run ended, if it did."""
+        self._trouble = reason
+
+    def trouble(self) -> str:
+        return self._trouble
 
 
 @contextmanager

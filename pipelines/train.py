@@ -1,8 +1,10 @@
 """Training on Ray Train: checks before the start, the worker group, and what is installed at the end."""
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -203,7 +205,10 @@ def train(recipe: Recipe) -> Path:
     with progress_sink() as sink:
         try:
             result = _fit(recipe, digest, {"sink": sink, "kept": kept, "held": held})
-        finally:  # a worker's own reason says more than Ray's
+        except TrainingError:  # a worker's own reason says more than Ray's
+            raise_refusal(ray.get(sink.trouble.remote()))
+            raise
+        finally:
             raise_refusal(ray.get(sink.refusal.remote()))
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
@@ -350,6 +355,11 @@ def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
     try:
         return trainer.fit()
     except Exception as error:  # Ray wraps worker failures in several classes of its own
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):  # wherever it was met: Ray's controller writes there too
+            raise StorageError(
+                f"{storage_path} cannot be written: {full}; free space and run the same command again"
+            ) from None
         raise TrainingError(f"training failed: {error}") from error
 
 
@@ -397,6 +407,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     sink = settings["sink"]
     if ray.get(sink.refusal.remote()):
         return  # what ended the run would end it again
+    if context.get_world_rank() == 0:
+        ray.get(sink.fail.remote(""))  # the attempt before is over
 
     def report(metrics: dict[str, float], folder: Path | None) -> None:
         ray.train.report(
@@ -420,8 +432,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         )
         with nullcontext() if checkpoint is None else checkpoint.as_directory() as folder:
             trainer.run(None if folder is None else Path(folder), report)
-    except StorageError:
-        raise  # the next attempt may find the store well again
     except SlqError as error:
-        ray.get(sink.refuse.remote(json.dumps([type(error).__name__, str(error)])))
+        reason = json.dumps([type(error).__name__, str(error)])
+        # the next attempt may find the store well again; whatever else it is would only come again
+        tell = sink.fail if isinstance(error, StorageError) else sink.refuse
+        ray.get(tell.remote(reason))
         raise  # so that Ray ends the other workers, which may be waiting for this one

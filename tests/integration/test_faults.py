@@ -2,11 +2,9 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +24,9 @@ from slq.arrow import ITEMS
 from slq.artifacts import file_sha256
 from slq.errors import StorageError
 from slq.index import Hit, VectorIndex, current_version
-from tests.integration.runs import changed, with_untrained_adapter
+from tests.integration.runs import changed, enlarge, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 96 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small file system needs the right to mount: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def enlarge(folder: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
 
 
 def committed_bytes(recipe: Recipe) -> dict[str, str]:

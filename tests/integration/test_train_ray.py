@@ -32,7 +32,7 @@ from slq.losses import info_nce
 from slq.media import decode_image
 from slq.schema import Item
 from slq.training import PairSampler, PrefixSource, learning_rate_scale
-from tests.integration.runs import changed, fingerprints_of_files, free_port
+from tests.integration.runs import changed, enlarge, fingerprints_of_files, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -276,6 +276,21 @@ def test_a_run_whose_workers_are_killed_has_the_losses_of_a_whole_one(
     for killer in killers:
         killer.join()
     assert len(killed) == len(killers)
+    assert [s["loss"] for s in history(local)] == [s["loss"] for s in history(recipe)]
+    ours, whole = (r.storage.adapter / "adapter_model.safetensors" for r in (local, recipe))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
+def test_a_full_disk_ends_in_words_and_the_same_command_finishes(
+    recipe: Recipe, adapter: Path, small_disk: Path
+) -> None:
+    local = changed(recipe, train={"max_failures": 1}, storage={"dir": small_disk / "run"})
+    with pytest.raises(StorageError, match=r"No space left on device.*free space") as caught:
+        train(local)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not local.storage.adapter.exists()
+    enlarge(small_disk)
+    train(local)
     assert [s["loss"] for s in history(local)] == [s["loss"] for s in history(recipe)]
     ours, whole = (r.storage.adapter / "adapter_model.safetensors" for r in (local, recipe))
     assert ours.read_bytes() == whole.read_bytes()
