@@ -46,7 +46,8 @@ def train(
 
         workers = resolved.resources.train_workers
         bf16 = trains_in_bf16(resolved)
-        return {"deepspeed": deepspeed_config(resolved.train, workers, bf16=bf16)}
+        clip = not resolved.adapter.variants
+        return {"deepspeed": deepspeed_config(resolved.train, workers, bf16=bf16, clip=clip)}
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
 

@@ -58,11 +58,6 @@ def make_engine(
         raise ConfigError(
             "full fine-tuning in bfloat16 needs float32 master weights: set train.zero_stage to 1, 2 or 3"
         )
-    too_long = [d for d in config.matryoshka if d >= backbone.hidden_size]
-    if too_long or len(set(config.matryoshka)) < len(config.matryoshka):
-        raise ConfigError(
-            f"train.matryoshka {list(config.matryoshka)} must be different lengths below {backbone.hidden_size}"
-        )
     if backbone.device.type == "cpu":
         # deepspeed 0.19 compiles a shared-memory collective on first use, for a minute, and dies without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

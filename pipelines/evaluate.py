@@ -12,15 +12,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.corpus import plan_shards, read_shard
-from pipelines.loading import adapter_folder, backbone_of, encoder_of, use_threads
+from pipelines.loading import (
+    adapter_folder,
+    backbone_of,
+    encoder_of,
+    require_shorter,
+    use_threads,
+)
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe, require_files
-from pipelines.tasks import collect, parts
+from pipelines.tasks import collect, model_task, parts
 from slq.arrow import RUN
 from slq.artifacts import load_adapter_config, require_same_fingerprint, write_json
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
-from slq.errors import ConfigError, DataError, MediaError, StorageError
+from slq.errors import DataError, MediaError, StorageError
 from slq.media import decode_image
 from slq.metrics import (
     bootstrap_interval,
@@ -129,6 +135,7 @@ def _read_items(path: Path) -> tuple[list[Item], set[str]]:
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure every system of the recipe; writes results.json and run files, and returns the results."""
+    require_shorter(recipe, "eval.dimensions", recipe.eval.dimensions)
     space = embedding_space(recipe)
     benchmark = load_benchmark(recipe)
     scores = score_systems(recipe, benchmark)
@@ -137,11 +144,11 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for system, found in scores.items():
-            partial = folder / f".run_{_file_name(system)}.parquet.partial"
+            partial = folder / f".{run_file(system)}.partial"
             pq.write_table(run_table(benchmark, found, depth=max(recipe.eval.ks)), partial)
-            partial.replace(folder / f"run_{_file_name(system)}.parquet")
+            partial.replace(folder / run_file(system))
         for stale in folder.glob("run_*.parquet"):
-            if stale.stem.removeprefix("run_") not in map(_file_name, scores):
+            if stale.name not in map(run_file, scores):
                 stale.unlink()
     except OSError as error:
         raise StorageError(
@@ -166,20 +173,13 @@ def embedding_space(recipe: Recipe) -> dict[str, Any]:
     return {"backbone": named, "fingerprint": adapter.fingerprint}
 
 
-def _file_name(system: str) -> str:
-    return system.replace(VARIANT_MARK, "_").replace(LENGTH_MARK, "_")
+def run_file(system: str) -> str:
+    """The name of a system's run file; `slq:one` and `slq@48` are those of a variant and of cut vectors."""
+    return f"run_{system.replace(VARIANT_MARK, '.variant.').replace(LENGTH_MARK, '.cut.')}.parquet"
 
 
 def _cut(vectors: NDArray[np.float32], length: int) -> NDArray[np.float32]:
-    """The first values of each vector, (rows, length), as unit vectors again.
-
-    Raises:
-        ConfigError: They are not longer than that.
-    """
-    if length >= vectors.shape[1]:
-        raise ConfigError(
-            f"eval.dimensions names {length}, and the embeddings have {vectors.shape[1]}; cut them to less"
-        )
+    """The first values of each vector, (rows, length), as unit vectors again."""
     cut = vectors[:, :length]
     lengths: NDArray[np.float32] = np.linalg.norm(cut, axis=1, keepdims=True)
     return cut / lengths
@@ -219,9 +219,7 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> dict[str, Scores]:
 
 def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray[np.float32]]:
     """Vectors of each system, gallery items first, then queries."""
-    import ray
-
-    task = ray.remote(num_cpus=1, num_gpus=recipe.resources.gpus_per_worker)(embed_part)
+    task = model_task(embed_part, recipe.resources.gpus_per_worker)
     everything = [*benchmark.items, *benchmark.queries]
     recipe_json = recipe.model_dump_json()
     found = collect(
@@ -237,7 +235,7 @@ def _score_best(
     """Margins (queries, depth) of each query's best items."""
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=recipe.resources.gpus_per_worker)(score_part)
+    task = model_task(score_part, recipe.resources.gpus_per_worker)
     recipe_json = recipe.model_dump_json()
     items = ray.put(benchmark.items)
     tasks = [

@@ -1,5 +1,6 @@
 """Loads what a recipe names: the frozen backbone, its latent queries, and encoders of the systems under test."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,7 +8,9 @@ import torch
 from pipelines.recipe import VARIANT_MARK, Recipe
 from slq.artifacts import Adapter, load_adapter, load_adapter_config
 from slq.backbones import Backbone, PromptSettings, load_backbone
+from slq.backbones.loading import backbone_hidden_size
 from slq.encoder import Encoder
+from slq.errors import ConfigError
 from slq.finetuning import TunedBackbone
 from slq.latent_queries import LatentQueries
 
@@ -92,6 +95,19 @@ def encoder_of(recipe: Recipe, system: str = "slq", backbone: Backbone | None = 
 def scoring_backbone(recipe: Recipe, encoder: Encoder) -> Backbone:
     """The frozen model of the fine stage: the encoder's own, unless a baseline changed that."""
     return backbone_of(recipe) if isinstance(encoder.adapter, TunedBackbone) else encoder.backbone
+
+
+def require_shorter(recipe: Recipe, setting: str, lengths: Sequence[int]) -> None:
+    """Check lengths to which vectors are to be cut, without loading any weights.
+
+    Raises:
+        ConfigError: One is not below the embedding's own, or stands there twice.
+    """
+    if not lengths:
+        return
+    hidden = backbone_hidden_size(recipe.backbone.name, recipe.backbone.revision)
+    if max(lengths) >= hidden or len(set(lengths)) < len(lengths):
+        raise ConfigError(f"{setting} {list(lengths)} must be different lengths below {hidden}")
 
 
 def use_threads(count: int) -> None:

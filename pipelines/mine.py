@@ -30,7 +30,7 @@ from pipelines.mining_tasks import (
 )
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe, require_files
-from pipelines.tasks import collect, parts
+from pipelines.tasks import collect, model_task, parts
 from slq.arrow import NEGATIVES
 from slq.artifacts import load_adapter_config
 from slq.errors import ConfigError, DataError, StorageError
@@ -197,10 +197,8 @@ def _embed_both(
 
 def _embed(recipe: Recipe, job: Job, numbers: NDArray[np.int64], side: Side) -> list[Embedded]:
     """One side of pairs, in parallel tasks."""
-    import ray
-
     gpus = recipe.resources.gpus_per_worker
-    task = ray.remote(num_cpus=1, num_gpus=gpus, num_returns=2)(embed_part)
+    task = model_task(embed_part, gpus, num_returns=2)
     begun = [task.remote(job, numbers[part], side) for part in _slices(len(numbers))]
     what = "images" if side == "query" else "captions"
     told = collect([facts for _, facts in begun], f"mine embedded {what} part")
@@ -278,14 +276,12 @@ def _margins(
     recipe: Recipe, job: Job, gallery: Gallery, layout: Layout, found: Mined
 ) -> NDArray[np.float32]:
     """(mined, 1 + per_pair) margins of each caption with its own image and its negatives; NaN where there is none."""
-    import ray
-
     rows = np.concatenate([layout.own[layout.usable][:, None], found.rows], axis=1)
     at, column = np.nonzero(rows != NONE)
     order = np.argsort(rows[at, column], kind="stable")  # an image's pairs stand together
     at, column = at[order], column[order]
     images, captions = gallery.pairs[rows[at, column]], layout.usable[at]
-    task = ray.remote(num_cpus=1, num_gpus=recipe.resources.gpus_per_worker)(score_part)
+    task = model_task(score_part, recipe.resources.gpus_per_worker)
     tasks = [task.remote(job, images[part], captions[part]) for part in _slices(len(at))]
     margins = np.full(rows.shape, np.nan, dtype=np.float32)
     margins[at, column] = np.concatenate(collect(tasks, "mine fine stage part"))

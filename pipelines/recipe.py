@@ -222,6 +222,15 @@ class Recipe(Section):
     storage: StorageConfig = Field(default_factory=StorageConfig)
 
     @model_validator(mode="after")
+    def _sharding_needs_the_same_passes(self) -> "Recipe":
+        if self.train.negatives and self.train.zero_stage == 3:
+            raise ValueError(
+                "with train.zero_stage 3 all workers must make the same passes, and they would not for mined "
+                "negatives, which captions share; use stage 2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _variants_are_not_sharded(self) -> "Recipe":
         if self.adapter.variants and self.train.zero_stage != 0:
             raise ValueError(

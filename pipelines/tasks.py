@@ -1,6 +1,7 @@
 """Work in Ray tasks: how it is cut, and waiting for the results with a line of progress."""
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -25,15 +26,30 @@ def collect(tasks: list[Any], what: str) -> list[Any]:
     import ray
 
     waiting, started = list(tasks), time.monotonic()
-    while waiting:
-        _, waiting = ray.wait(waiting, num_returns=1)
-        ended = len(tasks) - len(waiting)
-        eta = (time.monotonic() - started) / ended * len(waiting)
-        show(f"{what} {ended}/{len(tasks)}  ETA {eta:.0f} s")
+    results: dict[Any, Any] = {}
     try:
-        results: list[Any] = ray.get(tasks)
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1)
+            results |= zip(ready, ray.get(ready), strict=True)
+            eta = (time.monotonic() - started) / len(results) * len(waiting)
+            show(f"{what} {len(results)}/{len(tasks)}  ETA {eta:.0f} s")
     except ray.exceptions.RayTaskError as error:
+        for task in waiting:  # they would only fail too, one after the other
+            ray.cancel(task)
         if isinstance(error.cause, SlqError):
             raise error.cause from None  # ours say all in one line; Ray's wrapper adds a traceback
         raise
-    return results
+    return [results[task] for task in tasks]
+
+
+def model_task(function: Callable[..., Any], gpus: float, **options: Any) -> Any:
+    """A Ray task that keeps the model it has loaded for the next one of its process.
+
+    Args:
+        function: Of the task.
+        gpus: That it holds; Ray would end a process with one after every task.
+        options: Further ones of `ray.remote`.
+    """
+    import ray
+
+    return ray.remote(num_cpus=1, num_gpus=gpus, max_calls=0, **options)(function)

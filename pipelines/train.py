@@ -17,6 +17,7 @@ import ray
 from numpy.typing import NDArray
 
 import slq.errors
+from pipelines.loading import require_shorter
 from pipelines.negatives import MinedNegatives, read_negatives, require_negatives
 from pipelines.pairs import Pairs
 from pipelines.progress import progress_sink
@@ -181,12 +182,13 @@ def train(recipe: Recipe) -> Path:
     digest = settings_digest(recipe)
     done = recipe.storage.dir / "train" / "done.json"
     if done.is_file() and read_json(done)["settings"] == digest:
-        if _adapter_complete(recipe.storage.adapter):
+        if _adapters_complete(recipe):
             log.info("adapter %s is up to date: nothing to do", recipe.storage.adapter)
             return recipe.storage.adapter
         if _given_back(recipe, read_json(done)["checkpoint"]):
             return recipe.storage.adapter
     # Refuse here what would otherwise fail in every worker, with a long traceback.
+    require_shorter(recipe, "train.matryoshka", recipe.train.matryoshka)
     _require_workers(recipe)
     _require_store(recipe)
     pairs = Pairs(recipe.data.path("train"))
@@ -205,7 +207,7 @@ def train(recipe: Recipe) -> Path:
     with progress_sink() as sink:
         try:
             result = _fit(recipe, digest, {"sink": sink, "kept": kept, "held": held})
-        except TrainingError:  # a worker's own reason says more than Ray's
+        except (StorageError, TrainingError):  # a worker's own reason says more than Ray's
             raise_refusal(ray.get(sink.trouble.remote()))
             raise
         finally:
@@ -242,7 +244,8 @@ def _given_back(recipe: Recipe, path: str) -> bool:
     _, filesystem = checkpoint_store(recipe)
     try:
         with Checkpoint(path, filesystem).as_directory() as folder:
-            if not (Path(folder) / ADAPTER / ADAPTER_WEIGHTS).is_file():
+            parts = [ADAPTER, *(f"{VARIANTS}/{name}" for name in recipe.adapter.variants)]
+            if not all((Path(folder) / part / ADAPTER_WEIGHTS).is_file() for part in parts):
                 return False
             _install(Path(folder), recipe)
     except OSError as error:
@@ -368,27 +371,32 @@ def history(recipe: Recipe) -> list[dict[str, float]]:
     return read_history(recipe.storage.dir / "train" / HISTORY)
 
 
-def _adapter_complete(folder: Path) -> bool:
-    """Whether both files are there; an adapter that lost one is given back from the last checkpoint."""
-    try:
-        load_adapter_config(folder)
-    except ArtifactError:
-        return False
-    return (folder / ADAPTER_WEIGHTS).is_file()
+def _adapters_complete(recipe: Recipe) -> bool:
+    """Whether the files of the adapter and its variants are there; one that is lost is given back from a checkpoint."""
+    storage = recipe.storage
+    for folder in (storage.adapter, *map(storage.variant, recipe.adapter.variants)):
+        try:
+            load_adapter_config(folder)
+        except ArtifactError:
+            return False
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            return False
+    return True
 
 
 def _install(checkpoint: Path, recipe: Recipe) -> None:
     """Move the adapter and the history out of the last checkpoint into the run folder."""
     target = recipe.storage.adapter
-    partial = target.with_name(target.name + ".partial")
+    copies = {ADAPTER: target}
+    if recipe.adapter.variants:
+        copies[VARIANTS] = recipe.storage.dir / VARIANTS
     try:
-        shutil.rmtree(recipe.storage.dir / VARIANTS, ignore_errors=True)
-        if (checkpoint / VARIANTS).is_dir():
-            shutil.copytree(checkpoint / VARIANTS, recipe.storage.dir / VARIANTS)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(checkpoint / ADAPTER, partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        for part, place in copies.items():
+            partial = place.with_name(place.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(checkpoint / part, partial)
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
     except OSError as error:
         raise StorageError(
             f"adapter {target} cannot be written: {error}; free space and run `slq train` again"

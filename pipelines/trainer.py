@@ -6,7 +6,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -131,11 +132,17 @@ class Trainer:
         store = vision_store = None
         if config.disk_cache is not None and keep:
             store = PrefixStore(
-                config.disk_cache, prefix_fingerprint(self._backbone), config.disk_cache_bytes
+                config.disk_cache,
+                prefix_fingerprint(self._backbone),
+                config.disk_cache_bytes,
+                shared_by=self._world,
             )
         if config.vision_cache is not None and keep:
             vision_store = VisionStore(
-                config.vision_cache, vision_fingerprint(self._backbone), config.vision_cache_bytes
+                config.vision_cache,
+                vision_fingerprint(self._backbone),
+                config.vision_cache_bytes,
+                shared_by=self._world,
             )
         return PrefixSource(
             self._backbone,
@@ -351,7 +358,8 @@ class Trainer:
         """Step the engine where loss and gradient are finite on all workers; gives the norms, and whether it did."""
         names = ("", *self._variants)
         if not all_agree(finite(loss), self._engine.device):
-            self._refuse(step, "loss")
+            losses = dict(zip(names, self._engine.module.losses.tolist(), strict=True))
+            self._refuse(step, f"loss{_whose(losses)}")
             return dict.fromkeys(names, float("nan")), False
         skipping = self._config.non_finite == "skip"
         before = training_state(self._engine) if skipping else {}
@@ -365,7 +373,7 @@ class Trainer:
             norms[""] = float(self._engine.get_global_grad_norm() or 0.0)
         if all_agree(bool(np.isfinite(list(norms.values())).all()), self._engine.device):
             return norms, True
-        self._refuse(step, "gradient")
+        self._refuse(step, f"gradient{_whose(norms)}")
         load_training_state(self._engine, before)
         return norms, False
 
@@ -387,8 +395,10 @@ class Trainer:
             if self._rank == 0:
                 try:
                     save_file(tensors, folder / _STATE)
-                except OSError as error:
-                    raise StorageError(f"no checkpoint could be written: {error}") from None
+                except (OSError, SafetensorError) as error:  # safetensors wraps the former
+                    raise StorageError(
+                        f"no checkpoint could be written to {folder}: {error}; free space there"
+                    ) from None
                 save_adapter(folder / ADAPTER, self._backbone, self._adapter)
                 for name, variant in self._variants.items():
                     save_adapter(folder / VARIANTS / name, self._backbone, variant)
@@ -409,6 +419,12 @@ class Trainer:
             )
         self._bad, self._skipped = set(position["bad"]), position["skipped"]
         return len(self.steps)
+
+
+def _whose(values: Mapping[str, float]) -> str:
+    """Of which variants a value is not finite, as far as this worker can tell."""
+    names = [name for name, value in values.items() if name and not np.isfinite(value)]
+    return f" of {' and '.join(names)}" if names else ""
 
 
 def _group(variant: str) -> str:

@@ -38,18 +38,19 @@ class _Entry:
 class TensorStore(ABC, Generic[Value]):
     """Values by key, each a few tensors.
 
-    Several processes may share a folder; each bounds what it has seen, and finds what the others wrote before it opened
-    the store. A store that cannot be written to any more is read on. Several threads may read while one writes.
+    Several processes may share a folder; each bounds what it uses, and finds what the others wrote before it opened the
+    store. What nobody seems to use goes first, once the folder is larger than all of them together may make it. A store
+    that cannot be written to any more is read on. Several threads may read while one writes.
 
     Args:
         folder: Made if it is missing.
         fingerprint: What the values depend on besides their key.
-        max_bytes: File bytes kept; the least recently used files go first.
+        max_bytes: File bytes that this process keeps; the least recently used files go first.
+        shared_by: Processes that use the folder together.
 
     Attributes:
         hits: Values that were found.
         damaged: Files that did not match their name.
-        num_bytes: File bytes that this process knows of.
 
     Raises:
         ArtifactMismatchError: The folder holds values of another fingerprint; both are named.
@@ -59,22 +60,31 @@ class TensorStore(ABC, Generic[Value]):
     holds: ClassVar[str]  # of the values, in the plural
     setting: ClassVar[str]  # the recipe key of the folder
 
-    def __init__(self, folder: Path, fingerprint: str, max_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: str, max_bytes: int, *, shared_by: int = 1
+    ) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._shared_by = shared_by
         self._full = False
         self._lock = threading.Lock()  # of all that follows, and never held while a value is read
         self.hits = 0
         self.damaged = 0
-        self.num_bytes = 0
         self._require_own(fingerprint)
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._found: OrderedDict[str, _Entry] = OrderedDict()  # another process may be using these
+        self._used: OrderedDict[str, _Entry] = OrderedDict()
+        self._found_bytes = self._used_bytes = 0
         for _, size, path in sorted(_files(folder)):
             key, _, sha256 = path.name.removesuffix(_SUFFIX).partition("-")
-            if key in self._entries:  # another worker computed it too, with other rounding
+            if key in self._found:  # another worker computed it too, with other rounding
                 self._drop(key)
-            self._entries[key] = _Entry(path, sha256, size)
-            self.num_bytes += size
+            self._found[key] = _Entry(path, sha256, size)
+            self._found_bytes += size
+
+    @property
+    def num_bytes(self) -> int:
+        """File bytes that this process knows of."""
+        return self._found_bytes + self._used_bytes
 
     @abstractmethod
     def packed(self, value: Value) -> dict[str, Tensor]:
@@ -113,12 +123,15 @@ class TensorStore(ABC, Generic[Value]):
             )
 
     def __contains__(self, key: str) -> bool:
-        return _name(key) in self._entries
+        return self._entry(_name(key)) is not None
+
+    def _entry(self, name: str) -> _Entry | None:
+        return self._used.get(name) or self._found.get(name)
 
     def get(self, key: str) -> Value | None:
         """The value of a key, or None; a damaged file is removed and counts as missing."""
         name = _name(key)
-        entry = self._entries.get(name)
+        entry = self._entry(name)
         if entry is None:
             return None
         try:
@@ -134,15 +147,15 @@ class TensorStore(ABC, Generic[Value]):
                 log.warning("%s is damaged; it is computed again", entry.path)
                 self._drop(name)
                 return None
-            if name in self._entries:  # another thread may have needed the room meanwhile
-                self._entries.move_to_end(name)
+            if self._forget(name) is not None:  # another thread may have needed the room meanwhile
+                self._use(name, entry)
             self.hits += 1
         return self.unpacked(load(content))
 
     def put(self, key: str, value: Value) -> None:
         """Keep a value; a full disk only ends the writing."""
         name = _name(key)
-        if self._full or name in self._entries:
+        if self._full or self._entry(name) is not None:
             return
         content = save(self.packed(value))
         sha256 = hashlib.sha256(content).hexdigest()
@@ -160,16 +173,26 @@ class TensorStore(ABC, Generic[Value]):
             partial.unlink(missing_ok=True)
             return
         with self._lock:
-            self._entries[name] = _Entry(path, sha256, len(content))
-            self.num_bytes += len(content)
-            while self._entries and self.num_bytes > self._max_bytes:
-                self._drop(next(iter(self._entries)))
+            self._use(name, _Entry(path, sha256, len(content)))
+            while self._found and self.num_bytes > self._max_bytes * self._shared_by:
+                self._drop(next(iter(self._found)))
+
+    def _use(self, name: str, entry: _Entry) -> None:
+        """Note a file as this process's own, and make room for it."""
+        self._used[name] = entry
+        self._used_bytes += entry.num_bytes
+        while self._used_bytes > self._max_bytes:
+            self._drop(next(iter(self._used)))
 
     def _forget(self, name: str) -> _Entry | None:
-        entry = self._entries.pop(name, None)  # another thread may have been first
-        if entry is not None:
-            self.num_bytes -= entry.num_bytes
-        return entry
+        used = self._used.pop(name, None)
+        if used is not None:
+            self._used_bytes -= used.num_bytes
+            return used
+        found = self._found.pop(name, None)  # another thread may have been first
+        if found is not None:
+            self._found_bytes -= found.num_bytes
+        return found
 
     def _drop(self, name: str) -> None:
         entry = self._forget(name)

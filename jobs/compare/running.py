@@ -1,5 +1,6 @@
 """Runs a study: trials, trainings, measurements; what is finished is not done again."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from jobs.compare.digest import recipe_digest
+from jobs.compare.digest import recipe_digest, training_digest
 from jobs.compare.study import ZERO_SHOT, Plan, Run
 from jobs.compare.tuning import choose, on_edge, run_trials
 from pipelines.progress import show
@@ -18,7 +19,7 @@ from pipelines.training_log import HISTORY, read_history
 from slq.artifacts import ADAPTER_WEIGHTS, load_adapter_config, read_json, write_json
 from slq.errors import ConfigError
 
-RESULT = "result.json"
+RESULT, TRAINING = "result.json", "training.json"
 _SECONDS = "seconds/"
 _VARIANT = "slq:"
 
@@ -85,7 +86,10 @@ def run_study(plan: Plan, flows: Flows) -> dict[str, dict[str, Any]]:
         )
         found = _finished(run.folder, digest)
         if found is None:
-            found = _saved(run.folder, {"digest": digest, **_run(plan, run, flows, heading)})
+            miner = None  # as it was trained in the end: a tuned key has its chosen value there
+            if run.miner is not None:
+                miner = Recipe.model_validate(results[run.miner.name]["recipe"])
+            found = _saved(run.folder, {"digest": digest, **_run(plan, run, miner, flows, heading)})
         else:
             show(f"{heading}: finished before")
         results[run.name] = found
@@ -130,12 +134,12 @@ def _zero_shot(plan: Plan, flows: Flows) -> dict[str, Any]:
     )
 
 
-def _run(plan: Plan, run: Run, flows: Flows, heading: str) -> dict[str, Any]:
+def _run(plan: Plan, run: Run, miner: Recipe | None, flows: Flows, heading: str) -> dict[str, Any]:
     """One variant, in a Ray of its own where there is none: peaks of memory are of its processes alone."""
     with flows.connect(run.recipe.resources):
         recipe, tuned = run.recipe, None
-        if run.miner is not None:
-            _mine(run, run.miner, flows, heading)
+        if miner is not None:
+            _mine(run, miner, flows, heading)
         if run.trials:
             trials = run_trials(run, flows.train, heading)
             chosen = choose(trials)
@@ -144,7 +148,7 @@ def _run(plan: Plan, run: Run, flows: Flows, heading: str) -> dict[str, Any]:
             value = run.trials[chosen].value
             tuned = {"key": run.key, "value": value, "on_edge": edge, "trials": trials}
         show(f"{heading}: training" + (f" with {run.key} = {tuned['value']}" if tuned else ""))
-        adapter = flows.train(recipe)
+        adapter = _trained(recipe, flows)
         show(f"{heading}: measuring")
         results = flows.evaluate(recipe)
         scenes = plan.study.retention_scenes
@@ -159,17 +163,32 @@ def _run(plan: Plan, run: Run, flows: Flows, heading: str) -> dict[str, Any]:
     }
 
 
-def _mine(run: Run, miner: Run, flows: Flows, heading: str) -> None:
+def _trained(recipe: Recipe, flows: Flows) -> Path:
+    """The final training; one of before is kept only if its time and memory would be the same too."""
+    folder, digest = recipe.storage.dir, training_digest(recipe)
+    note = folder / TRAINING
+    if note.is_file() and read_json(note)["digest"] != digest:
+        for part in ("train", "ray"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"digest": digest})
+    return flows.train(recipe)
+
+
+def _mine(run: Run, miner: Recipe, flows: Flows, heading: str) -> None:
     """Mine with another run's adapter, unless that was done before."""
-    data = miner.recipe.data.model_copy(update={"negatives": run.recipe.data.negatives})
-    recipe = miner.recipe.model_copy(update={"data": data, "mine": run.recipe.mine})
-    path = data.path("negatives")
+    changes = {
+        "data": miner.data.model_copy(update={"negatives": run.recipe.data.negatives}),
+        **{name: getattr(run.recipe, name) for name in ("mine", "index", "rerank")},
+    }
+    recipe = miner.model_copy(update=changes)
+    path = recipe.data.path("negatives")
     fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
     if path.is_file():
         metadata = pq.read_schema(path).metadata or {}
         if metadata.get(b"fingerprint") == fingerprint.encode():
             return
-    show(f"{heading}: mining with {miner.name}")
+    show(f"{heading}: mining with {miner.storage.dir.name}")
     flows.mine(recipe)
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, field_validator
 
-from pipelines.recipe import MineConfig, Recipe, StorageConfig, load_recipe
+from pipelines.loading import require_shorter
+from pipelines.recipe import Recipe, StorageConfig, load_recipe
 from slq.config import Section
 from slq.errors import ConfigError
 
@@ -244,6 +245,8 @@ class _Resolver:
         )
         try:
             found = load_recipe(self._path, [*first, *second, *self._given, *third])
+            require_shorter(found, "eval.dimensions", found.eval.dimensions)
+            require_shorter(found, "train.matryoshka", found.train.matryoshka)
         except ConfigError as error:
             raise ConfigError(f"{self._source.name}: run {name!r}: {error}") from None
         data, storage = found.data, found.storage
@@ -251,7 +254,7 @@ class _Resolver:
         if data.scenes is not None and not chosen:
             data = data.model_copy(update={"dir": self._out_dir / "data"})
         if miner is not None:
-            place = os.path.relpath(miner.folder / _negatives_name(found.mine), data.dir)
+            place = os.path.relpath(miner.folder / _negatives_name(found), data.dir)
             data = data.model_copy(update={"negatives": Path(place)})
         return found.model_copy(
             update={"data": data, "storage": _below(storage, self._out_dir, slug(name))}
@@ -269,9 +272,10 @@ class _Resolver:
         return Trial(value=value, recipe=final.model_copy(update=sections), final=final)
 
 
-def _negatives_name(mine: MineConfig) -> str:
+def _negatives_name(recipe: Recipe) -> str:
     """The file of what is mined with some settings; runs that agree share it."""
-    return f"negatives-{hashlib.sha256(mine.model_dump_json().encode()).hexdigest()[:8]}.parquet"
+    settings = recipe.model_dump_json(include={"mine", "index", "rerank"})
+    return f"negatives-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.parquet"
 
 
 def _below(storage: StorageConfig, folder: Path, place: str) -> StorageConfig:

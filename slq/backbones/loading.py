@@ -109,6 +109,16 @@ def backbone_revision(name: str = TINY, revision: str | None = None) -> str:
     return _revision(source, _config(name, source, revision), revision)
 
 
+def backbone_hidden_size(name: str = TINY, revision: str | None = None) -> int:
+    """The width of the language model, which is the embedding's, without loading any weights.
+
+    Raises:
+        ConfigError: The model cannot be found.
+    """
+    config = _config(name, str(tiny_folder()) if name == TINY else name, revision)
+    return int(config.get_text_config().hidden_size)
+
+
 def _config(name: str, source: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(source, revision=revision)

@@ -8,7 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 from slq.config import Section
 
 Positive = Annotated[int, Field(gt=0)]
-VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 
 
 class LatentSettings(Section):
@@ -42,8 +42,9 @@ class AdapterSettings(LatentSettings):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """LoRA's update is scaled by lora_alpha / lora_rank."""
     variants: dict[VariantName, LatentSettings] = Field(default_factory=dict)
-    """Further latent queries by name, trained in the same run over the same prefixes, each as if it were alone; what
-    one leaves out is as in this section. They come to lie in `variants/NAME` of the run folder."""
+    """Further latent queries by name, trained in the same run over the same prefixes, each as if it were alone (but a
+    step that is not finite for one ends or skips for all); what one leaves out is as in this section. They come to lie
+    in `variants/NAME` of the run folder."""
 
     @model_validator(mode="before")
     @classmethod

@@ -101,7 +101,7 @@ def test_variants_are_measured_beside_the_adapter(
     assert list(systems) == ["slq", "slq@48", "slq:same", "slq:one"]
     assert systems["slq:same"] == systems["slq"] == before["systems"]["slq"]
     assert systems["slq:one"] != systems["slq"]
-    rows = pq.read_table(recipe.storage.evaluation / "run_slq_48.parquet").to_pylist()
+    rows = pq.read_table(recipe.storage.evaluation / "run_slq.cut.48.parquet").to_pylist()
     encoder = encoder_of(recipe)
     texts = {
         row["id"]: row["text"] for row in pq.read_table(recipe.data.path("queries")).to_pylist()
@@ -116,9 +116,11 @@ def test_variants_are_measured_beside_the_adapter(
         cosine = pair[0] @ pair[1] / np.linalg.norm(pair[0]) / np.linalg.norm(pair[1])
         assert row["coarse_score"] == pytest.approx(float(cosine), abs=1e-5)
     runs = sorted(path.name for path in recipe.storage.evaluation.glob("run_*"))
-    assert runs == [f"run_slq{name}.parquet" for name in ("", "_48", "_one", "_same")]
+    assert runs == [
+        f"run_slq{name}.parquet" for name in ("", ".cut.48", ".variant.one", ".variant.same")
+    ]
     with pytest.raises(
-        ConfigError, match=r"eval\.dimensions names 192, and the embeddings have 192"
+        ConfigError, match=r"eval\.dimensions \[192\] must be different lengths below 192"
     ):
         evaluate(changed(recipe, eval={"dimensions": (192,)}))
     shutil.rmtree(recipe.storage.variant("one"))

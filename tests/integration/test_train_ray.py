@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 
 from pipelines.engine import make_engine
 from pipelines.loading import backbone_of, untrained_latents
+from pipelines.mine import mine
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
-from pipelines.train import ChosenPairs, history, hold_out, train
+from pipelines.train import ChosenPairs, history, hold_out, settings_digest, train
 from slq.arrow import PAIRS
-from slq.artifacts import read_json
+from slq.artifacts import load_adapter_config, read_json
 from slq.errors import ConfigError, DataError, HardwareError, StorageError, TrainingError
 from slq.losses import info_nce
 from slq.media import decode_image
@@ -296,6 +297,42 @@ def test_a_full_disk_ends_in_words_and_the_same_command_finishes(
     assert ours.read_bytes() == whole.read_bytes()
 
 
+def test_a_run_learns_from_what_the_one_before_mined(
+    recipe: Recipe, adapter: Path, tmp_path: Path
+) -> None:
+    """Mine with margins, train with them and a variant, lose the variant, get it back."""
+    shutil.copytree(recipe.storage.dir / "adapter", tmp_path / "run" / "adapter")
+    data = {"negatives": tmp_path / "negatives.parquet"}
+    mining = changed(recipe, data=data, storage={"dir": tmp_path / "run"}, mine={"margins": True})
+    wanted = changed(
+        recipe,
+        data=data,
+        adapter={"variants": {"one": {"num_latents": 1}}},
+        train={"negatives": 2, "distillation": 0.5, "zero_stage": 0, "num_steps": 2},
+        storage={"dir": tmp_path / "mined"},
+    )
+    with pytest.raises(ConfigError, match=r"negatives\.parquet does not exist; run `slq mine`"):
+        train(wanted)
+    assert mine(mining)["pairs"] == 64
+    train(wanted)
+    first, plain = history(wanted)[0]["loss"], history(recipe)[0]["loss"]
+    assert first > plain + 0.05
+    one = wanted.storage.variant("one")
+    assert load_adapter_config(one).num_latents == 1
+    before = (one / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(one)
+    train(wanted)
+    assert (one / "adapter_model.safetensors").read_bytes() == before
+    digest = settings_digest(wanted)
+    rows = pq.read_table(data["negatives"])
+    pq.write_table(rows.slice(1), data["negatives"])
+    assert settings_digest(wanted) != digest
+    unscored = rows.set_column(3, "margins", pa.nulls(len(rows), rows.schema.field(3).type))
+    pq.write_table(unscored, data["negatives"])
+    with pytest.raises(ConfigError, match=r"set mine\.margins=true"):
+        train(wanted)
+
+
 def test_one_worker_goes_on_where_two_gave_up(
     recipe: Recipe, adapter: Path, tmp_path: Path
 ) -> None:
@@ -383,14 +420,14 @@ def test_a_run_goes_on_from_an_object_store_after_its_process_died(
         first = subprocess.Popen(
             command, stderr=output, stdout=output, env=environment, start_new_session=True
         )
-        deadline = time.monotonic() + 120
-        while first.poll() is None and time.monotonic() < deadline:
+        deadline, stored = time.monotonic() + 300, []
+        while not stored and first.poll() is None and time.monotonic() < deadline:
             s3fs.S3FileSystem.clear_instance_cache()
-            if s3fs.S3FileSystem().glob(f"{object_store}/demo/*/step_0000002/training_state*"):
-                break
+            stored = s3fs.S3FileSystem().glob(f"{object_store}/demo/*/step_0000002/training_state*")
             time.sleep(0.01)
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
+    assert stored
     assert not (local.storage.dir / "train" / "done.json").exists(), (
         tmp_path / "first.log"
     ).read_text()
@@ -412,7 +449,6 @@ def test_a_run_is_not_taken_for_finished_after_its_data_changed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pipelines.train import settings_digest
 
     pairs = pq.read_table(scenes_dir / "train.parquet")
     local = changed(recipe, data={"train": tmp_path / "pairs.parquet"})

@@ -198,7 +198,7 @@ def test_the_methods_are_tuned_alike() -> None:
     (path,) = [path for path in STUDIES if path.stem == "methods"]
     plan = plan_study(path, Path("unused"))
     assert [run.recipe.adapter.method for run in plan.runs] == ["slq", "lora", "full"]
-    assert {(run.key, len(run.trials)) for run in plan.runs} == {("train.lr", 3)}
+    assert {(run.key, len(run.trials)) for run in plan.runs} == {("train.lr", 4)}
     assert (
         len(
             {run.recipe.train.model_copy(update={"lr": 1.0}).model_dump_json() for run in plan.runs}
@@ -588,6 +588,40 @@ def test_a_wrong_study_is_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     expected = "error: ConfigError: study.yaml: tune_step is unknown; did you mean tune_steps?"
     assert result.stderr.strip() == expected
+
+
+def test_a_training_whose_cost_would_be_another_is_not_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = study_file(tmp_path, retention_scenes=0, runs={"a": {}})
+    compare(plan_study(path, out), Recorder(out).flows)
+    checkpoint = out / "a" / "ray" / "checkpoint"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    compare(plan_study(path, out, ["eval.ks=[1,3]"]), Recorder(out).flows)
+    assert checkpoint.exists()
+    compare(plan_study(path, out, ["train.gradient_checkpointing=false"]), Recorder(out).flows)
+    assert not checkpoint.exists()
+
+
+def test_changed_data_runs_everything_again(tmp_path: Path) -> None:
+    recipe = {"data": {"dir": str(tmp_path)}, "train": {"held_out": 4}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "queries.parquet").write_bytes(b"one")
+    path = study_file(tmp_path, recipe="own.yaml", retention_scenes=0, runs={"a": {}})
+    out = tmp_path / "out"
+    compare(plan_study(path, out), replace(Recorder(out).flows, generate=lambda _: None))
+    for content, calls in ((b"one", 0), (b"two", 3)):
+        (tmp_path / "queries.parquet").write_bytes(content)
+        again = Recorder(out)
+        compare(plan_study(path, out), replace(again.flows, generate=lambda _: None))
+        assert len(again.calls) == calls
+
+
+def test_lengths_beyond_the_embedding_are_found_before_anything_is_trained(tmp_path: Path) -> None:
+    for key in ("eval.dimensions", "train.matryoshka"):
+        path = study_file(tmp_path, runs={"a": {"set": {key: [48, 4096]}}})
+        with pytest.raises(ConfigError, match=f"'a': {key} .*must be different lengths below 192"):
+            plan_study(path, tmp_path / "out")
 
 
 def test_what_changes_no_figure_runs_nothing_again(tmp_path: Path) -> None:

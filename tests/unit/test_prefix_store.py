@@ -96,6 +96,29 @@ def test_the_least_recently_used_go_when_it_is_full(tmp_path: Path) -> None:
     assert "a" not in tiny
 
 
+def test_workers_that_start_again_leave_each_other_what_they_wrote(tmp_path: Path) -> None:
+    """The bound is each worker's; what another may be using goes only where all of them together wrote too much."""
+    size = PrefixStore(tmp_path / "one", "f", LARGE)
+    size.put("x", prefix(0))
+    folder, bound = tmp_path / "many", int(3.5 * size.num_bytes)
+    for worker in range(4):
+        store = PrefixStore(folder, "f", bound, shared_by=4)
+        for number in range(3):
+            store.put(f"{worker}-{number}", prefix(number))
+    again = PrefixStore(folder, "f", bound, shared_by=4)
+    again.put("new", prefix(9))
+    assert len(files(folder)) == 13
+    mine = [f"0-{number}" for number in range(3)]
+    assert all(again.get(key) is not None for key in mine)
+    again.put("newer", prefix(8))  # its own bound: what it used longest ago goes
+    assert [key for key in ("new", *mine, "newer") if key in again] == ["0-1", "0-2", "newer"]
+    assert len(files(folder)) == 12
+    alone = PrefixStore(folder, "f", bound)
+    alone.put("newest", prefix(7))
+    assert len(files(folder)) == 3  # nobody else uses the folder now
+    assert "newest" in alone
+
+
 def test_another_backbones_store_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     PrefixStore(tmp_path, "one", LARGE).put("a", prefix(0))
     with pytest.raises(ArtifactMismatchError, match="of one, this run's are two"):

@@ -202,6 +202,7 @@ def test_a_variant_is_as_the_section_but_for_what_it_names(tmp_path: Path) -> No
         ),
         ("adapter: {variants: {a: {}}}", "train.zero_stage 2 leaves no worker a whole gradient"),
         ("train: {distillation: 0.5}", "set train.negatives too"),
+        ("train: {negatives: 2, zero_stage: 3}", "they would not for mined negatives"),
     ],
 )
 def test_variants_and_teachers_that_cannot_be_are_refused(
