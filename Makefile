@@ -15,8 +15,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)  ## train, embed, index, evaluate, serve and query; writes $(OUT)/report.html
 	$(BIN)/slq demo --out $(OUT)
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests: those without Ray on all cores, then those that share one local Ray
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 check: $(STAMP)  ## format, lint, import direction, types
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ from pipelines.images import ImageReader
 from slq.errors import DataError
 from slq.media import decode_image
 from slq.schema import Item
-from slq.training.sources import SIDES, Side
+from slq.training.reading import SIDES, Side
 
 _PARTS = {"image": pa.binary(), "uri": pa.string(), "text": pa.string()}
 _COLUMNS = {

@@ -5,46 +5,45 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 
 import slq.errors
+from pipelines.checkpoints import (
+    adapters_complete,
+    checkpoint_store,
+    given_back,
+    install,
+    require_store,
+)
 from pipelines.loading import require_shorter
-from pipelines.negatives import MinedNegatives, read_negatives, require_negatives
+from pipelines.negatives import require_negatives
 from pipelines.pairs import Pairs
 from pipelines.progress import progress_sink
-from pipelines.recipe import VARIANTS, Recipe, require_files
-from pipelines.trainer import ADAPTER, Trainer
+from pipelines.recipe import Recipe, require_files
+from pipelines.selection import ChosenPairs, hold_out, negatives_of
+from pipelines.trainer import Trainer
 from pipelines.training_log import HISTORY, read_history
 from slq.artifacts import (
-    ADAPTER_WEIGHTS,
     file_sha256,
-    load_adapter_config,
     read_json,
     write_json,
 )
 from slq.backbones.loading import backbone_revision
 from slq.errors import (
-    ArtifactError,
     ConfigError,
     HardwareError,
     SlqError,
     StorageError,
     TrainingError,
 )
-from slq.schema import Item
-from slq.training import PairSampler, Side
+from slq.training import PairSampler
 
 log = logging.getLogger(__name__)
-_HOLD_OUT_STREAM = 2**30  # keeps its generator apart from those of the sampler
 _FREE = (  # what may change between two parts of one run
     "zero_stage",
     "chunk_rows",
@@ -64,88 +63,6 @@ _FREE = (  # what may change between two parts of one run
     "num_threads",
     "max_failures",
 )
-
-
-class ChosenPairs:
-    """Some of the pairs, numbered anew.
-
-    Args:
-        pairs: All of them.
-        numbers: (chosen,) int64.
-    """
-
-    def __init__(self, pairs: Pairs, numbers: NDArray[np.int64]) -> None:
-        self._pairs = pairs
-        self._numbers = numbers
-        self.image_keys = [pairs.image_keys[n] for n in numbers]
-        self.query_keys = [pairs.query_keys[n] for n in numbers]
-        names = pairs.ids
-        self.ids = [names[n] for n in numbers]
-
-    def item(self, pair: int, side: Side) -> Item:
-        """One decoded side of a pair.
-
-        Raises:
-            DataError: It cannot be used.
-        """
-        return self._pairs.item(int(self._numbers[pair]), side)
-
-    def digest(self, pair: int) -> str:
-        """sha256 of the query's content as stored.
-
-        Raises:
-            DataError: It cannot be read.
-        """
-        return self._pairs.digest(int(self._numbers[pair]))
-
-
-def hold_out(
-    image_keys: Sequence[str], usable: Sequence[int], count: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Set images aside, with all their pairs.
-
-    Args:
-        image_keys: The image of each pair.
-        usable: The pairs that may be used at all.
-        count: Images to set aside.
-        seed: Of the draw.
-
-    Returns:
-        (pairs,) int64 to train on, and (count,) int64, one pair of each image that is set aside.
-
-    Raises:
-        ConfigError: There are not that many images.
-    """
-    images = list(dict.fromkeys(image_keys[n] for n in usable))
-    if count >= len(images) > 0:
-        raise ConfigError(
-            f"train.held_out is {count}, but the data has only {len(images)} images; lower it"
-        )
-    chosen = np.random.default_rng([seed, _HOLD_OUT_STREAM]).permutation(len(images))[:count]
-    aside = {images[n] for n in chosen}
-    first = {image_keys[n]: n for n in reversed(usable)}
-    kept = [n for n in usable if image_keys[n] not in aside]
-    held = [first[images[n]] for n in sorted(chosen)]
-    return np.array(kept, dtype=np.int64), np.array(held, dtype=np.int64)
-
-
-def negatives_of(recipe: Recipe, pairs: ChosenPairs) -> MinedNegatives | None:
-    """The mined negatives of a run's pairs, where the recipe wants some.
-
-    Raises:
-        ConfigError: They were not mined, or not with margins.
-        DataError: The file cannot be used.
-    """
-    config = recipe.train
-    if not config.negatives:
-        return None
-    return read_negatives(
-        recipe.data.path("negatives"),
-        pairs.ids,
-        pairs.image_keys,
-        config.negatives,
-        teacher=config.distillation > 0,
-    )
 
 
 def settings_digest(recipe: Recipe) -> str:
@@ -182,15 +99,15 @@ def train(recipe: Recipe) -> Path:
     digest = settings_digest(recipe)
     done = recipe.storage.dir / "train" / "done.json"
     if done.is_file() and read_json(done)["settings"] == digest:
-        if _adapters_complete(recipe):
+        if adapters_complete(recipe):
             log.info("adapter %s is up to date: nothing to do", recipe.storage.adapter)
             return recipe.storage.adapter
-        if _given_back(recipe, read_json(done)["checkpoint"]):
+        if given_back(recipe, read_json(done)["checkpoint"]):
             return recipe.storage.adapter
     # Refuse here what would otherwise fail in every worker, with a long traceback.
     require_shorter(recipe, "train.matryoshka", recipe.train.matryoshka)
     _require_workers(recipe)
-    _require_store(recipe)
+    require_store(recipe)
     pairs = Pairs(recipe.data.path("train"))
     if recipe.train.zero_stage == 3 and not pairs.image_to_text:
         raise ConfigError(
@@ -215,68 +132,10 @@ def train(recipe: Recipe) -> Path:
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
-        _install(Path(folder), recipe)
+        install(Path(folder), recipe)
     entry = {"settings": digest, "seconds": time.monotonic() - started, "refused": refused}
     write_json(done, {**entry, "checkpoint": result.checkpoint.path})
     return recipe.storage.adapter
-
-
-def _require_store(recipe: Recipe) -> None:
-    """Try an object store before workers start: what Ray says of one that refuses fills a screen."""
-    path, filesystem = checkpoint_store(recipe)
-    if filesystem is None:
-        return
-    try:
-        filesystem.create_dir(path)
-        with filesystem.open_output_stream(f"{path}/.writable") as file:
-            file.write(b"")
-    except Exception as error:  # noqa: BLE001 - botocore's errors share no base with OSError
-        raise StorageError(
-            f"storage.checkpoints {recipe.storage.checkpoints} cannot be written: {error}; "
-            "check the bucket, AWS_ENDPOINT_URL and the credentials in the environment"
-        ) from None
-
-
-def _given_back(recipe: Recipe, path: str) -> bool:
-    """Install the adapter of a finished run again from its last checkpoint, if that is still there."""
-    from ray.train import Checkpoint
-
-    _, filesystem = checkpoint_store(recipe)
-    try:
-        with Checkpoint(path, filesystem).as_directory() as folder:
-            parts = [ADAPTER, *(f"{VARIANTS}/{name}" for name in recipe.adapter.variants)]
-            if not all((Path(folder) / part / ADAPTER_WEIGHTS).is_file() for part in parts):
-                return False
-            _install(Path(folder), recipe)
-    except OSError as error:
-        log.warning(
-            "checkpoint %s cannot be read, so the run goes on from another: %s", path, error
-        )
-        return False
-    log.info("adapter %s is given back from %s", recipe.storage.adapter, path)
-    return True
-
-
-def checkpoint_store(recipe: Recipe) -> tuple[str, Any]:
-    """Where checkpoints go: a path, and the Arrow file system that it belongs to (None: this machine's).
-
-    Raises:
-        ConfigError: `storage.checkpoints` names a store of an unknown kind.
-    """
-    place = recipe.storage.checkpoints
-    if place is None:
-        return str(recipe.storage.dir.resolve() / "ray"), None
-    scheme, separator, path = place.partition("://")
-    if not separator:
-        return str(Path(place).resolve()), None
-    if scheme != "s3":
-        raise ConfigError(f"storage.checkpoints {place!r}: give a folder or s3://bucket/prefix")
-    import s3fs
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    return path.rstrip("/"), PyFileSystem(
-        FSSpecHandler(s3fs.S3FileSystem(use_listings_cache=False))
-    )  # workers write there too
 
 
 def raise_refusal(refusal: str) -> None:
@@ -369,40 +228,6 @@ def _fit(recipe: Recipe, digest: str, worker: dict[str, Any]) -> Any:
 def history(recipe: Recipe) -> list[dict[str, float]]:
     """Metrics of every step of the finished run."""
     return read_history(recipe.storage.dir / "train" / HISTORY)
-
-
-def _adapters_complete(recipe: Recipe) -> bool:
-    """Whether the files of the adapter and its variants are there; one that is lost is given back from a checkpoint."""
-    storage = recipe.storage
-    for folder in (storage.adapter, *map(storage.variant, recipe.adapter.variants)):
-        try:
-            load_adapter_config(folder)
-        except ArtifactError:
-            return False
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            return False
-    return True
-
-
-def _install(checkpoint: Path, recipe: Recipe) -> None:
-    """Move the adapter and the history out of the last checkpoint into the run folder."""
-    target = recipe.storage.adapter
-    copies = {ADAPTER: target}
-    if recipe.adapter.variants:
-        copies[VARIANTS] = recipe.storage.dir / VARIANTS
-    try:
-        for part, place in copies.items():
-            partial = place.with_name(place.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(checkpoint / part, partial)
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
-    except OSError as error:
-        raise StorageError(
-            f"adapter {target} cannot be written: {error}; free space and run `slq train` again"
-        ) from None
-    (recipe.storage.dir / "train").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(checkpoint / HISTORY, recipe.storage.dir / "train" / HISTORY)
 
 
 def train_worker(settings: dict[str, Any]) -> None:

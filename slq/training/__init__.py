@@ -4,11 +4,13 @@
 """
 
 from slq.training.modules import MinedRows, RetrievalModule, deepspeed_config, finite
+from slq.training.reading import SIDES, PairReader, Side
 from slq.training.sampling import PairSampler, rank_slice
 from slq.training.settings import AdapterSettings, TrainConfig, learning_rate_scale
-from slq.training.sources import PairReader, PrefixSource, PromptSource, Side, substitute
+from slq.training.sources import PrefixSource, PromptSource, substitute
 
 __all__ = [
+    "SIDES",
     "AdapterSettings",
     "MinedRows",
     "PairReader",

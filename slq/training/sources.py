@@ -1,9 +1,7 @@
 """Inputs of a step: prefixes that are computed once and kept, or prompts where the whole model is trained."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,112 +9,13 @@ from torch import arange, from_numpy
 
 from slq.backbones import Backbone
 from slq.backbones.base import Prompts
-from slq.backbones.vision import VisionFeatures, VisionStore
-from slq.errors import DataError, TrainingError, UnusablePairError
+from slq.backbones.vision import VisionStore
+from slq.errors import TrainingError
 from slq.media import pixels_sha256
 from slq.prefix import Prefix, PrefixCache
 from slq.prefix_store import PrefixStore
 from slq.schema import Item
-
-Side = Literal["query", "positive"]
-SIDES: tuple[Side, Side] = ("query", "positive")
-# Threads, not processes: Pillow decodes without holding the GIL, and a process has to copy every picture back. With
-# 640x480 JPEGs on two cores, two threads decode 1,029 a second, two processes 308.
-_DECODE_THREADS = 4
-
-
-class PairReader(Protocol):
-    """Training pairs, each of a query (usually an image) and a positive (its caption).
-
-    Attributes:
-        image_keys: For each pair, what identifies its image; no batch holds one twice.
-        query_keys: For each pair, what identifies its query: captions of one image share one.
-    """
-
-    image_keys: list[str]
-    query_keys: list[str]
-
-    def item(self, pair: int, side: Side) -> Item:
-        """One decoded side of a pair; called from several threads.
-
-        Raises:
-            DataError: It cannot be used.
-        """
-
-    def digest(self, pair: int) -> str:
-        """sha256 of the query's content as stored, encoded image and text; called from several threads.
-
-        Raises:
-            DataError: It cannot be read.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What is needed of a side of a pair.
-
-    Attributes:
-        item: Decoded; None for a query whose prefix is stored.
-        digest: Of the query's content, where prefixes are stored.
-        pixels: Digest of the image, where vision features are stored; empty without an image.
-        features: Of the image, if they were stored when it was read.
-    """
-
-    item: Item | None
-    digest: str = ""
-    pixels: str = ""
-    features: VisionFeatures | None = None
-
-    @property
-    def text_length(self) -> int:
-        """Characters of the text; 0 without one."""
-        return len((self.item and self.item.text) or "")
-
-
-class _Ahead:
-    """Decodes items off the training thread, one batch ahead.
-
-    Args:
-        load: Gives a side of a pair; called from several threads.
-    """
-
-    def __init__(self, load: Callable[[int, Side], _Loaded]) -> None:
-        self._load = load
-        self._pool = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
-        self._begun: dict[tuple[int, Side], Future[_Loaded]] = {}
-
-    def begin(self, wanted: Sequence[tuple[int, Side]]) -> None:
-        """Start on items; what was begun and is not among them is forgotten."""
-        wanted = list(dict.fromkeys(wanted))
-        still = set(wanted)
-        kept = {key: future for key, future in self._begun.items() if key in still}
-        for key, future in self._begun.items():
-            if key not in kept:
-                future.cancel()
-        self._begun = kept | {
-            key: self._pool.submit(self._load, *key) for key in wanted if key not in kept
-        }
-
-    def wait(self) -> None:
-        """Wait for all that was begun.
-
-        Raises:
-            UnusablePairError: One of it cannot be read or decoded.
-        """
-        for pair, side in list(self._begun):
-            self.take(pair, side)
-
-    def take(self, pair: int, side: Side) -> _Loaded:
-        """A side of a pair, begun or not.
-
-        Raises:
-            UnusablePairError: It cannot be read or decoded.
-        """
-        try:
-            future = self._begun.get((pair, side))
-            return self._load(pair, side) if future is None else future.result()
-        except DataError as error:
-            raise UnusablePairError(pair, str(error)) from None
+from slq.training.reading import SIDES, Ahead, Loaded, PairReader, Side
 
 
 class PrefixSource:
@@ -149,7 +48,7 @@ class PrefixSource:
         self._backbone = backbone
         self._reader = reader
         self._keys = reader.query_keys
-        self._ahead = _Ahead(self._load)
+        self._ahead = Ahead(self._load)
         self._frozen_rows = frozen_rows
         self._chunk_rows = chunk_rows
         self._store = store
@@ -215,23 +114,23 @@ class PrefixSource:
             for start in range(0, len(prefix), size)
         ]
 
-    def _load(self, pair: int, side: Side) -> _Loaded:
+    def _load(self, pair: int, side: Side) -> Loaded:
         """Reads and decodes, from several threads."""
         if side == "positive" or self._store is None:
             return self._decoded(pair, side)
         digest = self._reader.digest(pair)
         if digest in self._store:
-            return _Loaded(None, digest)
+            return Loaded(None, digest)
         return replace(self._decoded(pair, side), digest=digest)
 
-    def _decoded(self, pair: int, side: Side) -> _Loaded:
+    def _decoded(self, pair: int, side: Side) -> Loaded:
         item = self._reader.item(pair, side)
         if self._vision_store is None or item.image is None:
-            return _Loaded(item)
+            return Loaded(item)
         pixels = pixels_sha256(item.image)
-        return _Loaded(item, pixels=pixels, features=self._vision_store.get(pixels))
+        return Loaded(item, pixels=pixels, features=self._vision_store.get(pixels))
 
-    def _loaded(self, pair: int, side: Side) -> _Loaded:
+    def _loaded(self, pair: int, side: Side) -> Loaded:
         loaded = self._ahead.take(pair, side)
         return loaded if loaded.item is not None else self._decoded(pair, side)
 
@@ -249,7 +148,7 @@ class PrefixSource:
                 rows[n] = row
         return Prefix.stack([rows[n] for n in range(len(pairs))])
 
-    def _encode(self, loaded: list[_Loaded]) -> Prefix:
+    def _encode(self, loaded: list[Loaded]) -> Prefix:
         """Passes over items of similar length, so little is padded; the result is in input order."""
         loaded = [self._with_features(one) for one in loaded]
         order = sorted(range(len(loaded)), key=lambda n: loaded[n].text_length)
@@ -266,13 +165,13 @@ class PrefixSource:
         places = np.argsort(np.concatenate(chunks))
         return stacked.select(from_numpy(places).to(stacked.mask.device))
 
-    def _with_features(self, loaded: _Loaded) -> _Loaded:
+    def _with_features(self, loaded: Loaded) -> Loaded:
         """Look again: they may have been stored since the item was read."""
         if self._vision_store is None or not loaded.pixels or loaded.features is not None:
             return loaded
         return replace(loaded, features=self._vision_store.get(loaded.pixels))
 
-    def _pass(self, loaded: list[_Loaded]) -> Prefix:
+    def _pass(self, loaded: list[Loaded]) -> Prefix:
         """A frozen pass; the vision tower runs unless features were loaded, and what it gives is stored."""
         backbone = self._backbone
         prompts = backbone.prompts([one.item for one in loaded if one.item is not None])
@@ -300,7 +199,7 @@ class PromptSource:
 
     def __init__(self, backbone: Backbone, reader: PairReader, *, chunk_rows: int = 0) -> None:
         self._backbone = backbone
-        self._ahead = _Ahead(lambda pair, side: _Loaded(reader.item(pair, side)))
+        self._ahead = Ahead(lambda pair, side: Loaded(reader.item(pair, side)))
         self._chunk_rows = chunk_rows
 
     def begin(self, pairs: Sequence[int], others: Sequence[int] = ()) -> None:

@@ -17,7 +17,7 @@ from pipelines.engine import load_training_state, make_engine, training_state
 from pipelines.loading import backbone_of, untrained_adapter
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
-from pipelines.train import ChosenPairs
+from pipelines.selection import ChosenPairs
 from slq.errors import ConfigError
 from slq.training import PrefixSource, PromptSource
 from tests.families import BUILDERS, save

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.results import results_table
-from pipelines.evaluate import evaluate, load_benchmark
+from pipelines.benchmark import load_benchmark
+from pipelines.evaluate import evaluate
 from pipelines.loading import backbone_of, encoder_of, untrained_latents
 from pipelines.recipe import Recipe
 from slq.arrow import ITEMS, RELEVANCE

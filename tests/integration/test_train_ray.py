@@ -25,7 +25,8 @@ from pipelines.loading import backbone_of, untrained_latents
 from pipelines.mine import mine
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
-from pipelines.train import ChosenPairs, history, hold_out, settings_digest, train
+from pipelines.selection import ChosenPairs, hold_out
+from pipelines.train import history, settings_digest, train
 from slq.arrow import PAIRS
 from slq.artifacts import load_adapter_config, read_json
 from slq.errors import ConfigError, DataError, HardwareError, StorageError, TrainingError

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipelines.negatives import MinedNegatives
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
-from pipelines.train import ChosenPairs
+from pipelines.selection import ChosenPairs
 from pipelines.trainer import Trainer, peak_memory_bytes
 from slq.backbones.base import Backbone, Prompts
 from slq.backbones.vision import VisionFeatures

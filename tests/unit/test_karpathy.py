@@ -20,7 +20,7 @@ from pipelines.recipe import DataConfig
 from slq.arrow import RELEVANCE
 from slq.benchmarks.karpathy import KarpathyConfig, read_karpathy, require_disjoint, write_karpathy
 from slq.errors import ConfigError, DataError, StorageError
-from slq.training.sources import SIDES
+from slq.training.reading import SIDES
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 SPLITS = ("train", "restval", "val", "test", "train", "test")

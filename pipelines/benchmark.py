@@ -1,0 +1,100 @@
+"""What an evaluation measures on: gallery, queries and relevance, read into memory."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.corpus import plan_shards, read_shard
+from pipelines.recipe import Recipe, require_files
+from slq.errors import DataError, MediaError
+from slq.media import decode_image
+from slq.schema import Item
+
+log = logging.getLogger(__name__)
+_GALLERY_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Gallery, queries and relevance, in memory.
+
+    Attributes:
+        items: Gallery items.
+        queries: Query items; `columns` hold kind, hard, split where given.
+        relevant: (queries, items) bool.
+        num_unreadable: Items and queries that could not be read, with the queries that only those answer.
+    """
+
+    items: list[Item]
+    queries: list[Item]
+    relevant: NDArray[np.bool_]
+    num_unreadable: int = 0
+
+
+def load_benchmark(recipe: Recipe) -> Benchmark:
+    """Read the recipe's corpus, queries and relevance.
+
+    Raises:
+        DataError: Relevance names an unknown query or item, or a query has none.
+    """
+    require_files(recipe, "corpus", "queries", "relevance")
+    items, lost_items = _read_items(recipe.data.path("corpus"))
+    queries, lost_queries = _read_items(recipe.data.path("queries"))
+    row = {query.id: n for n, query in enumerate(queries)}
+    column = {item.id: n for n, item in enumerate(items)}
+    relevant = np.zeros((len(queries), len(items)), dtype=bool)
+    orphaned = set()
+    for entry in pq.read_table(recipe.data.path("relevance")).to_pylist():
+        if entry["query_id"] in lost_queries:
+            continue
+        if entry["item_id"] in lost_items and entry["query_id"] in row:
+            orphaned.add(entry["query_id"])
+            continue
+        if entry["query_id"] not in row or entry["item_id"] not in column:
+            raise DataError(
+                f"{recipe.data.path('relevance')}: {entry['query_id']} -> {entry['item_id']} names a query or item "
+                "that is not in the files"
+            )
+        relevant[row[entry["query_id"]], column[entry["item_id"]]] = entry["grade"] > 0
+    answered: NDArray[np.bool_] = np.asarray(relevant.any(axis=1))
+    missing = [queries[n].id for n in np.flatnonzero(~answered)]
+    unknown = [name for name in missing if name not in orphaned]
+    if unknown:
+        raise DataError(f"{len(unknown)} queries have no relevant item, first {unknown[0]!r}")
+    kept = [queries[n] for n in np.flatnonzero(answered)]
+    num_unreadable = len(lost_items) + len(lost_queries) + len(missing)
+    if num_unreadable:
+        log.warning(
+            "%d items and %d queries cannot be read, and %d queries lost their only answer: left out",
+            len(lost_items),
+            len(lost_queries),
+            len(missing),
+        )
+    if not items or not kept:
+        raise DataError("nothing is left to measure: no item or no query can be read")
+    return Benchmark(items, kept, relevant[answered], num_unreadable)
+
+
+def _read_items(path: Path) -> tuple[list[Item], set[str]]:
+    """Readable items in order, and the ids of the others; the embedding flow quarantines the same ones."""
+    items, lost = [], set()
+    for plan in plan_shards(path, _GALLERY_ROWS):
+        for record in read_shard(plan):
+            try:
+                image = decode_image(record.image) if record.image is not None else None
+            except MediaError as error:
+                log.warning("%s: item %r is left out: %s", record.uri, record.id, error)
+                lost.add(record.id)
+                continue
+            if record.problem or (image is None and not (record.text or "").strip()):
+                log.warning(
+                    "%s: item %r is left out: %s", record.uri, record.id, record.problem or "empty"
+                )
+                lost.add(record.id)
+                continue
+            items.append(Item(id=record.id, text=record.text, image=image, columns=record.columns))
+    return items, lost

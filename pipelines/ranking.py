@@ -1,0 +1,138 @@
+"""From scores to numbers: rankings, metrics of every subset with intervals, and run files."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.benchmark import Benchmark
+from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe
+from slq.arrow import RUN
+from slq.metrics import (
+    bootstrap_interval,
+    hits,
+    paired_permutation,
+    pessimistic_order,
+    recalls,
+    reciprocal_ranks,
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Similarities of one system: (queries, items) float32, and fine margins where a pair was scored, else NaN."""
+
+    coarse: NDArray[np.float32]
+    fine: NDArray[np.float32]
+
+
+def run_file(system: str) -> str:
+    """The name of a system's run file; `slq:one` and `slq@48` are those of a variant and of cut vectors."""
+    return f"run_{system.replace(VARIANT_MARK, '.variant.').replace(LENGTH_MARK, '.cut.')}.parquet"
+
+
+def final_scores(scores: Scores) -> NDArray[np.float32]:
+    """One score that orders as the fine stage says: scored candidates by margin, above all others by similarity."""
+    scored = ~np.isnan(scores.fine)
+    if not scored.any():
+        return scores.coarse
+    lowest = np.where(scored, scores.fine, np.inf).min(axis=1, keepdims=True)
+    # cosines lie in -1..1, so shifting the rest by 3 below the lowest margin keeps the two blocks apart
+    lowest = np.where(np.isfinite(lowest), lowest, 0.0)
+    return np.where(scored, scores.fine, lowest - 3.0 + scores.coarse).astype(np.float32)
+
+
+def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
+    """Which queries belong to each reported subset."""
+
+    def column(name: str) -> NDArray[Any]:
+        return np.array([query.columns.get(name) for query in benchmark.queries], dtype=object)
+
+    kind, hard, split = column("kind"), column("hard"), column("split")
+    masks: dict[str, NDArray[np.bool_]] = {}
+    for name in sorted({k for k in kind if k is not None}):
+        of_kind = kind == name
+        seen = split != "unseen"
+        masks[name] = of_kind & seen
+        masks[f"{name}, hard subset"] = of_kind & seen & (hard == True)  # noqa: E712 - an object array
+        masks[f"{name}, unseen objects"] = of_kind & (split == "unseen")
+    if not masks:  # users' own queries need not have kinds
+        masks["all"] = np.ones(len(benchmark.queries), dtype=bool)
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -> dict[str, Any]:
+    """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals."""
+    ks = recipe.eval.ks
+    results: dict[str, Any] = {
+        "num_items": len(benchmark.items),
+        "num_queries": len(benchmark.queries),
+        "num_unreadable": benchmark.num_unreadable,
+        "systems": {},
+    }
+    per_query: dict[str, NDArray[np.float64]] = {}
+    for system, found in scores.items():
+        final = final_scores(found)
+        order = pessimistic_order(final, benchmark.relevant)
+        ranked = np.take_along_axis(benchmark.relevant, order, axis=1)
+        per_query[system] = hits(ranked, 1)
+        report = {name: _metrics(ranked[mask], ks) for name, mask in subsets(benchmark).items()}
+        results["systems"][system] = {"text_to_image": report}
+        if np.isnan(found.fine).all():  # the fine stage ranks items for a query, not the reverse
+            reverse = _reverse(benchmark, found.coarse, ks)
+            results["systems"][system]["image_to_text"] = reverse
+    if {"slq", "slq_fine"} <= set(scores):
+        results["fine_against_coarse_p"] = {
+            name: paired_permutation(per_query["slq_fine"][mask], per_query["slq"][mask])
+            for name, mask in subsets(benchmark).items()
+        }
+    return results
+
+
+def _metrics(ranked: NDArray[np.bool_], ks: tuple[int, ...]) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "num_queries": len(ranked),
+        "mrr": float(reciprocal_ranks(ranked).mean()),
+    }
+    for k in ks:
+        values = hits(ranked, k)
+        report[f"hit@{k}"] = float(values.mean())
+        report[f"hit@{k}_interval"] = bootstrap_interval(values)
+        report[f"recall@{k}"] = float(recalls(ranked, ranked.sum(axis=1), k).mean())
+    return report
+
+
+def _reverse(
+    benchmark: Benchmark, coarse: NDArray[np.float32], ks: tuple[int, ...]
+) -> dict[str, Any]:
+    """Image to text, by coarse score: each item against the queries of one kind."""
+    reports = {}
+    for name, mask in subsets(benchmark).items():
+        relevant = benchmark.relevant[mask].T
+        asked = relevant.any(axis=1)
+        order = pessimistic_order(coarse[mask].T[asked], relevant[asked])
+        reports[name] = _metrics(np.take_along_axis(relevant[asked], order, axis=1), ks)
+    return reports
+
+
+def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:
+    """The ranking as a run file, `depth` items per query."""
+    final = final_scores(scores)
+    order = np.argsort(-final, axis=1, kind="stable")[:, :depth]
+    rows = []
+    for q, best in enumerate(order):
+        for rank, i in enumerate(best, start=1):
+            margin = float(scores.fine[q, i])
+            rows.append(
+                {
+                    "query_id": benchmark.queries[q].id,
+                    "item_id": benchmark.items[i].id,
+                    "rank": rank,
+                    "score": float(final[q, i]),
+                    "coarse_score": float(scores.coarse[q, i]),
+                    "fine_score": None if np.isnan(margin) else margin,
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=RUN)
