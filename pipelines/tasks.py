@@ -26,20 +26,21 @@ def collect(tasks: list[Any], what: str) -> list[Any]:
     import ray
 
     waiting, started = list(tasks), time.monotonic()
-    results: dict[Any, Any] = {}
     try:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
-            results |= zip(ready, ray.get(ready), strict=True)
-            eta = (time.monotonic() - started) / len(results) * len(waiting)
-            show(f"{what} {len(results)}/{len(tasks)}  ETA {eta:.0f} s")
+            ray.get(ready)  # raises what ended it
+            ended = len(tasks) - len(waiting)
+            eta = (time.monotonic() - started) / ended * len(waiting)
+            show(f"{what} {ended}/{len(tasks)}  ETA {eta:.0f} s")
+        results: list[Any] = ray.get(tasks)
     except ray.exceptions.RayTaskError as error:
         for task in waiting:  # they would only fail too, one after the other
             ray.cancel(task)
         if isinstance(error.cause, SlqError):
             raise error.cause from None  # ours say all in one line; Ray's wrapper adds a traceback
         raise
-    return [results[task] for task in tasks]
+    return results
 
 
 def model_task(function: Callable[..., Any], gpus: float, **options: Any) -> Any:

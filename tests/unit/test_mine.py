@@ -119,8 +119,9 @@ def test_the_flow_asks_for_gpus_where_the_model_runs_and_ships_no_pictures(
         for side in ("query", "positive")
     }
     assert per_side == {"query": list(range(12)), "positive": list(range(24))}
-    assert all(o == {"num_cpus": 1, "num_gpus": 0.5, "num_returns": 2} for o, _ in embedded)
-    assert all(o == {"num_cpus": 1, "num_gpus": 0.5} for o, _ in recorder.of(score_part))
+    kept = {"num_cpus": 1, "num_gpus": 0.5, "max_calls": 0}  # with the model that it has loaded
+    assert all(o == {**kept, "num_returns": 2} for o, _ in embedded)
+    assert all(o == kept for o, _ in recorder.of(score_part))
     assert all(o == {"num_cpus": 1} for o, _ in recorder.of(search_part))
     for _, options, arguments in recorder.calls:
         sent = [a for a in arguments if not isinstance(a, Ref)]
