@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -241,11 +242,11 @@ def kill_a_worker_when(
             if time.monotonic() > deadline:
                 return
             time.sleep(0.002)
-        victims = [
-            process.pid
-            for process in psutil.process_iter(["cmdline"])
-            if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
-        ]
+        victims = []
+        for process in psutil.Process().children(recursive=True):  # of this session's own Ray
+            with suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    victims.append(process.pid)
         if victims:
             killed.append(rng.choice(sorted(victims)))
             os.kill(killed[-1], signal.SIGKILL)
