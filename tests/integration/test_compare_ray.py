@@ -24,9 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cl
 STUDY = {
     "recipe": "base.yaml",
     "retention_scenes": 3,
-    "tune_steps": 2,
     "runs": {
-        "SLQ": {"tune": {"train.lr": [0.01, 0.02]}},
+        "SLQ": {},  # a tuned run is the same flows again, in an order that a recorder sees
         "LoRA": {"set": {"adapter.method": "lora", "train.lr": 0.05}},
     },
 }
@@ -77,8 +76,6 @@ def test_every_run_has_every_figure(studied: tuple[Path, dict[str, Any]]) -> Non
     assert {"trained", "training s", "peak GiB", "match kept", "caption kept", "weights"} < set(
         found
     )
-    assert [trial["value"] for trial in slq["tuned"]["trials"]] == [0.01, 0.02]
-    assert all(0 <= trial["text_to_image/hit@1"] <= 1 for trial in slq["tuned"]["trials"])
     assert all((out / f"study.{kind}").is_file() for kind in ("json", "md", "png"))
 
 

@@ -287,7 +287,7 @@ def test_a_run_whose_workers_are_killed_has_the_losses_of_a_whole_one(
 def test_a_full_disk_ends_in_words_and_the_same_command_finishes(
     recipe: Recipe, adapter: Path, small_disk: Path
 ) -> None:
-    local = changed(recipe, train={"max_failures": 1}, storage={"dir": small_disk / "run"})
+    local = changed(recipe, train={"max_failures": 0}, storage={"dir": small_disk / "run"})
     with pytest.raises(StorageError, match=r"No space left on device.*free space") as caught:
         train(local)
     assert len(str(caught.value).splitlines()) == 1
