@@ -25,7 +25,8 @@ def test_the_first_failure_is_raised_at_once_and_the_rest_is_cancelled() -> None
     def fail_or_wait(number: int) -> None:
         if number == 0:
             raise DataError("no item 0")
-        time.sleep(60)
+        for _ in range(600):  # an interrupt comes between two steps of Python
+            time.sleep(0.1)
 
     task = ray.remote(num_cpus=0, max_retries=0)(fail_or_wait)
     tasks = [task.remote(n) for n in range(3)]
@@ -33,8 +34,9 @@ def test_the_first_failure_is_raised_at_once_and_the_rest_is_cancelled() -> None
     with pytest.raises(SlqError, match="no item 0"):
         collect(tasks, "did")
     assert time.monotonic() - started < 30
-    with pytest.raises(ray.exceptions.RayError):
-        ray.get(tasks[1], timeout=30)
+    for task_ref in tasks[1:]:
+        with pytest.raises(ray.exceptions.TaskCancelledError):
+            ray.get(task_ref, timeout=30)
 
 
 def test_a_process_with_a_gpu_would_be_kept_for_the_next_task() -> None:
