@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from slq.artifacts import Adapter, fingerprint, load_adapter, load_adapter_config, settings_of
-from slq.backbones import Backbone, load_backbone
+from slq.backbones import Backbone, Prompts, load_backbone
 from slq.errors import DataError
 from slq.latent_queries import LatentQueries
 from slq.media import decode_image, to_rgb
@@ -88,7 +88,12 @@ class Encoder:
     @torch.no_grad()
     def encode_items(self, items: Sequence[Item]) -> Tensor:
         """One forward pass over a batch: (batch, hidden) float32 on the backbone's device."""
-        return self.encode_prefix(self.backbone.prefix(self.backbone.prompts(items)))
+        return self.encode_prompts(self.backbone.prompts(items))
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Prompts) -> Tensor:
+        """One forward pass over token sequences that are ready: (batch, hidden) float32 on the backbone's device."""
+        return self.encode_prefix(self.backbone.prefix(prompts))
 
     @torch.no_grad()
     def encode_prefix(self, prefix: Prefix) -> Tensor:

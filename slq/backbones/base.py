@@ -1,63 +1,25 @@
-"""What every backbone offers: prompts from items, a frozen prefix pass, and a pass of what follows the prefix.
-
-A prompt is one user turn that holds the image and/or the text, its end, and the opened assistant turn. It is built from
-three token runs: `opening` (up to and including the image), `text`, and `closing` (end of turn, assistant opened). So a
-long text is cut without touching the closing tokens, and an image prefix can be shared by all that may follow it.
-"""
+"""What every backbone offers: a frozen prefix pass over prompts, and a pass of what follows the prefix."""
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from slq.backbones.attention import use_grouped_attention
+from slq.backbones.prompting import Prompt, PromptBuilder, Prompts, PromptSettings
 from slq.backbones.vision import VisionFeatures, join_features, split_features
 from slq.errors import DataError
-from slq.media import sanitise_text
 from slq.prefix import Prefix
-from slq.schema import Item
 
-_TEXT_SLOT = "slq text slot"  # stands for the user's text while the chat template is rendered
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """How items become token sequences; part of the fingerprint.
-
-    Attributes:
-        prompt: Instruction after the content; empty in the paper.
-        max_text_tokens: Longest caption; more is cut, never the closing tokens.
-        padding_side: `right` or `left`; embeddings do not depend on it.
-    """
-
-    prompt: str = ""
-    max_text_tokens: int = 128
-    padding_side: str = "right"
+__all__ = ["Backbone", "Prompt", "PromptSettings", "Prompts", "last_places", "prefix_of"]
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """A padded batch of token sequences with their images.
-
-    Attributes:
-        input_ids: (batch, seq) int64.
-        mask: (batch, seq) bool.
-        vision: Keyword arguments of the model's vision part; empty without images.
-    """
-
-    input_ids: Tensor
-    mask: Tensor
-    vision: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Backbone(ABC):
+class Backbone(PromptBuilder):
     """A frozen multimodal LLM of one family.
 
     Args:
@@ -73,8 +35,6 @@ class Backbone(ABC):
     """
 
     position_axes = 1  # M-RoPE families have three
-    vision_inputs: tuple[str, ...] = ("pixel_values",)
-    image_settings: ClassVar[Mapping[str, Any]] = {}  # what the processor is told with every image
     stacks_features = False  # whether the model wants the features of all images as one tensor
 
     def __init__(
@@ -89,24 +49,10 @@ class Backbone(ABC):
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         use_grouped_attention(self.decoder)
-        self.processor = processor
-        self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+        super().__init__(processor, settings)
         self.name = name
         self.revision = revision
         self.max_pixels = max_pixels
-        self.settings = settings or PromptSettings()
-        self.special_tokens = tuple(
-            sorted(
-                {str(t) for t in self.tokenizer.get_added_vocab()}
-                | set(self.tokenizer.all_special_tokens)
-            )
-        )
-        self._opening = {kind: self._render(kind)[0] for kind in (True, False)}
-        # A space before the text belongs to its first token ("User: a dog" is "User", ":", " a", " dog").
-        plain = self._opening[False].rstrip(" ")
-        self._text_lead = self._opening[False][len(plain) :]
-        self._plain_ids = self.token_ids(plain)
-        self._closing_ids = self.token_ids(self._render(False)[1])
         self.fit_processor()
 
     # What the family decides ---------------------------------------------------------------------------------
@@ -134,35 +80,11 @@ class Backbone(ABC):
         running = prompts.mask.long().cumsum(1).sub(1).clamp(min=0)
         return running[None]
 
-    def image_arguments(
-        self, images: Sequence[Any]
-    ) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
-        """Token ids of `opening` with each image's placeholders, and each image's vision arguments.
-
-        The arguments of several images, joined along their first axis, are those of the batch.
-        """
-        opening = self._opening[True]
-        ids, vision = [], []
-        for image in images:
-            encoded = self.processor(
-                text=[opening],
-                images=[self.prepared(image)],
-                return_tensors="pt",
-                **self.image_settings,
-            )
-            ids.append(encoded["input_ids"][0].tolist())
-            vision.append({name: encoded[name] for name in self.vision_inputs})
-        return ids, vision
-
-    def prepared(self, image: Image.Image) -> Image.Image:
-        """The image as the processor gets it."""
-        return image
-
     @abstractmethod
     def image_limits(self) -> dict[str, int]:
         """What decides how many pixels and tokens an image gets; part of the fingerprint."""
 
-    def fit_processor(self) -> None:  # noqa: B027 - a hook that most families need not have
+    def fit_processor(self) -> None:
         """Make the processor agree with the model and `max_pixels`; called once, when all else is set."""
 
     # Sizes and identity --------------------------------------------------------------------------------------
@@ -174,9 +96,9 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are, and so the inputs go; the CPU for a model without weights."""
         device: torch.device = self.model.device
-        return device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,82 +144,6 @@ class Backbone(ABC):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    # Prompts -------------------------------------------------------------------------------------------------
-
-    def _render(self, with_image: bool) -> tuple[str, str]:
-        content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
-        content.append({"type": "text", "text": _TEXT_SLOT})
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=self.processor.chat_template or self.tokenizer.chat_template,
-        )
-        before, after = str(rendered).split(_TEXT_SLOT)
-        return before, after
-
-    def token_ids(self, text: str) -> list[int]:
-        """Tokens of trusted text, control tokens included; user text goes through `clean_text` first."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    @property
-    def closing_ids(self) -> list[int]:
-        """Tokens that end the user's turn and open the assistant's."""
-        return self._closing_ids
-
-    def clean_text(self, text: str) -> str:
-        """User text without control tokens, cut to `max_text_tokens`."""
-        clean = sanitise_text(text, self.special_tokens)
-        ids = self.token_ids(clean)
-        limit = self.settings.max_text_tokens
-        return clean if len(ids) <= limit else str(self.tokenizer.decode(ids[:limit]))
-
-    def text_ids(self, text: str, *, lead: str = "") -> list[int]:
-        """Tokens of `clean_text`, at most `max_text_tokens`, after a `lead` that is joined with its first token."""
-        return self.token_ids(lead + self.clean_text(text))[: self.settings.max_text_tokens]
-
-    def prompts(self, items: Sequence[Item], *, close: bool = True) -> Prompts:
-        """Token sequences of a batch of items.
-
-        Args:
-            items: Texts, images or both, mixed freely.
-            close: Whether to end the user's turn and open the assistant's. Without it the result is the open
-                image prefix that several questions can follow.
-        """
-        if not items:
-            raise DataError("an empty batch cannot be encoded; pass at least one item")
-        pictures = [item.image for item in items if item.image is not None]
-        opened, vision = self.image_arguments(pictures) if pictures else ([], [])
-        with_image = iter(opened)
-        instruction = self.token_ids(self.settings.prompt) if self.settings.prompt else []
-        sequences = []
-        for item in items:
-            shown = item.image is not None
-            ids = list(next(with_image)) if shown else list(self._plain_ids)
-            if (item.text or "").strip():
-                ids += self.text_ids(str(item.text), lead="" if shown else self._text_lead)
-            sequences.append(ids + (instruction + self._closing_ids if close else []))
-        merged = {
-            name: torch.cat([part[name] for part in vision])
-            for name in self.vision_inputs
-            if vision
-        }
-        input_ids, mask = self.pad(sequences)
-        return Prompts(input_ids, mask, {k: v.to(self.device) for k, v in merged.items()})
-
-    def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(batch, seq) ids and mask of ragged token sequences, padded on the configured side."""
-        seq = max(len(ids) for ids in sequences)
-        filler = self.tokenizer.pad_token_id or 0
-        left = self.settings.padding_side == "left"
-        ids = torch.full((len(sequences), seq), int(filler))
-        mask = torch.zeros((len(sequences), seq), dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            place = slice(seq - len(sequence), seq) if left else slice(0, len(sequence))
-            ids[row, place] = torch.tensor(sequence)
-            mask[row, place] = True
-        return ids.to(self.device), mask.to(self.device)
 
     # Passes --------------------------------------------------------------------------------------------------
 
@@ -408,7 +254,7 @@ class Backbone(ABC):
             "mm_encoder_outputs": {"image": join_features(features, stack=self.stacks_features)}
         }
 
-    def _forget(self) -> None:  # noqa: B027 - a hook that most families need not have
+    def _forget(self) -> None:
         """Clear state that a family keeps on the module between calls."""
 
 

@@ -55,6 +55,7 @@ def load_backbone(
     dtype: str = "float32",
     max_pixels: int | None = None,
     settings: PromptSettings | None = None,
+    weights: bool = True,
 ) -> Backbone:
     """Load a frozen backbone.
 
@@ -66,6 +67,7 @@ def load_backbone(
         max_pixels: Largest image area handed to a Qwen-VL vision tower; its processor's default otherwise. The
             other families see one tile of their model's size.
         settings: How items become prompts.
+        weights: Without them it only builds prompts, and takes no memory to speak of.
 
     Raises:
         ConfigError: The model cannot be found, its family is not supported, or cannot follow `max_pixels`.
@@ -85,12 +87,16 @@ def load_backbone(
             f"backbone {name!r} is of family {config.model_type!r}; supported: {known}"
         )
     family, processor_class = FAMILIES[config.model_type]
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, revision=revision, dtype=getattr(torch, dtype)
-    )
+    if weights:
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, revision=revision, dtype=getattr(torch, dtype)
+        ).to(device)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
     processor = load_processor(source, processor_class, revision=revision)
     return family(
-        model.to(device),
+        model,
         processor,
         name=name,
         revision=_revision(source, config, revision),

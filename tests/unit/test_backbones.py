@@ -14,7 +14,7 @@ from slq.backbones import FAMILIES, load_backbone
 from slq.backbones.base import PromptSettings
 from slq.backbones.random_weights import Draw, random_backbone
 from slq.encoder import Encoder
-from slq.errors import ArtifactMismatchError, ConfigError
+from slq.errors import ArtifactMismatchError, ConfigError, DataError
 from slq.latent_queries import LatentQueries
 from slq.schema import Item
 from tests.families import BUILDERS, HIDDEN, SIZES, picture, save
@@ -223,3 +223,25 @@ def test_no_marker_of_an_image_can_be_written_by_the_user(name: str) -> None:
     control = {int(backbone.tokenizer.convert_tokens_to_ids(marker)) for marker in markers}
     for marker in sorted(markers):
         assert not control & set(backbone.text_ids(f"a {marker} dog"))
+
+
+def test_a_backbone_without_weights_builds_the_same_prompts(family: str, tmp_path: Path) -> None:
+    backbone = BUILDERS[family]()
+    bare = load_backbone(str(save(backbone, tmp_path)), weights=False)
+    assert bare.model.device.type == "meta"
+    for ours, theirs in zip(bare.tokenised(MIXED), backbone.tokenised(MIXED), strict=True):
+        assert ours.ids == theirs.ids
+        assert ours.vision.keys() == theirs.vision.keys()
+        assert all(torch.equal(ours.vision[name], theirs.vision[name]) for name in ours.vision)
+
+
+def test_sequences_of_single_items_join_to_the_prompts_of_the_batch(family: str) -> None:
+    backbone = BUILDERS[family]()
+    together = backbone.prompts(MIXED)
+    joined = backbone.collate([backbone.tokenised([item])[0] for item in MIXED])
+    assert torch.equal(joined.input_ids, together.input_ids)
+    assert torch.equal(joined.mask, together.mask)
+    assert joined.vision.keys() == together.vision.keys()
+    assert all(torch.equal(joined.vision[name], together.vision[name]) for name in joined.vision)
+    with pytest.raises(DataError, match="empty batch"):
+        backbone.collate([])
