@@ -23,6 +23,7 @@ from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
 from slq.errors import StorageError
+from slq.quantization import cut
 from slq.reranker import Reranker
 from slq.schema import Item
 
@@ -67,13 +68,6 @@ def embedding_space(recipe: Recipe) -> dict[str, Any]:
     return {"backbone": named, "fingerprint": adapter.fingerprint}
 
 
-def _cut(vectors: NDArray[np.float32], length: int) -> NDArray[np.float32]:
-    """The first values of each vector, (rows, length), as unit vectors again."""
-    cut = vectors[:, :length]
-    lengths: NDArray[np.float32] = np.linalg.norm(cut, axis=1, keepdims=True)
-    return cut / lengths
-
-
 def measured_systems(recipe: Recipe) -> list[str]:
     """The systems of the recipe; after the trained one come the variants that were trained with it."""
     systems: list[str] = []
@@ -94,8 +88,8 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> dict[str, Scores]:
         coarse = found[num_items:] @ found[:num_items].T
         scores[system] = Scores(coarse, np.full_like(coarse, np.nan))
         for length in recipe.eval.dimensions if system == "slq" else ():
-            cut = _cut(found, length)
-            coarse = cut[num_items:] @ cut[:num_items].T
+            short = cut(found, length)
+            coarse = short[num_items:] @ short[:num_items].T
             name = f"{system}{LENGTH_MARK}{length}"
             scores[name] = Scores(coarse, np.full_like(coarse, np.nan))
     if "slq_fine" in scores:

@@ -30,6 +30,9 @@ class BackboneConfig(Section):
     """Largest image area for Qwen-VL vision towers; the processor's default if null."""
 
 
+CorpusFormat = Literal["auto", "images", "parquet", "webdataset", "jsonl", "csv", "text"]
+
+
 class DataConfig(Section):
     """Where the records are. With `scenes`, `karpathy` or `mmeb`, missing files are generated into `dir`."""
 
@@ -37,8 +40,13 @@ class DataConfig(Section):
     """Folder that relative file names below belong to."""
     train: Path = Path("train.parquet")
     """Pairs: id, image (bytes) or uri, text; or pairs of items, as `pipelines.pairs.Pairs` reads them."""
-    corpus: Path = Path("gallery.parquet")
-    """Items to embed: a Parquet file (id, image or uri, and/or text) or a folder of images."""
+    corpus: str = "gallery.parquet"
+    """Items to embed, a file or a folder, here or as `s3://bucket/prefix`: images; Parquet, JSONL or CSV with id and
+    image, uri and/or text; WebDataset tars; texts, one a line."""
+    corpus_format: CorpusFormat = "auto"
+    """Told by names if `auto`."""
+    columns: dict[Literal["id", "text", "image", "uri"], str] = {}
+    """How the corpus calls our columns: ours -> its own."""
     queries: Path = Path("queries.parquet")
     """Queries: id, text and/or image, kind."""
     relevance: Path = Path("relevance.parquet")
@@ -61,8 +69,13 @@ class DataConfig(Section):
 
     def path(self, name: str) -> Path:
         """Absolute or `dir`-relative path of one of the files above."""
-        value: Path = getattr(self, name)
+        value = Path(getattr(self, name))
         return value if value.is_absolute() else self.dir / value
+
+    @property
+    def corpus_location(self) -> str:
+        """Where the corpus is: a path or a url."""
+        return self.corpus if "://" in self.corpus else str(self.path("corpus"))
 
 
 class MineConfig(Section):
@@ -86,17 +99,44 @@ class MineConfig(Section):
         return self
 
 
+Output = Literal["float16", "int8", "binary"]
+
+
 class EmbedConfig(Section):
     """How a corpus becomes an embedding data set."""
 
     shard_rows: Annotated[int, Field(gt=0)] = 256
     """Items per shard, the unit of retry and of commit; some 262,144 for large corpora."""
     batch_size: Annotated[int, Field(gt=0)] = 32
-    """Items per forward pass."""
+    """Items per forward pass at most."""
+    batch_tokens: Annotated[int, Field(gt=0)] = 8192
+    """Tokens per forward pass at most, padding included; a longer item has a pass of its own."""
+    piece_rows: Annotated[int, Field(gt=0)] = 4096
+    """Items that travel together from reading to writing; batches are sorted by length among them."""
+    piece_bytes: Annotated[int, Field(gt=0)] = 64 * 2**20
+    """Bytes of prepared tensors in such a piece; what decides for images."""
+    outputs: tuple[Output, ...] = ("float16",)
+    """Columns of vectors: `embedding`, and on request `embedding_int8` and `embedding_bits`."""
+    calibration_rows: Annotated[int, Field(gt=0)] = 2048
+    """Items, from all over the corpus, that the ranges of int8 and binary vectors are measured on, once."""
+    dimension: Annotated[int, Field(gt=0)] | None = None
+    """Keep only this many leading values of each vector (see train.matryoshka); all if null."""
+    adapters: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], Path] = {}
+    """Further adapters of the same backbone, embedded in the same pass: name -> folder, column `embedding_NAME`."""
+    deterministic: bool = False
+    """One item per pass on one thread: the same bits whatever stands beside an item; far slower."""
     num_threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of each encoder actor; 0 leaves torch's default."""
     max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of quarantined items above which the run fails."""
+
+    @model_validator(mode="after")
+    def _float16_is_there(self) -> "EmbedConfig":
+        if "float16" not in self.outputs or len(set(self.outputs)) < len(self.outputs):
+            raise ValueError(
+                "outputs must hold float16, which index and checks read, and nothing twice"
+            )
+        return self
 
 
 class RerankConfig(Section):
@@ -161,6 +201,8 @@ class ResourcesConfig(Section):
     train_workers: Annotated[int, Field(gt=0)] = 2
     embed_workers: Annotated[int, Field(gt=0)] = 1
     """Encoder actors."""
+    prepare_workers: Annotated[int, Field(gt=0)] | None = None
+    """Tasks that read, decode and tokenise beside them, one CPU each; as many as find a CPU if null."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """GPUs of each training worker and encoder actor; fractions share a GPU between encoders."""
     serve_replicas: Annotated[int, Field(gt=0)] = 1
@@ -177,6 +219,11 @@ class StorageConfig(Section):
 
     dir: Path = Path("runs/demo")
     """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`."""
+    embedding_dir: str | None = None
+    """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
+    reach it."""
+    retry_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long failures of an object store are tried again before the run ends; it can be resumed."""
     checkpoints: str | None = None
     """Where training checkpoints go: a folder or `s3://bucket/prefix`; `dir`/ray if null. All workers must reach it."""
 
@@ -190,9 +237,9 @@ class StorageConfig(Section):
         return self.dir / VARIANTS / name
 
     @property
-    def embeddings(self) -> Path:
+    def embeddings(self) -> str:
         """The embedding data set."""
-        return self.dir / "embeddings"
+        return self.embedding_dir or str(self.dir / "embeddings")
 
     @property
     def index(self) -> Path:

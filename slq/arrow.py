@@ -1,5 +1,8 @@
 """Arrow schemas of the files that stages exchange; apart from `slq.schema`, which needs no pyarrow."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyarrow as pa
 
 from slq.errors import DataError
@@ -44,21 +47,41 @@ ERRORS = pa.schema(
         ("stage", pa.string()),
         ("error", pa.string()),
         ("message", pa.string()),
+        ("shard_id", pa.int32()),
+        ("row_in_shard", pa.int32()),
     ]
 )
 """Quarantined rows: `error` is the stable short reason."""
 
 
-def embedding_schema(dimension: int, user_fields: list[pa.Field]) -> pa.Schema:
+def embedding_schema(
+    dimension: int,
+    user_fields: Sequence[pa.Field],
+    *,
+    outputs: Sequence[str] = ("float16",),
+    adapters: Sequence[str] = (),
+) -> pa.Schema:
     """Columns of an embedding shard.
 
     Args:
         dimension: Length of a vector.
         user_fields: The user's own columns, appended at the end.
+        outputs: `int8` and `binary` ask for `embedding_int8`, and for `embedding_bits`, the bytes of `to_bits`.
+        adapters: Names of further adapters, each with a column `embedding_NAME`.
     """
+    vectors = [pa.field("embedding", pa.list_(pa.float16(), dimension), nullable=False)]
+    if "int8" in outputs:
+        vectors.append(pa.field("embedding_int8", pa.list_(pa.int8(), dimension), nullable=False))
+    if "binary" in outputs:
+        num_bytes = -(-dimension // 8)
+        vectors.append(pa.field("embedding_bits", pa.list_(pa.uint8(), num_bytes), nullable=False))
+    vectors += [
+        pa.field(f"embedding_{name}", pa.list_(pa.float16(), dimension), nullable=False)
+        for name in adapters
+    ]
     own = [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("embedding", pa.list_(pa.float16(), dimension), nullable=False),
+        *vectors,
         pa.field("modality", pa.string(), nullable=False),
         pa.field("uri", pa.string()),
         pa.field("text", pa.string()),
@@ -68,8 +91,16 @@ def embedding_schema(dimension: int, user_fields: list[pa.Field]) -> pa.Schema:
         pa.field("shard_id", pa.int32(), nullable=False),
         pa.field("row_in_shard", pa.int32(), nullable=False),
     ]
-    names = {f.name for f in own}
-    clash = sorted(names & {f.name for f in user_fields})
+    names = [field.name for field in own]
+    clash = sorted({name for name in names if names.count(name) > 1})
+    clash += sorted(set(names) & {field.name for field in user_fields})
     if clash:
-        raise DataError(f"user columns {', '.join(clash)} clash with slq's own; rename them")
+        raise DataError(
+            f"columns {', '.join(clash)} of the user or of an adapter clash with slq's own; rename them"
+        )
     return pa.schema([*own, *user_fields])
+
+
+def vector_column(vectors: Any) -> pa.Array:
+    """A fixed-size list column of an (n, length) array, without copying."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])

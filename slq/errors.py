@@ -54,6 +54,10 @@ class StorageError(SlqError):
     """The output cannot be written: no space, no permission, or the store failed."""
 
 
+class InterruptedRunError(SlqError):
+    """A signal ended a run that can go on later."""
+
+
 class ServiceError(SlqError):
     """The online service cannot start or answer, for example because its port is in use."""
 

@@ -1,0 +1,258 @@
+"""The driver's side of the flow: Ray Data from shard ids to written pieces, sealing, commits, and how far the run is."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.embedding.arrivals import Arrivals
+from pipelines.embedding.encode import THREADS, EncodePieces
+from pipelines.embedding.flow import Flow
+from pipelines.embedding.metrics import count
+from pipelines.embedding.pieces import FAILURE, Work, failure_text, raise_failure
+from pipelines.embedding.prepare import prepare
+from pipelines.embedding.seal import remove_pieces, seal
+from pipelines.embedding.write import Written, write_piece
+from pipelines.ledger import Commit, Ledger
+from pipelines.progress import show
+from slq.errors import ArtifactError, SlqError
+
+log = logging.getLogger(__name__)
+_MOST_SEALING = 8  # shards whose files are being written at once
+_BLOCK_BYTES = 128  # below any piece and above any shard id: every row is a block of its own
+_SHOW_EVERY_S = 2.0
+
+
+@dataclass
+class Totals:
+    """What the run has to do, and what it did.
+
+    Attributes:
+        num_shards: Of the whole data set.
+        num_rows: Of the whole data set; None where its corpus tells only when it is read.
+        committed: Records of shards that earlier runs, or this one, have committed.
+        workers: Encoders.
+    """
+
+    num_shards: int
+    num_rows: int | None
+    committed: dict[int, Commit]
+    workers: int
+    good: int = 0
+    bad: int = 0
+    work: Work = field(default_factory=Work)
+    started: float = field(default_factory=time.monotonic)
+    first_piece: float | None = None
+    shown: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.before = sum(one.rows + one.quarantined for one in self.committed.values())
+
+    def add(self, piece: Written) -> None:
+        """Note a written piece."""
+        if self.first_piece is None:  # the models are loaded, so from here on rates mean something
+            self.first_piece = time.monotonic()
+            self.first_rows, self.first_busy = piece.good + piece.bad, piece.busy_s
+        self.good += piece.good
+        self.bad += piece.bad
+        self.work.add(Work(piece.items, piece.tokens, piece.padded_tokens, piece.busy_s))
+
+    @property
+    def rows(self) -> int:
+        """Rows of this run, quarantined ones included."""
+        return self.good + self.bad
+
+    @property
+    def rows_per_s(self) -> float:
+        """Since the first piece came, without it; 0 before there is a second one."""
+        return (self.rows - self.first_rows) / self._steady_s if self._steady_s else 0.0
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the encoders' time that their models worked, since the first piece came."""
+        if not self._steady_s:
+            return 0.0
+        return (self.work.busy_s - self.first_busy) / (self._steady_s * self.workers)
+
+    @property
+    def _steady_s(self) -> float:
+        if self.first_piece is None or self.rows == self.first_rows:
+            return 0.0
+        return time.monotonic() - self.first_piece
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the batches' tokens that were padding."""
+        return 1 - self.work.tokens / self.work.padded_tokens if self.work.padded_tokens else 0.0
+
+    def eta_s(self) -> float | None:
+        """Seconds until the end at this pace; None while it is not known."""
+        if not self.rows_per_s:
+            return None
+        if self.num_rows is not None:
+            return max(0.0, self.num_rows - self.before - self.rows) / self.rows_per_s
+        done = len(self.committed)
+        return (time.monotonic() - self.started) / done * (self.num_shards - done) if done else None
+
+    def line(self) -> str:
+        """How far the run is."""
+        eta = self.eta_s()
+        of_rows = "" if self.num_rows is None else f"/{self.num_rows:,}"
+        return (
+            f"embed shard {len(self.committed)}/{self.num_shards}  "
+            f"{self.before + self.rows:,}{of_rows} rows  {self.rows_per_s:.0f} rows/s  "
+            f"encoders busy {self.busy_share:.0%}  padding {self.padding_share:.1%}  "
+            f"quarantined {self.bad}  ETA {'?' if eta is None else clock(eta)}"
+        )
+
+    def tell(self, *, now: bool = False) -> None:
+        """Show the line, at most every two seconds unless `now`."""
+        if now or time.monotonic() - self.shown > _SHOW_EVERY_S:
+            self.shown = time.monotonic()
+            show(self.line())
+
+
+def clock(seconds: float) -> str:
+    """A duration as people read it: `45 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for limit, size, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            value = seconds / size
+            return f"{value:.1f} {name}" if name == "h" else f"{value:.0f} {name}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def run(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) -> None:
+    """Embed shards and commit them.
+
+    Args:
+        flow: What the workers know.
+        ledger: The data set.
+        todo: `shard_id` and `rows` of each shard, as `prepare` takes them.
+        totals: Counts what is done.
+
+    Raises:
+        SlqError: What ended the run; committed shards stay.
+    """
+    again = {one["shard_id"]: totals.committed[one["shard_id"]] for one in todo if one["rows"]}
+    arrivals, sealing = Arrivals(), Sealing(flow)
+    for piece in written_pieces(dataset(flow, todo, totals.workers).iter_rows()):
+        totals.add(piece)
+        complete = arrivals.add(piece)
+        if complete is not None:
+            sealing.submit(complete, again.get(piece.shard_id))
+        for commit, pieces in sealing.finished():
+            settle(flow, ledger, commit, pieces, totals)
+        totals.tell()
+    for commit, pieces in sealing.finished(wait=True):
+        settle(flow, ledger, commit, pieces, totals)
+    totals.tell(now=True)
+
+
+def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
+    """The flow on Ray Data: the only place that says `map_batches`."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+    context = DataContext.get_current()
+    context.target_max_block_size = _BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    resources = flow.recipe.resources
+    whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    preparing = resources.prepare_workers
+    return (
+        ray.data.from_items(todo, override_num_blocks=len(todo))
+        .map_batches(
+            prepare,
+            **whole,
+            fn_kwargs={"flow": flow},
+            compute=TaskPoolStrategy(size=preparing) if preparing else None,
+            num_cpus=1,
+        )
+        .map_batches(
+            EncodePieces,
+            **whole,
+            fn_constructor_kwargs={"flow": flow},
+            compute=ActorPoolStrategy(
+                size=workers,
+                max_concurrent_calls_per_actor=THREADS,
+                max_tasks_in_flight_per_actor=2 * THREADS,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=0 if resources.gpus_per_worker else 1,
+            num_gpus=resources.gpus_per_worker or None,
+        )
+        .map_batches(write_piece, **whole, fn_kwargs={"flow": flow}, num_cpus=0.5)
+    )
+
+
+def written_pieces(records: Iterable[dict[str, Any]]) -> Iterator[Written]:
+    """The records of written pieces; an error of ours among them is raised."""
+    for record in records:
+        raise_failure(record)
+        yield Written(**{name: value for name, value in record.items() if name != FAILURE})
+
+
+def settle(
+    flow: Flow, ledger: Ledger, commit: Commit, pieces: list[Written], totals: Totals
+) -> None:
+    """Commit a sealed shard, and remove its pieces."""
+    if ledger.commit(commit):
+        count("written_bytes", commit.bytes)
+    totals.committed[commit.shard_id] = commit
+    remove_pieces(ledger.store, flow.run, pieces)
+
+
+class Sealing:
+    """Shards whose files are being written by tasks.
+
+    Args:
+        flow: What the run knows.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        import ray
+
+        self._flow = flow
+        self._task = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(sealed)
+        self._pieces: dict[Any, list[Written]] = {}
+
+    def submit(self, pieces: list[Written], before: Commit | None) -> None:
+        """Begin with a shard."""
+        self._pieces[self._task.remote(self._flow, pieces, before)] = pieces
+
+    def finished(self, *, wait: bool = False) -> Iterator[tuple[Commit, list[Written]]]:
+        """Shards that are done; with `wait` all of them, and otherwise so many that few enough are left.
+
+        Raises:
+            SlqError: A shard's files cannot be written.
+        """
+        import ray
+
+        while self._pieces:
+            patient = wait or len(self._pieces) > _MOST_SEALING
+            ready, _ = ray.wait(
+                list(self._pieces), num_returns=1, timeout=None if patient else 0
+            )
+            if not ready:
+                return
+            pieces = self._pieces.pop(ready[0])
+            found = ray.get(ready[0])
+            if not isinstance(found, Commit):
+                raise_failure({FAILURE: found})
+            yield found, pieces
+
+
+def sealed(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit | str:
+    """`seal` as a task: the commit record, or the error that ends the run as text.
+
+    Another driver may have committed the shard and removed all pieces meanwhile: then its record is the answer.
+    """
+    try:
+        return seal(flow, pieces, before)
+    except SlqError as error:
+        other = flow.ledger().commits().get(pieces[0].shard_id)
+        if isinstance(error, ArtifactError) and other is not None and other != before:
+            return other
+        return failure_text(error)

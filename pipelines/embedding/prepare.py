@@ -1,0 +1,198 @@
+"""First stage, on CPU workers: read a shard, guard and decode its items, build token sequences, form batches.
+
+A bad item keeps its row and carries its reason; it never stops a shard, and never reaches the model. What the model
+needs is complete here, so that an encoder has nothing to do but forward passes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.corpus import Record, Shard, rows_changed
+from pipelines.embedding.flow import Flow
+from pipelines.embedding.pieces import (
+    Piece,
+    batches_by_tokens,
+    failure_block,
+    pack_prompts,
+    rows_schema,
+)
+from slq.backbones.prompting import Prompt, PromptBuilder
+from slq.errors import DataError, MediaError, SlqError
+from slq.media import decode_image
+from slq.schema import Item
+
+Row = dict[str, Any]
+
+
+def prepare(block: pa.Table, flow: Flow) -> Iterator[pa.Table]:
+    """Read one shard, piece by piece.
+
+    Args:
+        block: One row: `shard_id`, and `rows`, the row numbers to read again, or null for all.
+        flow: What the run knows.
+
+    Yields:
+        Pieces as blocks; or the error that ends the run.
+    """
+    (wanted,) = block.to_pylist()
+    try:
+        for piece in prepared_pieces(flow, wanted["shard_id"], wanted["rows"]):
+            yield piece.to_block()
+    except SlqError as error:
+        yield failure_block(error)
+
+
+def prepared_pieces(flow: Flow, shard_id: int, only: list[int] | None = None) -> Iterator[Piece]:
+    """The pieces of a shard, which depend on nothing but the corpus and the recipe.
+
+    Args:
+        flow: What the run knows.
+        shard_id: Which shard.
+        only: Row numbers, where not all are asked for.
+
+    Raises:
+        DataError: The corpus changed after it was planned.
+        StorageError: It cannot be reached.
+    """
+    shard = flow.plan().shard(shard_id)
+    corpus, chosen = flow.corpus(), None if only is None else frozenset(only)
+    draft, count, end = _Draft(flow, shard_id), 0, None if only is None else max(only)
+    for row, record in enumerate(corpus.records(shard)):
+        count += 1
+        if chosen is not None and row not in chosen:
+            if end is not None and row > end:
+                break
+            continue
+        if draft.is_full:
+            yield draft.finished(last=False)
+        draft.add(row, record)
+    if only is None:
+        _require_unchanged(flow, shard, count)  # who reads rows again may have mended their files
+    yield draft.finished(last=True)
+
+
+def _require_unchanged(flow: Flow, shard: Shard, count: int) -> None:
+    """A shard's last piece, and so its commit, comes only if the corpus is what was planned."""
+    if shard.num_rows is not None and count != shard.num_rows:
+        raise rows_changed(shard, count)
+    flow.corpus().require_unchanged(shard)
+
+
+class _Draft:
+    """The piece that is being filled.
+
+    Args:
+        flow: What the run knows.
+        shard_id: The shard that is read.
+    """
+
+    def __init__(self, flow: Flow, shard_id: int) -> None:
+        self._builder = flow.builder()
+        self._section = flow.recipe.embed
+        self._dtype = _dtype_of(flow)
+        self._schema = rows_schema(flow.user_fields)
+        self._user = [field.name for field in flow.user_fields]
+        self._shard_id, self._number = shard_id, 0
+        self._start()
+
+    def _start(self) -> None:
+        self._rows: list[Row] = []
+        self._prompts: dict[int, Prompt] = {}  # by position in `_rows`
+        self._num_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the piece must leave before another row comes."""
+        return (
+            len(self._rows) >= self._section.piece_rows
+            or self._num_bytes >= self._section.piece_bytes
+        )
+
+    def add(self, row: int, record: Record) -> None:
+        """Take one record of the corpus."""
+        values, prompt = prepared_row(self._builder, record)
+        values["row"] = row
+        values |= {f"user.{name}": record.columns.get(name) for name in self._user}
+        if prompt is not None:
+            self._prompts[len(self._rows)] = prompt
+            self._num_bytes += sum(tensor.nbytes for tensor in prompt.vision.values())
+        self._rows.append(values)
+
+    def finished(self, *, last: bool) -> Piece:
+        """The piece as it is; what comes after goes into the next one."""
+        numbers, prompts = list(self._prompts), list(self._prompts.values())
+        section = self._section
+        batches = batches_by_tokens(
+            [len(prompt) for prompt in prompts],
+            [bool(prompt.vision) for prompt in prompts],
+            batch_size=1 if section.deterministic else section.batch_size,
+            batch_tokens=section.batch_tokens,
+        )
+        packed = [
+            pack_prompts([prompts[n] for n in batch], [numbers[n] for n in batch], self._dtype)
+            for batch in batches
+        ]
+        rows = pa.Table.from_pylist(self._rows, schema=self._schema)
+        piece = Piece(self._shard_id, self._number, last, rows, packed)
+        self._number += 1
+        self._start()
+        return piece
+
+
+def _dtype_of(flow: Flow) -> Any:
+    import torch
+
+    return getattr(torch, flow.recipe.backbone.dtype)
+
+
+def prepared_row(builder: PromptBuilder, record: Record) -> tuple[Row, Prompt | None]:
+    """What is stored of a record, and its token sequence; a refused one has a reason instead."""
+    row: Row = {
+        "id": record.id,
+        "uri": record.uri,
+        "text": record.text,
+        "content_hash": content_hash(record),
+        "stage": "decode",
+    }
+    if record.problem is not None:
+        return row | {"error": record.reason, "message": record.problem}, None
+    try:
+        item = _item(record)
+        row |= {"modality": item.modality}
+        if item.image is not None:
+            row |= {"width": item.image.width, "height": item.image.height}
+        (prompt,) = builder.tokenised([item])
+    except MediaError as error:
+        return row | {"error": error.reason, "message": str(error)}, None
+    except (ValueError, RuntimeError, DataError) as error:  # of processors and tokenizers
+        return row | {"error": "model_refused", "message": str(error), "stage": "prepare"}, None
+    return row, prompt
+
+
+def _item(record: Record) -> Item:
+    """The record with its image decoded.
+
+    Raises:
+        MediaError: Of the image, or there is nothing in the record.
+    """
+    text = record.text if has_text(record.text) else None
+    if record.image is not None:
+        return Item(id=record.id, text=text, image=decode_image(record.image))
+    if text is None:
+        raise MediaError("empty", "the item has neither an image nor a text")
+    return Item(id=record.id, text=text)
+
+
+def has_text(text: str | None) -> bool:
+    """Whether anything is left of a text without blanks and NULs."""
+    return bool((text or "").replace("\x00", " ").strip())
+
+
+def content_hash(record: Record) -> str:
+    """sha256 of an item's encoded image and text."""
+    digest = hashlib.sha256(record.image or b"")
+    digest.update(b"\x00" + (record.text or "").encode("utf-8", "replace"))
+    return digest.hexdigest()

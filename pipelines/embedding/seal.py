@@ -1,0 +1,144 @@
+"""Last stage: join the pieces of a finished shard into its files, and hash them for the commit record."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.embedding.flow import Flow
+from pipelines.embedding.pieces import table_from_bytes
+from pipelines.embedding.write import Written, piece_name
+from pipelines.failpoints import reach
+from pipelines.ledger import Commit, Ledger, attempt_name, new_attempt
+from pipelines.storage import LocalStore, Store
+from slq.arrow import ERRORS
+from slq.errors import ArtifactError, StorageError
+
+_GROUP_ROWS = 16_384  # some 30 MB of float16 vectors: enough to read fast, little enough to hold
+
+
+def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
+    """Write the files of a shard whose pieces are all there.
+
+    Args:
+        flow: What the run knows.
+        pieces: All pieces of the shard, in order.
+        before: The shard's last commit, where these pieces are its quarantined rows read again.
+
+    Returns:
+        The record to commit. The pieces are left to be removed after it.
+
+    Raises:
+        ArtifactError: A piece is gone: another driver has committed the shard and removed it.
+        StorageError: The files cannot be written.
+    """
+    ledger = flow.ledger()
+    shard_id, attempt = pieces[0].shard_id, new_attempt()
+    generation = 0 if before is None else before.generation + 1
+    data: Iterator[pa.Table] = _tables(ledger.store, flow.run, pieces, "data")
+    errors = list(_tables(ledger.store, flow.run, pieces, "errors"))
+    if before is not None:
+        old = _read(ledger, ledger.shard_name(shard_id, before.generation))
+        again = pa.concat_tables([old, *data]) if pieces else old
+        data = iter([again.sort_by("row_in_shard")])
+    reach("shard_before_write")
+    name = attempt_name(ledger.shard_name(shard_id, generation), attempt)
+    sha256, size, rows = _write(ledger.store, name, _groups(data, flow.shard_schema), flow.shard_schema)
+    errors_sha256, bad = None, 0
+    if errors:
+        name = attempt_name(ledger.errors_name(shard_id, generation), attempt)
+        errors_sha256, _, bad = _write(ledger.store, name, iter(errors), ERRORS)
+    reach("shard_after_write")
+    return Commit(
+        shard_id=shard_id,
+        rows=rows,
+        quarantined=bad,
+        sha256=sha256,
+        bytes=size,
+        attempt=attempt,
+        errors_sha256=errors_sha256,
+        generation=generation,
+    )
+
+
+def remove_pieces(store: Store, run: str, pieces: list[Written]) -> None:
+    """Remove the pieces of a committed shard."""
+    for piece in pieces:
+        for kind, rows in (("data", piece.good), ("errors", piece.bad)):
+            if rows:
+                store.remove(piece_name(run, piece.shard_id, piece.number, kind))
+
+
+def _tables(store: Store, run: str, pieces: list[Written], kind: str) -> Iterator[pa.Table]:
+    for piece in pieces:
+        if piece.good if kind == "data" else piece.bad:
+            name = piece_name(run, piece.shard_id, piece.number, kind)
+            try:
+                yield table_from_bytes(store.read(name))
+            except FileNotFoundError:
+                raise ArtifactError(
+                    f"piece {store.url(name)} is gone before its shard was committed"
+                ) from None
+
+
+def _read(ledger: Ledger, name: str) -> pa.Table:
+    with ledger.store.open(name) as file:
+        return pq.read_table(file)
+
+
+def _groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The same rows in tables of `_GROUP_ROWS`, whatever the pieces were."""
+    held = schema.empty_table()
+    for table in tables:
+        held = pa.concat_tables([held, table.cast(schema)])
+        while held.num_rows >= _GROUP_ROWS:
+            yield held.slice(0, _GROUP_ROWS)
+            held = held.slice(_GROUP_ROWS)
+    if held.num_rows:
+        yield held
+
+
+def _write(
+    store: Store, name: str, tables: Iterator[pa.Table], schema: pa.Schema
+) -> tuple[str, int, int]:
+    """Write a Parquet file; gives its sha256, bytes and rows. On a disk it is written where it stays."""
+    try:
+        if isinstance(store, LocalStore):
+            path = store.path(name)
+            return _fill(path, tables, schema)
+        with tempfile.TemporaryDirectory(prefix="slq-shard-") as folder:
+            path = Path(folder) / "shard.parquet"
+            found = _fill(path, tables, schema)
+            store.upload(path, name)
+            return found
+    except OSError as error:
+        raise StorageError(
+            f"{store.url(name)} cannot be written: {error}; free space and run the same command again"
+        ) from None
+
+
+def _fill(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> tuple[str, int, int]:
+    # No dictionary over vectors: it would only cost. Not BYTE_STREAM_SPLIT either, though it saves a
+    # tenth: DuckDB 2.0 cannot read it on float16.
+    plain = [name for name in schema.names if not name.startswith("embedding")]
+    rows = 0
+    try:
+        with path.open("w+b") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=plain) as writer:
+                for table in tables:
+                    writer.write_table(table, row_group_size=_GROUP_ROWS)
+                    rows += table.num_rows
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest(), size, rows
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
