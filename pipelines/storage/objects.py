@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 from pipelines.storage.base import Store, StoredFile
 from slq.errors import ConfigError, StorageError
@@ -33,6 +39,12 @@ class ObjectStore(Store):
         self._retry_s = retry_s
         self._fs, self._root = _file_system(location)
 
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
+        return type(self), (
+            self.location,
+            self._retry_s,
+        )  # a pickled file system forgets its settings
+
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
@@ -44,10 +56,15 @@ class ObjectStore(Store):
             FileExistsError: From `call`, unchanged.
             StorageError: Anything else.
         """
+        waits = wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT_S)
+
+        def wait(state: RetryCallState) -> float:  # so that the last try comes when time is up
+            return min(waits(state), max(0.0, self._retry_s - (state.seconds_since_start or 0.0)))
+
         try:
             for attempt in Retrying(
                 retry=retry_if_exception(_may_pass),
-                wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT_S),
+                wait=wait,
                 stop=stop_after_delay(self._retry_s),
                 reraise=True,
             ):
@@ -69,7 +86,12 @@ class ObjectStore(Store):
         key = self._key(name)
 
         def call() -> bytes:
-            data: bytes = self._fs.cat_file(key, start=start or None, end=stop)
+            try:  # always a range: whole files cost s3fs a second request, for the size
+                data: bytes = self._fs.cat_file(key, start=start, end=stop)
+            except OSError as error:
+                if _code(error) == "InvalidRange":  # of a file that ends before `start`
+                    return b""
+                raise
             return data
 
         return self._try(name, "read", call)
@@ -84,9 +106,10 @@ class ObjectStore(Store):
     def size(self, name: str) -> int | None:
         """See `Store.size`."""
         try:
-            return int(self._try(name, "read", lambda: self._fs.info(self._key(name)))["size"])
+            found = self._try(name, "read", lambda: self._fs.info(self._key(name)))
         except FileNotFoundError:
             return None
+        return int(found["size"]) if found["type"] == "file" else None
 
     def _try_write(self, name: str, call: Callable[[], T]) -> T:
         try:
@@ -100,10 +123,22 @@ class ObjectStore(Store):
 
     def create(self, name: str, data: bytes) -> bool:
         """See `Store.create`: a conditional put. A lost answer to our own put is told by the content."""
+
+        def call() -> None:
+            try:
+                self._fs.pipe_file(self._key(name), data, mode="create")
+            except OSError as error:
+                if _code(error) == "PreconditionFailed":  # s3fs knows it from AWS only
+                    raise FileExistsError(self.url(name)) from None
+                raise
+
         try:
-            self._try_write(name, lambda: self._fs.pipe_file(self._key(name), data, mode="create"))
+            self._try_write(name, call)
         except FileExistsError:
-            return self.read(name) == data
+            try:
+                return self.read(name) == data
+            except FileNotFoundError:  # removed meanwhile
+                return False
         return True
 
     def upload(self, file: Path, name: str) -> None:
@@ -138,32 +173,34 @@ class ObjectStore(Store):
 
     def files(self, folder: str = "") -> Iterator[StoredFile]:
         """See `Store.files`: in the order of the keys; S3 is read page by page."""
-        prefix = self._key(folder)
         pages = self._s3_pages if hasattr(self._fs, "call_s3") else self._all
-        for key, size, state in pages(prefix):
+        for key, size, state in pages(folder):
             name = key.strip("/").removeprefix(self._root.strip("/")).lstrip("/")
             if name and not name.endswith("/"):
                 yield StoredFile(name, size, state)
 
-    def _s3_pages(self, prefix: str) -> Iterator[tuple[str, int, str]]:
-        bucket, _, key = prefix.partition("/")
+    def _s3_pages(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        bucket, _, key = self._key(folder).partition("/")
         arguments = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
         while True:
-            page = self._try(
-                prefix,
-                "listed",
-                lambda: self._fs.call_s3("list_objects_v2", **arguments),
-            )
+            try:
+                page = self._try(
+                    folder, "listed", lambda: self._fs.call_s3("list_objects_v2", **arguments)
+                )
+            except FileNotFoundError as error:  # of the bucket
+                raise StorageError(f"{self.url(folder)} cannot be listed: {error}") from None
             for entry in page.get("Contents", ()):
                 yield f"{bucket}/{entry['Key']}", int(entry["Size"]), str(entry["ETag"]).strip('"')
             if not page.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
-    def _all(self, prefix: str) -> Iterator[tuple[str, int, str]]:
+    def _all(self, folder: str) -> Iterator[tuple[str, int, str]]:
         """Of any other scheme, whose listing is held in memory."""
         try:
-            found = self._try(prefix, "listed", lambda: self._fs.find(prefix, detail=True))
+            found = self._try(
+                folder, "listed", lambda: self._fs.find(self._key(folder), detail=True)
+            )
         except FileNotFoundError:
             return
         for key in sorted(found):
@@ -222,6 +259,13 @@ def _file_system(location: str) -> tuple[Any, str]:
     if scheme in _S3:
         file_system.retries = 1
     return file_system, rest.strip("/") if options else rest.rstrip("/")
+
+
+def _code(error: BaseException) -> str | None:
+    """The code of an S3 error; None of any other."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    code: str | None = response.get("Error", {}).get("Code")
+    return code
 
 
 def _may_pass(error: BaseException) -> bool:
