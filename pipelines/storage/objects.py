@@ -20,6 +20,7 @@ from slq.errors import ConfigError, StorageError
 RETRY_S = 60.0
 """How long a store may fail before the failure is ours."""
 _LONGEST_WAIT_S = 10.0
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _SHORTEST_TIMEOUT_S = 10.0, 60.0, 5.0
 _BUFFER_BYTES = 4 * 2**20
 _FINAL_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOSPC, errno.EINVAL}
 _S3 = ("s3", "s3a")
@@ -37,7 +38,7 @@ class ObjectStore(Store):
     def __init__(self, location: str, retry_s: float = RETRY_S) -> None:
         super().__init__(location)
         self._retry_s = retry_s
-        self._fs, self._root = _file_system(location)
+        self._fs, self._root = _file_system(location, retry_s)
 
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
         return type(self), (
@@ -241,24 +242,26 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def _file_system(location: str) -> tuple[Any, str]:
+def _file_system(location: str, retry_s: float) -> tuple[Any, str]:
     """The fsspec file system of a location, and the location without its scheme."""
     import fsspec  # type: ignore[import-untyped]
 
     scheme, _, rest = location.partition("://")
-    options: dict[str, Any] = {}
-    if (
-        scheme in _S3
-    ):  # its cache would hide what other processes write; repeating is left to `_try`
-        timeouts = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
-        options = {"use_listings_cache": False, "config_kwargs": timeouts}
     try:
-        file_system = fsspec.filesystem(scheme, **options)
+        if scheme not in _S3:
+            return fsspec.filesystem(scheme), rest.rstrip("/")
+        # a server that takes requests and never answers must not cost much more than `retry_s` either
+        longest = min(_READ_TIMEOUT_S, max(_SHORTEST_TIMEOUT_S, retry_s))
+        timeouts = {"connect_timeout": min(_CONNECT_TIMEOUT_S, longest), "read_timeout": longest}
+        file_system = fsspec.filesystem(
+            scheme,
+            use_listings_cache=False,  # it would hide what other processes write
+            config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
+        )
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{location} cannot be used: {error}") from None
-    if scheme in _S3:
-        file_system.retries = 1
-    return file_system, rest.strip("/") if options else rest.rstrip("/")
+    file_system.retries = 1  # trying again is left to `_try`
+    return file_system, rest.strip("/")
 
 
 def _code(error: BaseException) -> str | None:
