@@ -23,7 +23,9 @@ from werkzeug.serving import make_server
 UNAVAILABLE, RESET, LOST, CUT = "unavailable", "reset", "lost", "cut"
 FAULTS = (UNAVAILABLE, RESET, LOST, CUT)
 """503; connection reset before the request is applied; applied, then reset; an answer that ends before its length."""
-_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_SLOW_DOWN = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -40,13 +42,17 @@ class FaultyStore:
     """
 
     def __init__(self, app: Any, share: float, faults: tuple[str, ...], seed: int) -> None:
-        self.bucket = f"bucket-{secrets.token_hex(4)}"  # moto keeps its buckets from server to server
+        self.bucket = (
+            f"bucket-{secrets.token_hex(4)}"  # moto keeps its buckets from server to server
+        )
         self.share, self.faults = share, faults
         self.count: Counter[str] = Counter()
         self._app, self._random = app, random.Random(seed)
         self._one_by_one = threading.Lock()
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterator[bytes]:
         with self._one_by_one:
             broken = self._random.random() < self.share
             fault = self._random.choice(self.faults) if broken else "none"
@@ -93,9 +99,7 @@ def faulty_store(
 ) -> Iterator[FaultyStore]:
     """A server with an empty bucket; the environment says where it is and with which key, also to subprocesses."""
     store = FaultyStore(DomainDispatcherApplication(create_backend_app), 0.0, faults, seed)
-    server = make_server(
-        "127.0.0.1", 0, store, threaded=True, request_handler=_Handler
-    )
+    server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=_Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
