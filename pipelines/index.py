@@ -30,9 +30,11 @@ def read_embeddings(folder: Path) -> tuple[pa.Table, NDArray[np.float32], str]:
         ArtifactError: The data set is unfinished, damaged or empty; the shard is named.
     """
     ledger = Ledger(folder)
-    table = pa.concat_tables(
-        [pq.read_table(path) for path in ledger.verified_shards()], promote_options="permissive"
-    )
+    shards = []
+    for name in ledger.verified_shards():
+        with ledger.store.open(name) as file:
+            shards.append(pq.read_table(file))
+    table = pa.concat_tables(shards, promote_options="permissive")
     if table.num_rows == 0:
         raise ArtifactError(f"{folder} holds no rows: every item was quarantined")
     manifest: dict[str, Any] = ledger.manifest() or {}

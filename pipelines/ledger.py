@@ -1,58 +1,57 @@
 """The commit ledger of an embedding data set: which shards are done, provably, and what the run was.
 
-A worker writes `.part-N.parquet.ATTEMPT`, flushes and hashes that file, and leaves it. The driver links the commit
-record into place, which only one attempt can do; the winner's file then takes its final name and a loser's is removed.
-So no late attempt can touch a committed shard. A driver killed in between leaves a record without a final file: the
-next one completes it from the attempt it names, or drops the record. Readers follow commit records, never a listing.
+A worker uploads `shards/.part-N.parquet.ATTEMPT`, whole, hashed and durable, and leaves it. The driver creates the
+commit record, which only one attempt can do; the winner's file then takes its final name and a loser's is removed. So
+no late attempt can touch a committed shard. A driver killed in between leaves a record without a final file: the next
+one completes it from the attempt that it names. Readers follow commit records, never a listing.
+
+The protocol is the same on a disk and in an object store, except that a disk tells a driver whether it is alone (see
+`WriterLock`). Only one that is alone drops records whose files are lost, and removes files that others might still use.
+
+A record is never replaced, and outlives its files: generation g + 1 of a shard is a record of its own, and the files of
+older generations go once its own have their names. So a shard has one history, and at any point the latest generation
+or the one before is whole.
 """
 
-import fcntl
 import json
-import os
-import re
-import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from slq.artifacts import file_sha256, read_json, write_json
+from pipelines.commits import (
+    COMMITS,
+    ERRORS,
+    PIECES,
+    SHARDS,
+    Commit,
+    attempt_name,
+    new_attempt,
+    parse_record,
+    record_name,
+    shard_name,
+    stale_files,
+)
+from pipelines.failpoints import reach
+from pipelines.storage import RETRY_S, concurrently, open_store
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
 LOCK = "run.lock"
-_ATTEMPT = re.compile(r"\.part-(\d+)\.parquet\.(\w+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """What one finished shard holds.
-
-    Attributes:
-        attempt: Whose files these are.
-        errors_sha256: Of the quarantine file; None where nothing was quarantined, or by an older version.
-    """
-
-    shard_id: int
-    rows: int
-    quarantined: int
-    sha256: str
-    bytes: int
-    attempt: str
-    errors_sha256: str | None = None
 
 
 class Ledger:
     """The files of one embedding data set; as a context manager it lets its lock go at the end.
 
     Args:
-        root: Its folder.
+        root: Its folder, or `scheme://bucket/prefix`.
+        retry_s: How long failures of an object store are tried again.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._lock: int | None = None
+    def __init__(self, root: str | Path, retry_s: float = RETRY_S) -> None:
+        self.store = open_store(root, retry_s)
+        self._lock = self.store.lock(LOCK)
 
     def __enter__(self) -> "Ledger":
         return self
@@ -67,272 +66,271 @@ class Ledger:
 
     def close(self) -> None:
         """Say that this driver is no longer at work; dying does the same."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def shard_path(self, shard_id: int) -> Path:
-        """The data file of a shard."""
-        return self.root / "shards" / f"part-{shard_id:06d}.parquet"
-
-    def errors_path(self, shard_id: int) -> Path:
-        """The quarantined rows of a shard; there is none when all went well."""
-        return self.root / "errors" / f"part-{shard_id:06d}.parquet"
-
-    def _files(self, commit: Commit) -> list[tuple[Path, str]]:
-        """The final files that a commit vouches for, and their sha256; the data file last."""
-        errors, shard = self.errors_path(commit.shard_id), self.shard_path(commit.shard_id)
-        found = [] if commit.errors_sha256 is None else [(errors, commit.errors_sha256)]
-        return [*found, (shard, commit.sha256)]
-
-    def _commit_path(self, shard_id: int) -> Path:
-        return self.root / "commits" / f"{shard_id:06d}.json"
+        self._lock.close()
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Open the data set for a run, or go on with it; what a killed driver left is completed or removed.
 
         Args:
-            identity: What the content depends on: input, plan, fingerprint, output settings.
+            identity: What the content depends on: input, plan, fingerprint, output settings. Plain JSON.
 
         Raises:
-            ArtifactMismatchError: The folder was begun with another identity; the differences are named.
-            StorageError: The folder cannot be written.
+            ArtifactMismatchError: The data set was begun with another identity; the differences are named.
+            ArtifactError: A commit record is damaged; it is named.
+            StorageError: The store cannot be written, or would let two drivers commit the same shard.
         """
+        alone = self._lock.take()
         try:
-            for name in ("shards", "commits", "errors"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"{self.root} cannot be written: {error}; free space or choose another folder"
-            ) from None
-        alone = self._take_lock()
-        self._require_same(identity)
-        try:
+            self._require_same(identity)
             self._recover(alone=alone)
-        except OSError as error:
-            raise StorageError(f"{self.root} cannot be put in order: {error}") from None
         finally:
-            self._share_lock()
+            self._lock.share()
 
     def _require_same(self, identity: dict[str, Any]) -> None:
-        path = self.root / RUN
-        if path.is_file():
-            before = read_json(path)
-            changed = [
-                f"{key}: {before.get(key)!r} -> {identity.get(key)!r}"
-                for key in sorted(before.keys() | identity.keys())
-                if before.get(key) != identity.get(key)
-            ]
-            if changed:
-                raise ArtifactMismatchError(
-                    f"{self.root} was begun with other settings ({'; '.join(changed)}); "
-                    "use the old ones or another storage.dir"
-                )
-            return
-        write_json(path, identity)
+        text = json.dumps(identity, indent=2, sort_keys=True)
+        before = self._read_json(RUN)
+        if before is None:
+            self._require_exclusive_create()
+            if self.store.create(RUN, text.encode()):
+                return
+            before = self._read_json(RUN) or {}
+        now = json.loads(text)  # as it would be read: no tuples
+        changed = [
+            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ArtifactMismatchError(
+                f"{self.store.location} was begun with other settings ({'; '.join(changed)}); "
+                "use the old ones or another storage.dir"
+            )
 
-    def _take_lock(self) -> bool:
-        """Note this driver as live; True if no other one is. Waits while another puts the folder in order.
-
-        The kernel drops the lock with the process. Where a file system knows no locks nobody is ever alone, and
-        nothing that a live driver may still need is removed.
-        """
-        try:
-            if self._lock is None:
-                self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._share_lock()  # not before it is done: it removes every partial file, also one begun just now
-            return False
-        except OSError:
-            return False
-        return True
-
-    def _share_lock(self) -> None:
-        """Let other drivers work too, but none of them be alone."""
-        if self._lock is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_SH)
-            except OSError:
-                self.close()
+    def _require_exclusive_create(self) -> None:
+        """Some object stores take a conditional put and ignore the condition: a second attempt would win too."""
+        name = f"{PIECES}/.probe-{new_attempt()}"
+        self.store.create(name, b"first")
+        second_won = self.store.create(name, b"second")
+        self.store.remove(name)
+        if second_won:
+            raise StorageError(
+                f"{self.store.location} lets two writers create the same file (it ignores If-None-Match), so shards "
+                "could be committed twice; use a store with conditional writes"
+            )
 
     def _recover(self, *, alone: bool) -> None:
-        """Complete or drop commits that a killed driver left half done, then remove files nobody will use."""
-        for commit in self.commits().values():
-            if not self._publish(commit, check=True) and alone:
-                self._commit_path(commit.shard_id).unlink(missing_ok=True)
+        """Complete commits that a killed driver left half done, or drop them, then remove files nobody will use."""
+        while (lost := self._lost(self.commits().values())) and alone:
+            for commit in lost:  # and look again: the generation before may be whole
+                self.store.remove(record_name(commit.shard_id, commit.generation))
         if alone:
-            for path in [*(self.root / "commits").glob(".*"), *self.root.glob(".*.partial")]:
-                path.unlink(missing_ok=True)
-        self.sweep(alone=alone)
+            self.store.remove_partials()
+            self.store.remove_folder(PIECES)
+        self._sweep(alone=alone)
+
+    def _lost(self, commits: Iterable[Commit]) -> list[Commit]:
+        """The commits whose files are not there; those whose files wait for their names are helped along."""
+        listed = self._listed()
+        waiting = [c for c in commits if not listed.issuperset(name for name, _ in c.files())]
+        return [commit for commit in waiting if not self._publish(commit, check=True)]
+
+    def _listed(self) -> set[str]:
+        return {file.name for folder in (SHARDS, ERRORS) for file in self.store.files(folder)}
 
     def _publish(self, commit: Commit, *, check: bool = False) -> bool:
         """Give a commit's files their final names; False if one is lost. Two drivers may do it at once."""
-        present, moved = True, False
-        for final, sha256 in self._files(commit):
-            mine = attempt_path(final, commit.attempt)
-            if check and (final.is_file() or not mine.is_file() or file_sha256(mine) != sha256):
-                present &= (
-                    final.is_file()
-                )  # looked at last: another driver may have moved it just now
-                continue
-            try:
-                mine.replace(final)
-                moved = True
-            except FileNotFoundError:
-                present &= final.is_file()
-        if moved:
-            for folder in ("errors", "shards"):
-                sync_folder(self.root / folder)
+        present = True
+        for final, sha256 in commit.files():
+            waiting = attempt_name(final, commit.attempt)
+            reach("publish_before")
+            moved = (not check or self._holds((waiting, sha256))) and self.store.move(
+                waiting, final
+            )
+            reach("publish_after")
+            # looked at last: another driver may have moved it just now
+            present &= moved or self.store.exists(final)
         return present
 
-    def sweep(self, *, alone: bool = False) -> None:
-        """Remove attempt files that lost: those of committed shards, and with no other driver alive all of them.
+    def _holds(self, file: tuple[str, str]) -> bool:
+        """Whether a file of this name and sha256 is there."""
+        name, sha256 = file
+        try:
+            return self.store.sha256(name) == sha256
+        except FileNotFoundError:
+            return False
 
-        A worker that still writes one notices nothing, and its commit loses; see `commit`.
+    def sweep(self) -> None:
+        """Remove what nobody will read any more: attempts that lost, and files of older generations.
+
+        A worker that still writes an attempt notices nothing, and its commit loses; see `commit`. Attempts at shards,
+        or at generations, that are not committed stay: another driver may be about to commit them.
         """
-        winners = {n: commit.attempt for n, commit in self.commits().items()}
-        for path in [*(self.root / "shards").glob(".*"), *(self.root / "errors").glob(".*")]:
-            name = _ATTEMPT.fullmatch(path.name)
-            if name is None:
-                continue
-            winner = winners.get(int(name[1]))
-            if winner != name[2] and (winner is not None or alone):
-                path.unlink(missing_ok=True)
+        self._sweep(alone=False)
+
+    def _sweep(self, *, alone: bool) -> None:
+        commits = self.commits()  # first: a file that comes later may be of a later commit
+        for _ in concurrently(
+            self._remove_swept, stale_files(self._listed(), commits, alone=alone)
+        ):
+            pass
+
+    def _remove_swept(self, name: str) -> None:
+        reach("sweep")
+        self.store.remove(name)
 
     def commits(self) -> dict[int, Commit]:
-        """All commit records by shard id."""
-        records = {}
-        for path in sorted((self.root / "commits").glob("[0-9]*.json")):
-            commit = Commit(**read_json(path))
-            records[commit.shard_id] = commit
-        return records
+        """The commit of the highest generation of each shard, by shard id.
+
+        Raises:
+            ArtifactError: A record is damaged; it is named.
+            StorageError: The store cannot be read.
+        """
+        latest: dict[int, int] = {}
+        for file in self.store.files(COMMITS):
+            found = parse_record(file.name)
+            if found is not None:
+                latest[found[0]] = max(found[1], latest.get(found[0], 0))
+        records = concurrently(self._commit_of, sorted(latest.items()))
+        return {record.shard_id: record for record in records if record is not None}
+
+    def _commit_of(self, shard: tuple[int, int]) -> Commit | None:
+        """The record of a shard and a generation; None where there is none, or no longer."""
+        name = record_name(*shard)
+        try:
+            return Commit.from_json(self.store.read(name).decode(), *shard)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ArtifactError(
+                f"commit record {self.store.url(name)} is damaged: {error}; {_remake(shard[0])}"
+            ) from None
 
     def commit(self, commit: Commit) -> bool:
         """Record a finished shard and give its files their names; False, and they are gone, if another was first.
 
         Raises:
-            StorageError: The record cannot be written, or the attempt's files are not there.
+            ArtifactError: The generation before is not committed.
+            StorageError: The store cannot be written, or the attempt's files are not there.
         """
-        path = self._commit_path(commit.shard_id)
-        try:
-            won = self._link(commit, path)
-            if won:
-                sync_folder(path.parent)
-                self._publish(commit)
-        except OSError as error:
-            raise StorageError(
-                f"{path} cannot be written: {error}; free space and run the same command again"
-            ) from None
-        if not won:
-            for final, _ in self._files(commit):
-                attempt_path(final, commit.attempt).unlink(missing_ok=True)
+        reach("commit_before")
+        won = self._create_record(commit)
+        reach("commit_after")
+        if won:
+            self._publish(commit)
+        else:
+            for name in commit.attempt_files():
+                self.store.remove(name)
         return won
 
-    def _link(self, commit: Commit, path: Path) -> bool:
-        """Link the record into place; False if another attempt's is there, True if this attempt's is."""
-        files = [attempt_path(final, commit.attempt) for final, _ in self._files(commit)]
-        lost = [file for file in files if not file.is_file()]
-        if path.exists():
-            return bool(read_json(path)["attempt"] == commit.attempt)
-        if lost:
-            raise FileNotFoundError(f"attempt file {lost[0]} is gone")
-        partial = path.with_name(f".{path.name}.{commit.attempt}")
-        try:
-            with partial.open("w") as file:
-                json.dump(asdict(commit), file, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(partial, path)  # fails if the record exists: one winner
-        except FileExistsError:
-            return False
-        finally:
-            partial.unlink(missing_ok=True)
-        return True
+    def _create_record(self, commit: Commit) -> bool:
+        """Create the record; False if another attempt's is there, True if this attempt's is."""
+        shard = (commit.shard_id, commit.generation)
+        lost = [name for name in commit.attempt_files() if not self.store.exists(name)]
+        if lost:  # published before, or removed because another won
+            before = self._commit_of(shard)
+            if before is None:
+                raise StorageError(
+                    f"{self.store.url(lost[0])} is gone, so shard {commit.shard_id} cannot be committed; "
+                    "run the same command again"
+                )
+            return before.attempt == commit.attempt
+        if commit.generation and self._commit_of((shard[0], shard[1] - 1)) is None:
+            raise ArtifactError(
+                f"shard {shard[0]} of {self.store.location} has no generation {shard[1] - 1}, so generation {shard[1]} "
+                "cannot be committed; run the same command again"
+            )
+        return self.store.create(record_name(*shard), commit.to_json().encode())
 
     def require_complete(self, num_shards: int) -> dict[int, Commit]:
         """The commit records of a data set that has all its shards.
 
-        A record whose files still wait for their names, because the driver that linked it is between the two steps, is
+        A record whose files still wait for their names, because the driver that made it is between the two steps, is
         helped along.
 
         Raises:
             ArtifactError: Commit records or their files are missing; the shards are named.
             StorageError: A file cannot be given its name.
         """
-        commits = self.commits()
-        missing = [n for n in range(num_shards) if n not in commits]
-        try:
-            missing += [n for n, commit in commits.items() if not self._publish(commit, check=True)]
-        except OSError as error:
-            raise StorageError(f"{self.root} cannot be completed: {error}") from None
-        if missing or len(commits) != num_shards:
+        commits = self._require_records(num_shards)
+        lost = [commit.shard_id for commit in self._lost(commits.values())]
+        if lost:
             raise ArtifactError(
-                f"{self.root} has {len(commits)} commit records for {num_shards} shards, and shards "
+                f"{self.store.location}: the files of shards {lost[:10]} are gone, though they were committed; while "
+                f"no other run is at work, {_remake(lost[0])}"
+            )
+        return commits
+
+    def _require_records(self, num_shards: int) -> dict[int, Commit]:
+        commits = self.commits()
+        if commits.keys() != set(range(num_shards)):
+            missing = [n for n in range(num_shards) if n not in commits]
+            raise ArtifactError(
+                f"{self.store.location} has {len(commits)} commit records for {num_shards} shards, and shards "
                 f"{missing[:10]} are missing; run the same command again while no other run is at work"
             )
         return commits
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest, the last file of all.
+        """Remove what nobody will read, then write the manifest, the last file of all.
+
+        Args:
+            manifest: What the data set is; `num_shards` at least.
 
         Raises:
             ArtifactError: It would claim shards that are not there.
+            StorageError: The store cannot be written.
         """
         self.require_complete(manifest["num_shards"])
-        write_json(self.root / MANIFEST, manifest)
+        self.sweep()
+        self.store.remove_folder(PIECES)
+        reach("manifest_before")
+        self.store.write(MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
+        reach("manifest_after")
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest of a finished data set, or None."""
-        path = self.root / MANIFEST
-        if not path.is_file():
-            return None
-        manifest: dict[str, Any] = read_json(path)
-        return manifest
+        """The manifest of a finished data set, or None.
 
-    def verified_shards(self) -> list[Path]:
-        """Shard files in order, each checked against its commit record.
+        Raises:
+            ArtifactError: It is damaged.
+            StorageError: The store cannot be read.
+        """
+        return self._read_json(MANIFEST)
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = dict(json.loads(self.store.read(name)))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{self.store.url(name)} is damaged: {error}; delete it and run `slq embed` again"
+            ) from None
+        return found
+
+    def verified_shards(self) -> list[str]:
+        """Names of the data files in the order of the shards, each checked against its commit record.
 
         Raises:
             ArtifactError: The data set is unfinished, or a shard is missing or damaged; the shard is named.
+            StorageError: The store cannot be read.
         """
         manifest = self.manifest()
         if manifest is None:
             raise ArtifactError(
-                f"{self.root} is no finished embedding data set; run `slq embed` first"
+                f"{self.store.location} is no finished embedding data set; run `slq embed` first"
             )
-        commits = self.commits()
-        if len(commits) != manifest["num_shards"]:
-            raise ArtifactError(
-                f"{self.root} has {len(commits)} commit records, but its manifest names "
-                f"{manifest['num_shards']} shards; run `slq embed` again"
-            )
-        paths = []
-        for shard_id, commit in commits.items():
-            path = self.shard_path(shard_id)
-            if not path.is_file() or file_sha256(path) != commit.sha256:
+        commits = self._require_records(manifest["num_shards"])
+        latest = [commits[shard_id] for shard_id in sorted(commits)]
+        files = [(shard_name(c.shard_id, c.generation), c.sha256) for c in latest]
+        for commit, whole in zip(latest, concurrently(self._holds, files), strict=True):
+            if not whole:
+                name = shard_name(commit.shard_id, commit.generation)
                 raise ArtifactError(
-                    f"shard {path} does not match its commit record; delete {path.name}'s commit record "
-                    "and manifest.json, and run `slq embed` again"
+                    f"shard {self.store.url(name)} does not match its commit record; {_remake(commit.shard_id)}"
                 )
-            paths.append(path)
-        return paths
+        return [name for name, _ in files]
 
 
-def attempt_path(final: Path, attempt: str) -> Path:
-    """Where an attempt writes what may become `final`."""
-    return final.with_name(f".{final.name}.{attempt}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a file's own fsync does not cover its name."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def new_attempt() -> str:
-    """A name for one attempt at a shard."""
-    return uuid.uuid4().hex[:12]
+def _remake(shard_id: int) -> str:
+    """The way out of a shard whose record or file is damaged: all its generations go."""
+    return f"delete {COMMITS}/{shard_id:06d}*.json and {MANIFEST}, and run `slq embed` again"

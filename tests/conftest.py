@@ -61,28 +61,12 @@ def tiny_run(scenes_dir: Path, tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def object_store() -> Iterator[str]:
     """A fresh bucket of an S3 server on this machine; the environment says where and with which key."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
+    from tests.faulty_store import faulty_store
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # instances are kept with the endpoint they first met
-    bucket = f"bucket-{secrets.token_hex(4)}"  # moto keeps its buckets from server to server
-    s3fs.S3FileSystem().mkdir(bucket)
-    yield bucket
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
+    with faulty_store(share=0) as store:
+        yield store.bucket
 
 
 @pytest.fixture

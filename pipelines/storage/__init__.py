@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
-from pipelines.storage.base import Store, StoredFile
+from pipelines.storage.base import Store, StoredFile, WriterLock, concurrently
 from pipelines.storage.local import LocalStore, sync_folder
 from pipelines.storage.objects import RETRY_S, ObjectStore
 
 __all__ = [
+    "RETRY_S",
     "LocalStore",
     "ObjectStore",
     "Store",
     "StoredFile",
+    "WriterLock",
+    "concurrently",
     "open_store",
     "split_location",
     "sync_folder",

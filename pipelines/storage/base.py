@@ -5,12 +5,17 @@ Names are relative and use `/`. A write is seen whole or not at all; `create` is
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from slq.errors import StorageError
+
+_NUM_THREADS = 16  # an object store answers in some 20 ms, however many ask
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,20 @@ class StoredFile:
     name: str
     size: int
     state: str
+
+
+class WriterLock:
+    """Says whether other writers are at work below a root. This one cannot tell, so nobody is ever alone."""
+
+    def take(self) -> bool:
+        """Note this writer as live, and keep others waiting; True if there is no other one."""
+        return False
+
+    def share(self) -> None:
+        """Let other writers work too, but none of them be alone."""
+
+    def close(self) -> None:
+        """Say that this writer is no longer at work; its end does the same."""
 
 
 class Store(ABC):
@@ -114,10 +133,28 @@ class Store(ABC):
         """Whether there is such a file."""
         return self.size(name) is not None
 
+    def lock(self, name: str) -> WriterLock:  # noqa: ARG002 - stores that know locks keep theirs in a file
+        """A lock under this name, which tells whether other writers are at work."""
+        return WriterLock()
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove all files below a folder, and the folder; errors as `remove`."""
+        for _ in concurrently(self.remove, (file.name for file in self.files(folder))):
+            pass
+
+    def remove_partials(self) -> None:  # noqa: B027 - most stores keep no part of a file
+        """Remove what writers that were killed left of unfinished files; only while no other writer is at work."""
+
     def sha256(self, name: str) -> str:
         """sha256 of a file, read in blocks; errors as `read`."""
         with self.open(name) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def concurrently(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results of `call` for all items, in order; up to 16 calls are under way at once."""
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        yield from pool.map(call, items)
 
 
 def unwritable(url: str, error: OSError) -> StorageError:

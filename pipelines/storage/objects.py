@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 from pipelines.storage.base import Store, StoredFile
 from slq.errors import ConfigError, StorageError
@@ -14,6 +20,7 @@ from slq.errors import ConfigError, StorageError
 RETRY_S = 60.0
 """How long a store may fail before the failure is ours."""
 _LONGEST_WAIT_S = 10.0
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _SHORTEST_TIMEOUT_S = 10.0, 60.0, 5.0
 _BUFFER_BYTES = 4 * 2**20
 _FINAL_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOSPC, errno.EINVAL}
 _S3 = ("s3", "s3a")
@@ -31,7 +38,13 @@ class ObjectStore(Store):
     def __init__(self, location: str, retry_s: float = RETRY_S) -> None:
         super().__init__(location)
         self._retry_s = retry_s
-        self._fs, self._root = _file_system(location)
+        self._fs, self._root = _file_system(location, retry_s)
+
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
+        return type(self), (
+            self.location,
+            self._retry_s,
+        )  # a pickled file system forgets its settings
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -44,10 +57,15 @@ class ObjectStore(Store):
             FileExistsError: From `call`, unchanged.
             StorageError: Anything else.
         """
+        waits = wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT_S)
+
+        def wait(state: RetryCallState) -> float:  # so that the last try comes when time is up
+            return min(waits(state), max(0.0, self._retry_s - (state.seconds_since_start or 0.0)))
+
         try:
             for attempt in Retrying(
                 retry=retry_if_exception(_may_pass),
-                wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT_S),
+                wait=wait,
                 stop=stop_after_delay(self._retry_s),
                 reraise=True,
             ):
@@ -69,7 +87,12 @@ class ObjectStore(Store):
         key = self._key(name)
 
         def call() -> bytes:
-            data: bytes = self._fs.cat_file(key, start=start or None, end=stop)
+            try:  # always a range: whole files cost s3fs a second request, for the size
+                data: bytes = self._fs.cat_file(key, start=start, end=stop)
+            except OSError as error:
+                if _code(error) == "InvalidRange":  # of a file that ends before `start`
+                    return b""
+                raise
             return data
 
         return self._try(name, "read", call)
@@ -84,9 +107,10 @@ class ObjectStore(Store):
     def size(self, name: str) -> int | None:
         """See `Store.size`."""
         try:
-            return int(self._try(name, "read", lambda: self._fs.info(self._key(name)))["size"])
+            found = self._try(name, "read", lambda: self._fs.info(self._key(name)))
         except FileNotFoundError:
             return None
+        return int(found["size"]) if found["type"] == "file" else None
 
     def _try_write(self, name: str, call: Callable[[], T]) -> T:
         try:
@@ -100,10 +124,22 @@ class ObjectStore(Store):
 
     def create(self, name: str, data: bytes) -> bool:
         """See `Store.create`: a conditional put. A lost answer to our own put is told by the content."""
+
+        def call() -> None:
+            try:
+                self._fs.pipe_file(self._key(name), data, mode="create")
+            except OSError as error:
+                if _code(error) == "PreconditionFailed":  # s3fs knows it from AWS only
+                    raise FileExistsError(self.url(name)) from None
+                raise
+
         try:
-            self._try_write(name, lambda: self._fs.pipe_file(self._key(name), data, mode="create"))
+            self._try_write(name, call)
         except FileExistsError:
-            return self.read(name) == data
+            try:
+                return self.read(name) == data
+            except FileNotFoundError:  # removed meanwhile
+                return False
         return True
 
     def upload(self, file: Path, name: str) -> None:
@@ -138,32 +174,34 @@ class ObjectStore(Store):
 
     def files(self, folder: str = "") -> Iterator[StoredFile]:
         """See `Store.files`: in the order of the keys; S3 is read page by page."""
-        prefix = self._key(folder)
         pages = self._s3_pages if hasattr(self._fs, "call_s3") else self._all
-        for key, size, state in pages(prefix):
+        for key, size, state in pages(folder):
             name = key.strip("/").removeprefix(self._root.strip("/")).lstrip("/")
             if name and not name.endswith("/"):
                 yield StoredFile(name, size, state)
 
-    def _s3_pages(self, prefix: str) -> Iterator[tuple[str, int, str]]:
-        bucket, _, key = prefix.partition("/")
+    def _s3_pages(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        bucket, _, key = self._key(folder).partition("/")
         arguments = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
         while True:
-            page = self._try(
-                prefix,
-                "listed",
-                lambda: self._fs.call_s3("list_objects_v2", **arguments),
-            )
+            try:
+                page = self._try(
+                    folder, "listed", lambda: self._fs.call_s3("list_objects_v2", **arguments)
+                )
+            except FileNotFoundError as error:  # of the bucket
+                raise StorageError(f"{self.url(folder)} cannot be listed: {error}") from None
             for entry in page.get("Contents", ()):
                 yield f"{bucket}/{entry['Key']}", int(entry["Size"]), str(entry["ETag"]).strip('"')
             if not page.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
-    def _all(self, prefix: str) -> Iterator[tuple[str, int, str]]:
+    def _all(self, folder: str) -> Iterator[tuple[str, int, str]]:
         """Of any other scheme, whose listing is held in memory."""
         try:
-            found = self._try(prefix, "listed", lambda: self._fs.find(prefix, detail=True))
+            found = self._try(
+                folder, "listed", lambda: self._fs.find(self._key(folder), detail=True)
+            )
         except FileNotFoundError:
             return
         for key in sorted(found):
@@ -204,24 +242,33 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def _file_system(location: str) -> tuple[Any, str]:
+def _file_system(location: str, retry_s: float) -> tuple[Any, str]:
     """The fsspec file system of a location, and the location without its scheme."""
     import fsspec  # type: ignore[import-untyped]
 
     scheme, _, rest = location.partition("://")
-    options: dict[str, Any] = {}
-    if (
-        scheme in _S3
-    ):  # its cache would hide what other processes write; repeating is left to `_try`
-        timeouts = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
-        options = {"use_listings_cache": False, "config_kwargs": timeouts}
     try:
-        file_system = fsspec.filesystem(scheme, **options)
+        if scheme not in _S3:
+            return fsspec.filesystem(scheme), rest.rstrip("/")
+        # a server that takes requests and never answers must not cost much more than `retry_s` either
+        longest = min(_READ_TIMEOUT_S, max(_SHORTEST_TIMEOUT_S, retry_s))
+        timeouts = {"connect_timeout": min(_CONNECT_TIMEOUT_S, longest), "read_timeout": longest}
+        file_system = fsspec.filesystem(
+            scheme,
+            use_listings_cache=False,  # it would hide what other processes write
+            config_kwargs={**timeouts, "retries": {"total_max_attempts": 1}},
+        )
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{location} cannot be used: {error}") from None
-    if scheme in _S3:
-        file_system.retries = 1
-    return file_system, rest.strip("/") if options else rest.rstrip("/")
+    file_system.retries = 1  # trying again is left to `_try`
+    return file_system, rest.strip("/")
+
+
+def _code(error: BaseException) -> str | None:
+    """The code of an S3 error; None of any other."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    code: str | None = response.get("Error", {}).get("Code")
+    return code
 
 
 def _may_pass(error: BaseException) -> bool:
