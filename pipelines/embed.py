@@ -4,11 +4,15 @@ The plan says which rows are which shard. Workers read, encode and write in piec
 when its pieces are there, and the ledger commits it. See `pipelines.embedding` for the stages.
 """
 
+import json
 import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from pipelines.corpus import Corpus, Plan, read_plan, rows_changed, write_plan
 from pipelines.embedding.calibration import CALIBRATION, measured_ranges, sample_shards
@@ -28,8 +32,10 @@ from pipelines.embedding.interruption import stoppable
 from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.failpoints import reach
-from pipelines.ledger import MANIFEST, RUN, Commit, Ledger, new_attempt
+from pipelines.commits import Commit, errors_name, new_attempt
+from pipelines.ledger import MANIFEST, Ledger
 from pipelines.recipe import Recipe
+from pipelines.tasks import model_task
 from slq.artifacts import AdapterConfig
 from slq.errors import DataError
 
@@ -69,8 +75,8 @@ def embed(recipe: Recipe, *, retry_errors: bool = False, models: Models = REAL) 
         plan = planned(ledger, corpus, recipe.embed.shard_rows)
         todo = _quarantined(ledger) if retry_errors else _missing(ledger, len(plan))
         if not todo and ledger.manifest() is not None:
-            log.info("%s is complete: %d shards, nothing to do", ledger.store.url(), len(plan))
-            return ledger.store.url()
+            log.info("%s is complete: %d shards, nothing to do", ledger.store.location, len(plan))
+            return ledger.store.location
         if todo:
             if retry_errors:
                 ledger.store.remove(MANIFEST)  # it would count wrongly until the end
@@ -80,7 +86,7 @@ def embed(recipe: Recipe, *, retry_errors: bool = False, models: Models = REAL) 
         commits = ledger.require_complete(len(plan))
         require_planned_rows(plan, commits)
         _finish(recipe, ledger, commits, identity)
-    return ledger.store.url()
+    return ledger.store.location
 
 
 def identity_of(recipe: Recipe, configs: list[AdapterConfig], corpus_digest: str) -> dict[str, Any]:
@@ -125,12 +131,10 @@ def _missing(ledger: Ledger, num_shards: int) -> list[dict[str, Any]]:
 
 def _quarantined(ledger: Ledger) -> list[dict[str, Any]]:
     """The quarantined rows of committed shards."""
-    import pyarrow.parquet as pq
-
     todo = []
     for shard_id, commit in ledger.commits().items():
         if commit.quarantined:
-            with ledger.store.open(ledger.errors_name(shard_id, commit.generation)) as file:
+            with ledger.store.open(errors_name(shard_id, commit.generation)) as file:
                 rows = pq.read_table(file, columns=["row_in_shard"])["row_in_shard"]
             todo.append({"shard_id": shard_id, "rows": sorted(rows.to_pylist())})
     return todo
@@ -147,7 +151,7 @@ def _run(
     """Measure ranges if they are asked for, then embed the shards."""
     import ray
 
-    workers = workers_for(recipe, plan.num_rows, len(todo))
+    workers = workers_for(recipe, plan.summary.num_rows, len(todo))
     resources = recipe.resources.model_copy(update={"embed_workers": workers})
     recipe = recipe.model_copy(update={"resources": resources})
     require_room(recipe, ray.cluster_resources(), len(ray.nodes()))
@@ -161,7 +165,7 @@ def _run(
     )
     if {"int8", "binary"} & set(recipe.embed.outputs):
         flow = _with_ranges(flow, ledger, len(plan))
-    totals = Totals(len(plan), plan.num_rows, ledger.commits(), workers)
+    totals = Totals(len(plan), plan.summary.num_rows, ledger.commits(), workers)
     run(flow, ledger, todo, totals)
     log.info(
         "embedded %d rows at %.1f rows/s; encoders were busy for %.0f%% of the time, %.1f%% of tokens were padding",
@@ -174,11 +178,7 @@ def _run(
 
 def _with_ranges(flow: Flow, ledger: Ledger, num_shards: int) -> Flow:
     """The flow with the ranges of the data set, measured by the first run."""
-    from dataclasses import replace
-
     import ray
-
-    from pipelines.tasks import model_task
 
     if not ledger.store.exists(CALIBRATION):
         log.info("measuring ranges on %d items", flow.recipe.embed.calibration_rows)
@@ -186,8 +186,8 @@ def _with_ranges(flow: Flow, ledger: Ledger, num_shards: int) -> Flow:
         found = ray.get(task.remote(flow, sample_shards(num_shards)))
         if isinstance(found, str):
             raise_failure({FAILURE: found})
-        ledger.write_once(CALIBRATION, found)
-    return replace(flow, calibration=ledger.read_json(CALIBRATION))
+        ledger.store.create(CALIBRATION, json.dumps(found).encode())  # two drivers: the first one's
+    return replace(flow, calibration=json.loads(ledger.store.read(CALIBRATION)))
 
 
 def require_resting(corpus: Corpus, plan: Plan, digest: str) -> None:
@@ -238,6 +238,6 @@ def _finish(
     manifest = {**identity, **counts, "adapter": str(recipe.storage.adapter)}
     ledger.store.write(CARD, card(manifest).encode())
     ledger.finish(manifest)
-    log.info("%s: %d rows in %d shards, %d quarantined", ledger.store.url(), rows, len(commits), bad)
+    log.info("%s: %d rows in %d shards, %d quarantined", ledger.store.location, rows, len(commits), bad)
     if bad:
         log.info("quarantined items are in %s; --retry-errors reads them again", errors)

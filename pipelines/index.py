@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _STORED = ("id", "uri", "text", "modality", "content_hash")
 
 
-def read_embeddings(folder: Path) -> tuple[pa.Table, NDArray[np.float32], str]:
+def read_embeddings(location: str) -> tuple[pa.Table, NDArray[np.float32], str]:
     """Rows (without vectors), unit vectors and fingerprint of a finished embedding data set.
 
     Every shard is checked against its commit record first.
@@ -29,21 +29,27 @@ def read_embeddings(folder: Path) -> tuple[pa.Table, NDArray[np.float32], str]:
     Raises:
         ArtifactError: The data set is unfinished, damaged or empty; the shard is named.
     """
-    ledger = Ledger(folder)
+    ledger = Ledger(location)
     shards = []
     for name in ledger.verified_shards():
         with ledger.store.open(name) as file:
             shards.append(pq.read_table(file))
     table = pa.concat_tables(shards, promote_options="permissive")
     if table.num_rows == 0:
-        raise ArtifactError(f"{folder} holds no rows: every item was quarantined")
+        raise ArtifactError(f"{location} holds no rows: every item was quarantined")
     manifest: dict[str, Any] = ledger.manifest() or {}
     column = table["embedding"].combine_chunks()
     vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     vectors = vectors.reshape(table.num_rows, -1)
     # float16 rounding moves norms off one; inner products are cosines only after this
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return table.drop_columns(["embedding"]), vectors, str(manifest["fingerprint"])
+    others = [name for name in table.column_names if name.startswith("embedding")]
+    return table.drop_columns(others), vectors, str(manifest["fingerprint"])
+
+
+def _read(ledger: Ledger, name: str) -> pa.Table:
+    with ledger.store.open(name) as file:
+        return pq.read_table(file)
 
 
 def index(recipe: Recipe) -> Path:

@@ -287,6 +287,15 @@ class Ledger:
         self.store.write(MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
         reach("manifest_after")
 
+    def identity(self) -> dict[str, Any] | None:
+        """What the data set was begun with, or None.
+
+        Raises:
+            ArtifactError: It is damaged.
+            StorageError: The store cannot be read.
+        """
+        return self._read_json(RUN)
+
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a finished data set, or None.
 

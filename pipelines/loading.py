@@ -15,8 +15,8 @@ from slq.finetuning import TunedBackbone
 from slq.latent_queries import LatentQueries
 
 
-def backbone_of(recipe: Recipe) -> Backbone:
-    """The recipe's frozen backbone with the adapter's prompt settings."""
+def backbone_of(recipe: Recipe, *, weights: bool = True) -> Backbone:
+    """The recipe's frozen backbone with the adapter's prompt settings; without weights it only builds prompts."""
     section = recipe.backbone
     return load_backbone(
         section.name,
@@ -27,6 +27,7 @@ def backbone_of(recipe: Recipe) -> Backbone:
         settings=PromptSettings(
             prompt=recipe.adapter.prompt, max_text_tokens=recipe.adapter.max_text_tokens
         ),
+        weights=weights,
     )
 
 

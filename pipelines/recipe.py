@@ -320,10 +320,17 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
     if "/" in name and Path(name).is_dir():
         name = str(Path(name).resolve())
     caches = {name: getattr(recipe.train, name) for name in ("disk_cache", "vision_cache")}
+    adapters = {key: path.resolve() for key, path in recipe.embed.adapters.items()}
+    place = recipe.storage.embedding_dir
+    if place is not None and "://" not in place:
+        place = str(Path(place).resolve())
     sections = {
+        "embed": recipe.embed.model_copy(update={"adapters": adapters}),
         "backbone": recipe.backbone.model_copy(update={"name": name}),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
-        "storage": recipe.storage.model_copy(update={"dir": recipe.storage.dir.resolve()}),
+        "storage": recipe.storage.model_copy(
+            update={"dir": recipe.storage.dir.resolve(), "embedding_dir": place}
+        ),
         "train": recipe.train.model_copy(
             update={name: path and path.resolve() for name, path in caches.items()}
         ),
@@ -357,6 +364,8 @@ def require_files(recipe: Recipe, *names: str) -> None:
     """
     for name in names:
         path = recipe.data.path(name)
+        if name == "corpus" and "://" in recipe.data.corpus:
+            continue  # opening it tells
         if not path.exists():
             hint = " (data.scenes would generate it)" if recipe.data.scenes is None else ""
             raise ConfigError(f"data.{name}: {path} does not exist{hint}")

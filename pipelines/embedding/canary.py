@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.corpus import fetch_image
-from pipelines.ledger import Commit, Ledger
+from pipelines.commits import Commit, shard_name
+from pipelines.ledger import Ledger
 from slq.errors import DataError, StorageError
 
 CANARY = "canary.parquet"
@@ -38,7 +39,7 @@ def write_canary(ledger: Ledger, commits: Mapping[int, Commit]) -> None:
 
 
 def _rows(ledger: Ledger, commit: Commit, count: int) -> Iterator[pa.Table]:
-    name = ledger.shard_name(commit.shard_id, commit.generation)
+    name = shard_name(commit.shard_id, commit.generation)
     with ledger.store.open(name) as file:
         first = next(pq.ParquetFile(file).iter_batches(count, columns=list(_COLUMNS)))
     for row in range(first.num_rows):

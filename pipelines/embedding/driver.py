@@ -14,7 +14,8 @@ from pipelines.embedding.pieces import FAILURE, Work, failure_text, raise_failur
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import remove_pieces, seal
 from pipelines.embedding.write import Written, write_piece
-from pipelines.ledger import Commit, Ledger
+from pipelines.commits import Commit, shard_name
+from pipelines.ledger import Ledger
 from pipelines.progress import show
 from slq.errors import ArtifactError, SlqError
 
@@ -169,6 +170,9 @@ def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
             fn_kwargs={"flow": flow},
             compute=TaskPoolStrategy(size=preparing) if preparing else None,
             num_cpus=1,
+            # A piece and its packed form. It also keeps Ray Data from fusing this stage into the encoders, as it does
+            # with stages of equal options: then the model would wait for decoding.
+            memory=2 * flow.recipe.embed.piece_bytes,
         )
         .map_batches(
             EncodePieces,

@@ -15,7 +15,8 @@ from pipelines.embedding.flow import Flow
 from pipelines.embedding.pieces import table_from_bytes
 from pipelines.embedding.write import Written, piece_name
 from pipelines.failpoints import reach
-from pipelines.ledger import Commit, Ledger, attempt_name, new_attempt
+from pipelines.commits import Commit, attempt_name, errors_name, new_attempt, shard_name
+from pipelines.ledger import Ledger
 from pipelines.storage import LocalStore, Store
 from slq.arrow import ERRORS
 from slq.errors import ArtifactError, StorageError
@@ -44,15 +45,15 @@ def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
     data: Iterator[pa.Table] = _tables(ledger.store, flow.run, pieces, "data")
     errors = list(_tables(ledger.store, flow.run, pieces, "errors"))
     if before is not None:
-        old = _read(ledger, ledger.shard_name(shard_id, before.generation))
+        old = _read(ledger, shard_name(shard_id, before.generation))
         again = pa.concat_tables([old, *data]) if pieces else old
         data = iter([again.sort_by("row_in_shard")])
     reach("shard_before_write")
-    name = attempt_name(ledger.shard_name(shard_id, generation), attempt)
+    name = attempt_name(shard_name(shard_id, generation), attempt)
     sha256, size, rows = _write(ledger.store, name, _groups(data, flow.shard_schema), flow.shard_schema)
     errors_sha256, bad = None, 0
     if errors:
-        name = attempt_name(ledger.errors_name(shard_id, generation), attempt)
+        name = attempt_name(errors_name(shard_id, generation), attempt)
         errors_sha256, _, bad = _write(ledger.store, name, iter(errors), ERRORS)
     reach("shard_after_write")
     return Commit(
@@ -111,6 +112,7 @@ def _write(
     try:
         if isinstance(store, LocalStore):
             path = store.path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
             return _fill(path, tables, schema)
         with tempfile.TemporaryDirectory(prefix="slq-shard-") as folder:
             path = Path(folder) / "shard.parquet"
