@@ -60,6 +60,14 @@ class Store(ABC):
         """Bytes of a file; None where there is none."""
 
     @abstractmethod
+    def stat(self, name: str) -> StoredFile | None:
+        """A file as a listing would show it now; None where there is none.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+
+    @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Write a file, or replace it; a reader sees the old one or the new one, never a part.
 

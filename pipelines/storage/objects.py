@@ -136,6 +136,16 @@ class ObjectStore(Store):
         except FileNotFoundError:
             return
 
+    def stat(self, name: str) -> StoredFile | None:
+        """See `Store.stat`: one request."""
+        try:
+            found = self._try(name, "read", lambda: self._fs.info(self._key(name)))
+        except FileNotFoundError:
+            return None
+        if found["type"] != "file":
+            return None
+        return StoredFile(name, int(found["size"]), _state(found))
+
     def files(self, folder: str = "") -> Iterator[StoredFile]:
         """See `Store.files`: in the order of the keys; S3 is read page by page."""
         prefix = self._key(folder)
@@ -167,9 +177,13 @@ class ObjectStore(Store):
         except FileNotFoundError:
             return
         for key in sorted(found):
-            entry = found[key]
-            changed = entry.get("ETag") or entry.get("etag") or entry.get("mtime")
-            yield key, int(entry["size"]), str(changed or entry.get("created", ""))
+            yield key, int(found[key]["size"]), _state(found[key])
+
+
+def _state(entry: dict[str, Any]) -> str:
+    """What changes with the content of a file, of its entry as fsspec gives it."""
+    names = ("ETag", "etag", "mtime", "created")
+    return str(next((entry[name] for name in names if entry.get(name)), "")).strip('"')
 
 
 class _Ranges(io.RawIOBase):
