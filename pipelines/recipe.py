@@ -38,7 +38,14 @@ class DataConfig(Section):
     train: Path = Path("train.parquet")
     """Pairs: id, image (bytes) or uri, text; or pairs of items, as `pipelines.pairs.Pairs` reads them."""
     corpus: Path = Path("gallery.parquet")
-    """Items to embed: a Parquet file (id, image or uri, and/or text) or a folder of images."""
+    """Items to embed: a file or a folder of one of the formats below."""
+    corpus_format: Literal["auto", "images", "parquet", "webdataset", "jsonl", "csv", "text"] = (
+        "auto"
+    )
+    """Format of the corpus; `auto` goes by the suffixes of its files. Tables have `id`, and `image` (bytes, Parquet
+    only), `uri` and/or `text`."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the corpus' columns where they are others: `id`, `image`, `text`, `uri` -> the table's own."""
     queries: Path = Path("queries.parquet")
     """Queries: id, text and/or image, kind."""
     relevance: Path = Path("relevance.parquet")
