@@ -80,7 +80,7 @@ def embed(
     from pipelines.embed import embed as stage
 
     def plan(resolved: Recipe) -> dict[str, Any]:
-        from pipelines.corpus import plan_shards
+        from pipelines.corpus import open_corpus, summarise
         from pipelines.recipe import require_files
 
         scenes = resolved.data.scenes
@@ -91,8 +91,10 @@ def embed(
         if resolved.data.karpathy is not None and not resolved.data.path("corpus").exists():
             return {"plan": {"corpus": "generated first"}}  # how many images only its source knows
         require_files(resolved, "corpus")
-        shards = plan_shards(resolved.data.path("corpus"), resolved.embed.shard_rows)
-        return {"plan": {"shards": len(shards), "rows": sum(shard.num_rows for shard in shards)}}
+        data = resolved.data
+        corpus = open_corpus(data.path("corpus"), data.corpus_format, data.columns)
+        planned = summarise(corpus.shards(resolved.embed.shard_rows))
+        return {"plan": {"shards": planned.num_shards, "rows": planned.num_rows}}
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
 

@@ -2,20 +2,18 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.corpus import plan_shards, read_shard
+from pipelines.corpus import Corpus, open_corpus
 from pipelines.recipe import Recipe, require_files
 from slq.errors import DataError, MediaError
 from slq.media import decode_image
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
-_GALLERY_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,11 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
         DataError: Relevance names an unknown query or item, or a query has none.
     """
     require_files(recipe, "corpus", "queries", "relevance")
-    items, lost_items = _read_items(recipe.data.path("corpus"))
-    queries, lost_queries = _read_items(recipe.data.path("queries"))
+    data = recipe.data
+    items, lost_items = _read_items(
+        open_corpus(data.path("corpus"), data.corpus_format, data.columns)
+    )
+    queries, lost_queries = _read_items(open_corpus(data.path("queries")))
     row = {query.id: n for n, query in enumerate(queries)}
     column = {item.id: n for n, item in enumerate(items)}
     relevant = np.zeros((len(queries), len(items)), dtype=bool)
@@ -79,22 +80,21 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
     return Benchmark(items, kept, relevant[answered], num_unreadable)
 
 
-def _read_items(path: Path) -> tuple[list[Item], set[str]]:
+def _read_items(corpus: Corpus) -> tuple[list[Item], set[str]]:
     """Readable items in order, and the ids of the others; the embedding flow quarantines the same ones."""
     items, lost = [], set()
-    for plan in plan_shards(path, _GALLERY_ROWS):
-        for record in read_shard(plan):
-            try:
-                image = decode_image(record.image) if record.image is not None else None
-            except MediaError as error:
-                log.warning("%s: item %r is left out: %s", record.uri, record.id, error)
-                lost.add(record.id)
-                continue
-            if record.problem or (image is None and not (record.text or "").strip()):
-                log.warning(
-                    "%s: item %r is left out: %s", record.uri, record.id, record.problem or "empty"
-                )
-                lost.add(record.id)
-                continue
-            items.append(Item(id=record.id, text=record.text, image=image, columns=record.columns))
+    for record in corpus.all_records():
+        try:
+            image = decode_image(record.image) if record.image is not None else None
+        except MediaError as error:
+            log.warning("%s: item %r is left out: %s", record.uri, record.id, error)
+            lost.add(record.id)
+            continue
+        if record.problem or (image is None and not (record.text or "").strip()):
+            log.warning(
+                "%s: item %r is left out: %s", record.uri, record.id, record.problem or "empty"
+            )
+            lost.add(record.id)
+            continue
+        items.append(Item(id=record.id, text=record.text, image=image, columns=record.columns))
     return items, lost

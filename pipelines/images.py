@@ -1,51 +1,129 @@
-"""Images that a table names by uri: files of the table's own folder, or objects on S3."""
+"""Images behind a uri: in a row of a table, in a file of the table's own folder, in a tar, or in an object store.
 
-from functools import cached_property
+A uri in a table comes from elsewhere and is read through `ImageReader`, which keeps it below the table's folder. A uri
+of a stored embedding row is our own, and `fetch_image` leads back to what was embedded.
+"""
+
+import posixpath
+import re
+import stat
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
-from pipelines.corpus import fetch_image
-from slq.errors import DataError, MediaError, StorageError
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.storage import LocalStore, open_store, split_location
+from pipelines.storage.objects import RETRY_S
+from slq.errors import DataError, MediaError
 from slq.media import DEFAULT_LIMITS, check_image
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _HEAD_BYTES = 2**18  # nearly every picture's header, with its thumbnail and colour profile
+_FETCH_RETRY_S = 5.0  # a service rather shows no picture than keep its user waiting
+_S3_OBJECT = re.compile(r"s3://[^/]+/.+", re.DOTALL)
+_MARKS = ("#row=", "#bytes=", "#record=")
+_PLACE = re.compile(r"(?P<file>.+)#(?P<kind>row|bytes|record)=(?P<place>\d[^#/]*)", re.DOTALL)
+
+
+def row_uri(url: str, row: int, column: str = "image") -> str:
+    """The uri of an image in a row of a Parquet file; rows count from 0."""
+    return f"{url}#row={row}" + ("" if column == "image" else f"&image={quote(column, safe='')}")
+
+
+def bytes_uri(url: str, start: int, stop: int) -> str:
+    """The uri of an image in bytes `start` to `stop` - 1 of a file."""
+    return f"{url}#bytes={start}-{stop}"
+
+
+def record_uri(url: str, number: int) -> str:
+    """The uri of a record of a file that holds no image of it; records count from 0."""
+    return f"{url}#record={number}"
+
+
+def is_ambiguous(name: str) -> bool:
+    """Whether a file name could pass for a place inside of a file."""
+    return any(mark in name for mark in _MARKS)
 
 
 class ImageReader:
     """Reads the images that a table names; threads may share it.
 
     Args:
-        folder: The table's folder. A table that came from elsewhere must not read the rest of the disk.
+        folder: The table's folder, on a disk or in an object store. A table that came from elsewhere must not read
+            the rest of it.
+        absolute: Whether absolute paths are taken, where they lead into the folder.
+        retry_s: How long failures of an object store are tried again.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
+    def __init__(
+        self, folder: str | Path, *, absolute: bool = False, retry_s: float = RETRY_S
+    ) -> None:
+        self._store = open_store(folder, retry_s)
+        self._absolute = absolute
+        self._retry_s = retry_s
+
+    def locate(self, uri: str) -> str:
+        """The path or URL of the file that a uri names.
+
+        Raises:
+            MediaError: With reason `path_refused`: it leads out of the folder, or is of a scheme that is not read.
+        """
+        if not is_ambiguous(uri):
+            if _S3_OBJECT.fullmatch(uri):
+                return uri
+            if "://" not in uri:
+                return self._below_the_folder(uri)
+        raise self._refusal(uri)
+
+    def _below_the_folder(self, uri: str) -> str:
+        if isinstance(self._store, LocalStore):
+            return self._local(uri, self._store.root)
+        name = posixpath.normpath(uri)
+        if posixpath.isabs(name) or name.split("/")[0] in ("..", "."):
+            raise self._refusal(uri)
+        return self._store.url(name)
+
+    def _local(self, uri: str, folder: Path) -> str:
+        """The file with its links followed: they may lead out of the folder, too."""
+        try:
+            root = folder.resolve()
+            path = (root / uri).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
+            raise MediaError("path_refused", f"{uri!r} names no file: {error}") from None
+        if not path.is_relative_to(root) or (Path(uri).is_absolute() and not self._absolute):
+            raise self._refusal(uri)
+        return str(path)
+
+    def _refusal(self, uri: str) -> MediaError:
+        return MediaError(
+            "path_refused",
+            f"{uri!r} is no relative path of a file below {self._store.location}, the table's own folder, and no "
+            "s3://bucket/key",
+        )
 
     def read(self, uri: str) -> bytes:
         """The encoded image behind a uri.
 
         Raises:
-            DataError: There is none, it may not be read, or a path leads out of the folder.
+            MediaError: With reason `path_refused` as `locate`, `unreadable` or `too_many_bytes`.
             StorageError: The store cannot be reached.
         """
-        if uri.startswith("s3://"):  # one byte more than allowed, so that decoding refuses it
-            return self._object(uri, DEFAULT_LIMITS.max_bytes + 1)
-        data = fetch_image(str(self._file(uri)))
-        if data is None:
-            raise DataError(f"{uri} names a row without an image")
-        return data
+        return read_image(self.locate(uri), self._retry_s)
 
     def check(self, uri: str) -> None:
-        """Refuse an image whose header cannot be read or breaks the limits.
+        """Refuse an image whose header cannot be read or breaks the limits; of an object only its head is read.
 
         Raises:
-            DataError: As `read`; MediaError if it is no image, or too large a one.
+            MediaError: As `read`; or it is no image, or too large a one.
             StorageError: The store cannot be reached.
         """
-        if not uri.startswith("s3://"):
+        url = self.locate(uri)
+        if "://" not in url:
             check_image(self.read(uri))
             return
-        head = self._object(uri, _HEAD_BYTES)
+        head = _object_bytes(url, 0, _HEAD_BYTES, self._retry_s)
         try:
             check_image(head)
         except MediaError:
@@ -53,34 +131,111 @@ class ImageReader:
                 raise
             check_image(self.read(uri))
 
-    def _file(self, uri: str) -> Path:
-        try:
-            path = (self._folder / uri).resolve()
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
-            raise DataError(f"{uri!r} names no file: {error}") from None
-        if "://" in uri or not path.is_relative_to(self._folder):
-            raise DataError(
-                f"{uri!r} is no file below {self._folder}, the table's own folder, and no s3:// object"
-            )
-        return path
 
-    def _object(self, uri: str, num_bytes: int) -> bytes:
-        """The first bytes of an object."""
-        from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+def read_image(url: str, retry_s: float = RETRY_S) -> bytes:
+    """The bytes of an image file that is not too large: one bad file must not stop a shard.
 
-        try:
-            data: bytes = self._s3.cat_file(uri, start=0, end=num_bytes)
-        except OSError as error:  # s3fs makes one of every answer of the store
-            raise DataError(f"{uri} cannot be read: {error}") from None
-        except (BotoCoreError, ClientError) as error:
-            raise StorageError(
-                f"{uri} cannot be read: {error}; check AWS_ENDPOINT_URL, the credentials and the network"
-            ) from None
-        return data
+    Args:
+        url: A path, or `scheme://bucket/key`.
+        retry_s: How long failures of an object store are tried again.
 
-    @cached_property
-    def _s3(self) -> Any:
-        import s3fs
+    Raises:
+        MediaError: With reason `unreadable` or `too_many_bytes`.
+        StorageError: The store cannot be reached.
+    """
+    if "://" not in url:
+        return _file_bytes(Path(url))
+    limit = DEFAULT_LIMITS.max_bytes
+    data = _object_bytes(url, 0, limit + 1, retry_s)
+    if len(data) > limit:
+        raise _too_large(url, f"more than {limit}")
+    return data
 
-        return s3fs.S3FileSystem()
+
+def _object_bytes(url: str, start: int, stop: int, retry_s: float) -> bytes:
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    try:
+        return open_store(f"{scheme}://{bucket}", retry_s).read(key, start, stop)
+    except FileNotFoundError:
+        raise MediaError("unreadable", f"{url} cannot be read: there is no such object") from None
+
+
+def _file_bytes(path: Path) -> bytes:
+    limit = DEFAULT_LIMITS.max_bytes
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            raise MediaError("unreadable", f"{path} is no regular file")
+        if found.st_size <= limit:
+            with path.open("rb") as file:
+                data = file.read(limit + 1)  # it may have grown meanwhile
+            if len(data) <= limit:
+                return data
+    except OSError as error:
+        raise MediaError("unreadable", f"{path} cannot be read: {error.strerror}") from None
+    raise _too_large(str(path), str(found.st_size))
+
+
+def _too_large(url: str, num_bytes: str) -> MediaError:
+    limit = DEFAULT_LIMITS.max_bytes
+    return MediaError("too_many_bytes", f"{url} has {num_bytes} bytes; at most {limit} are allowed")
+
+
+def fetch_image(uri: str, retry_s: float = _FETCH_RETRY_S) -> bytes | None:
+    """The image bytes behind an embedding row's `uri`; None where the row has no image.
+
+    Args:
+        uri: Of a row of an embedding data set, which our own flow wrote.
+        retry_s: How long failures of an object store are tried again.
+
+    Raises:
+        DataError: The file is gone, or larger than an image may be.
+        StorageError: The store cannot be reached.
+    """
+    found = _PLACE.fullmatch(uri)
+    if found is None:
+        return read_image(uri, retry_s)
+    url, kind, place = found.group("file", "kind", "place")
+    if kind == "record":
+        return None
+    try:
+        return _part(url, place, retry_s) if kind == "bytes" else _cell(url, place, retry_s)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{uri} cannot be read: {error}") from None
+
+
+def image_value(value: Any) -> bytes | None:
+    """The bytes of a cell of an image column: plain, or with their path beside them as `datasets` writes them."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
+
+
+def _part(url: str, place: str, retry_s: float) -> bytes:
+    start, _, stop = place.partition("-")
+    first, last = int(start), int(stop)
+    if last - first > DEFAULT_LIMITS.max_bytes:
+        raise _too_large(f"{url}#bytes={place}", str(last - first))
+    folder, name = split_location(url)
+    data = open_store(folder, retry_s).read(name, first, last)
+    if len(data) != last - first:
+        raise DataError(f"{url}#bytes={place} points past the end of its file")
+    return data
+
+
+def _cell(url: str, place: str, retry_s: float) -> bytes | None:
+    number, _, column = place.partition("&image=")
+    row, column = int(number), unquote(column) or "image"
+    folder, name = split_location(url)
+    with open_store(folder, retry_s).open(name) as opened:
+        file = pq.ParquetFile(opened)
+        if column not in file.schema_arrow.names:
+            return None
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row < rows:
+                values = file.read_row_group(group, columns=[column])[column]
+                return image_value(values[row].as_py())
+            row -= rows
+    raise DataError(f"{url}#row={place} points past the end of its file")

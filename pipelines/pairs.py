@@ -54,7 +54,7 @@ class Pairs:
 
     def __init__(self, path: Path) -> None:
         self._table = _read_table(path)
-        self._images = ImageReader(path.parent)
+        self._images = ImageReader(path.parent, absolute=True)
         self.image_keys = _image_keys(self._table)
         self.query_keys = _query_keys(self._table, self.image_keys)
 

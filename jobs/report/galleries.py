@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,12 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 
 from jobs.report.style import data_uri, thumbnail
-from pipelines.corpus import Record, plan_shards, read_shard
+from pipelines.corpus import Record, open_corpus
 from pipelines.recipe import Recipe
 from slq.errors import DataError
 
 Outcome = Literal["corrected", "kept", "spoiled", "missed", "found", "lost"]
 
-_SHARD_ROWS = 4096
 SHOWN = 5
 
 OUTCOMES: dict[Outcome, str] = {
@@ -122,7 +121,9 @@ def read_runs(recipe: Recipe, systems: Iterable[str]) -> Runs | None:
     for row in pq.read_table(recipe.data.path("relevance")).to_pylist():
         if row["grade"] > 0:
             relevant.setdefault(row["query_id"], set()).add(row["item_id"])
-    queries = {record.id: record for record in _records(recipe.data.path("queries"))}
+    queries = {
+        record.id: record for record in open_corpus(recipe.data.path("queries")).all_records()
+    }
     _require(coarse, queries.keys() & relevant.keys(), recipe.data.path("queries"))
     return Runs(queries, relevant, coarse, fine)
 
@@ -133,11 +134,6 @@ def _require(wanted: Iterable[str], known: Container[str], path: Path) -> None:
             raise DataError(
                 f"{path} has no {name!r}, which was evaluated; run `slq eval` on the new data"
             )
-
-
-def _records(path: Path) -> Iterator[Record]:
-    for plan in plan_shards(path, _SHARD_ROWS):
-        yield from read_shard(plan)
 
 
 def _by_query(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -191,7 +187,8 @@ def examples(recipe: Recipe, runs: Runs, plan: Iterable[tuple[str, Outcome]]) ->
     stages = (runs.coarse, runs.fine)
     rows = [row for stage in stages for name in chosen for row in stage.get(name, [])[:SHOWN]]
     wanted = {row["item_id"] for row in rows}
-    items = {item.id: item for item in _records(recipe.data.path("corpus")) if item.id in wanted}
+    corpus = open_corpus(recipe.data.path("corpus"), recipe.data.corpus_format, recipe.data.columns)
+    items = {item.id: item for item in corpus.all_records() if item.id in wanted}
     _require(wanted, items, recipe.data.path("corpus"))
     return [_example(name, runs, items) for name in chosen]
 

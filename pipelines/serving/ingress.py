@@ -33,7 +33,7 @@ from pipelines.messages import (
 )
 from pipelines.recipe import Recipe
 from pipelines.serving.replicas import Pinned
-from slq.errors import ArtifactMismatchError, DataError, MediaError, ServiceError
+from slq.errors import ArtifactMismatchError, DataError, MediaError, ServiceError, StorageError
 from slq.media import decode_image
 from slq.schema import Item
 
@@ -325,7 +325,7 @@ class Ingress:
         uri = await answer_of(self._index.uri_of.remote(item_id))
         try:
             data = await asyncio.to_thread(read_image, uri) if uri else None
-        except (DataError, OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        except (DataError, StorageError) as error:
             log.warning("image of item %r: %s", item_id, error)
             data = None
         if data is None:

@@ -19,7 +19,7 @@ from pipelines.corpus import fetch_image
 from pipelines.loading import encoder_of, scoring_backbone, use_threads
 from pipelines.recipe import Recipe
 from slq.artifacts import require_same_fingerprint
-from slq.errors import DataError, ServiceError
+from slq.errors import DataError, ServiceError, StorageError
 from slq.index import Hit, VectorIndex
 from slq.media import decode_image
 from slq.reranker import Reranker
@@ -177,7 +177,7 @@ def candidate_of(uri: str | None, text: str | None) -> Item | None:
     try:
         data = fetch_image(uri) if uri else None
         return Item(text=text, image=decode_image(data) if data is not None else None)
-    except (DataError, OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except (DataError, StorageError) as error:
         log.warning("candidate %s cannot be read: %s", uri, error)
         return None
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.console import generate_files
-from pipelines.corpus import plan_shards, read_shard
+from pipelines.corpus import open_corpus
 from pipelines.pairs import Pairs
 from pipelines.recipe import DataConfig
 from slq.arrow import RELEVANCE
@@ -111,9 +111,9 @@ def test_what_is_written_is_what_the_stages_read(tmp_path: Path) -> None:
     query, positive = (pairs.item(0, side) for side in SIDES)
     assert np.array_equal(np.asarray(query.image), np.asarray(Image.open(first)))
     assert positive.text == "Caption 0 of 1."
-    (plan,) = plan_shards(tmp_path / "gallery.parquet", 10)
-    assert [record.problem for record in read_shard(plan)] == [None, None]
-    assert all(record.image for record in read_shard(plan))
+    records = list(open_corpus(tmp_path / "gallery.parquet").all_records())
+    assert [record.problem for record in records] == [None, None]
+    assert all(record.image for record in records)
 
 
 def test_a_dry_run_needs_no_data(tmp_path: Path) -> None:
