@@ -73,14 +73,23 @@ def mine(
 def embed(
     recipe: RecipePath,
     overrides: Overrides = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="embed the quarantined rows again, and only those"),
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed a corpus into Parquet shards on Ray Data; run it again to finish what is missing."""
-    from pipelines.embed import embed as stage
+    from functools import partial
+
+    from pipelines.embed import embed as run
+
+    stage = partial(run, retry_errors=retry_errors)
 
     def plan(resolved: Recipe) -> dict[str, Any]:
-        from pipelines.corpus import open_corpus, summarise
+        from pipelines.corpus import summarise
+        from pipelines.loading import corpus_of
         from pipelines.recipe import require_files
 
         scenes = resolved.data.scenes
@@ -91,9 +100,7 @@ def embed(
         if resolved.data.karpathy is not None and not resolved.data.path("corpus").exists():
             return {"plan": {"corpus": "generated first"}}  # how many images only its source knows
         require_files(resolved, "corpus")
-        data = resolved.data
-        corpus = open_corpus(data.path("corpus"), data.corpus_format, data.columns)
-        planned = summarise(corpus.shards(resolved.embed.shard_rows))
+        planned = summarise(corpus_of(resolved).shards(resolved.embed.shard_rows))
         return {"plan": {"shards": planned.num_shards, "rows": planned.num_rows}}
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)

@@ -83,7 +83,8 @@ def run_stage(
     if as_json:
         print(json.dumps(result, default=str))
     else:
-        out.print(f"[green]done[/] {result}" if isinstance(result, Path) else "[green]done[/]")
+        place = isinstance(result, Path | str)
+        out.print(f"[green]done[/] {result}" if place else "[green]done[/]", soft_wrap=True)
 
 
 def connected(recipe: Recipe, stage: Callable[[Recipe], Any]) -> Any:

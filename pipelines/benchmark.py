@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.corpus import Corpus, open_corpus
+from pipelines.loading import corpus_of
 from pipelines.recipe import Recipe, require_files
 from slq.errors import DataError, MediaError
 from slq.media import decode_image
@@ -40,11 +41,8 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
         DataError: Relevance names an unknown query or item, or a query has none.
     """
     require_files(recipe, "corpus", "queries", "relevance")
-    data = recipe.data
-    items, lost_items = _read_items(
-        open_corpus(data.path("corpus"), data.corpus_format, data.columns)
-    )
-    queries, lost_queries = _read_items(open_corpus(data.path("queries")))
+    items, lost_items = _read_items(corpus_of(recipe))
+    queries, lost_queries = _read_items(open_corpus(recipe.data.path("queries")))
     row = {query.id: n for n, query in enumerate(queries)}
     column = {item.id: n for n, item in enumerate(items)}
     relevant = np.zeros((len(queries), len(items)), dtype=bool)

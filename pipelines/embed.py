@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipelines.commits import Commit, errors_name, new_attempt
 from pipelines.corpus import Corpus, Plan, read_plan, rows_changed, write_plan
 from pipelines.embedding.calibration import CALIBRATION, measured_ranges, sample_shards
 from pipelines.embedding.canary import write_canary
@@ -25,22 +26,29 @@ from pipelines.embedding.flow import (
     Flow,
     Models,
     adapter_configs,
-    corpus_of,
     stored_dimension,
 )
 from pipelines.embedding.interruption import stoppable
 from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.failpoints import reach
-from pipelines.commits import Commit, errors_name, new_attempt
 from pipelines.ledger import MANIFEST, Ledger
+from pipelines.loading import corpus_of
 from pipelines.recipe import Recipe
 from pipelines.tasks import model_task
 from slq.artifacts import AdapterConfig
 from slq.errors import DataError
 
 log = logging.getLogger(__name__)
-_SETTINGS = ("shard_rows", "batch_size", "batch_tokens", "piece_rows", "piece_bytes", "outputs", "deterministic")  # fmt: skip
+_SETTINGS = (  # of `embed`, on which the content depends
+    "shard_rows",
+    "batch_size",
+    "batch_tokens",
+    "piece_rows",
+    "piece_bytes",
+    "outputs",
+    "deterministic",
+)
 
 
 def embed(recipe: Recipe, *, retry_errors: bool = False, models: Models = REAL) -> str:
@@ -238,6 +246,8 @@ def _finish(
     manifest = {**identity, **counts, "adapter": str(recipe.storage.adapter)}
     ledger.store.write(CARD, card(manifest).encode())
     ledger.finish(manifest)
-    log.info("%s: %d rows in %d shards, %d quarantined", ledger.store.location, rows, len(commits), bad)
+    log.info(
+        "%s: %d rows in %d shards, %d quarantined", ledger.store.location, rows, len(commits), bad
+    )
     if bad:
         log.info("quarantined items are in %s; --retry-errors reads them again", errors)

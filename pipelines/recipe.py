@@ -45,7 +45,7 @@ class DataConfig(Section):
     image, uri and/or text; WebDataset tars; texts, one a line."""
     corpus_format: CorpusFormat = "auto"
     """Told by names if `auto`."""
-    columns: dict[Literal["id", "text", "image", "uri"], str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """How the corpus calls our columns: ours -> its own."""
     queries: Path = Path("queries.parquet")
     """Queries: id, text and/or image, kind."""
@@ -121,7 +121,9 @@ class EmbedConfig(Section):
     """Items, from all over the corpus, that the ranges of int8 and binary vectors are measured on, once."""
     dimension: Annotated[int, Field(gt=0)] | None = None
     """Keep only this many leading values of each vector (see train.matryoshka); all if null."""
-    adapters: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], Path] = {}
+    adapters: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], Path] = Field(
+        default_factory=dict
+    )
     """Further adapters of the same backbone, embedded in the same pass: name -> folder, column `embedding_NAME`."""
     deterministic: bool = False
     """One item per pass on one thread: the same bits whatever stands beside an item; far slower."""

@@ -14,7 +14,9 @@ from slq.errors import DataError
 
 Vectors = NDArray[np.float32]
 _LARGEST_CODE = 127
-_RANGE_QUANTILE = 0.9999  # of all magnitudes; the few beyond are clipped, and all others get a finer step
+_RANGE_QUANTILE = (
+    0.9999  # of all magnitudes; the few beyond are clipped, and all others get a finer step
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def calibrate(sample: Vectors) -> Calibration:
 def to_int8(vectors: Vectors, calibration: Calibration) -> NDArray[np.int8]:
     """(n, dimension) codes from -127 to 127; values beyond the range are clipped to its ends."""
     codes = np.rint(vectors / calibration.scale)
-    return np.clip(codes, -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
+    clipped: NDArray[np.int8] = np.clip(codes, -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
+    return clipped
 
 
 def from_int8(codes: NDArray[np.int8], calibration: Calibration) -> Vectors:
@@ -70,7 +73,8 @@ def from_int8(codes: NDArray[np.int8], calibration: Calibration) -> Vectors:
 
 def to_bits(vectors: Vectors, calibration: Calibration) -> NDArray[np.uint8]:
     """(n, ceil(dimension / 8)) bytes, first value in the highest bit; 1 where a value is above its threshold."""
-    return np.packbits(vectors > calibration.thresholds, axis=1)
+    bits: NDArray[np.uint8] = np.packbits(vectors > calibration.thresholds, axis=1)
+    return bits
 
 
 def cut(vectors: Vectors, dimension: int) -> Vectors:

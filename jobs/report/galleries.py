@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from jobs.report.style import data_uri, thumbnail
 from pipelines.corpus import Record, open_corpus
+from pipelines.loading import corpus_of
 from pipelines.recipe import Recipe
 from slq.errors import DataError
 
@@ -128,7 +129,7 @@ def read_runs(recipe: Recipe, systems: Iterable[str]) -> Runs | None:
     return Runs(queries, relevant, coarse, fine)
 
 
-def _require(wanted: Iterable[str], known: Container[str], path: Path) -> None:
+def _require(wanted: Iterable[str], known: Container[str], path: Path | str) -> None:
     for name in wanted:
         if name not in known:
             raise DataError(
@@ -187,9 +188,9 @@ def examples(recipe: Recipe, runs: Runs, plan: Iterable[tuple[str, Outcome]]) ->
     stages = (runs.coarse, runs.fine)
     rows = [row for stage in stages for name in chosen for row in stage.get(name, [])[:SHOWN]]
     wanted = {row["item_id"] for row in rows}
-    corpus = open_corpus(recipe.data.path("corpus"), recipe.data.corpus_format, recipe.data.columns)
+    corpus = corpus_of(recipe)
     items = {item.id: item for item in corpus.all_records() if item.id in wanted}
-    _require(wanted, items, recipe.data.path("corpus"))
+    _require(wanted, items, recipe.data.corpus_location)
     return [_example(name, runs, items) for name in chosen]
 
 

@@ -23,7 +23,7 @@ class Arrivals:
             return None
         mine = self._pieces.setdefault(piece.shard_id, {})
         mine.setdefault(piece.number, piece)
-        (last,) = [one.number for one in mine.values() if one.last] or [None]
+        last = next((one.number for one in mine.values() if one.last), None)
         if last is None or len(mine) <= last:
             return None
         del self._pieces[piece.shard_id]

@@ -34,9 +34,7 @@ def measured_ranges(flow: Flow, shard_ids: list[int]) -> dict[str, Any] | str:
         return failure_text(error)
 
 
-def _vectors(
-    flow: Flow, shard_ids: list[int], rows_each: int
-) -> Iterator[NDArray[np.float32]]:
+def _vectors(flow: Flow, shard_ids: list[int], rows_each: int) -> Iterator[NDArray[np.float32]]:
     encoder = EncodePieces(flow)
     for shard_id in shard_ids:
         for piece in prepared_pieces(flow, shard_id, list(range(rows_each))):

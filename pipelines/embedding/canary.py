@@ -1,4 +1,4 @@
-"""A few items with their inputs and vectors, stored with a data set: any encoder can be checked against it later."""
+"""A few items with inputs and vectors, stored with a data set: any encoder can be checked against it later."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,14 +7,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.corpus import fetch_image
 from pipelines.commits import Commit, shard_name
+from pipelines.corpus import fetch_image
 from pipelines.ledger import Ledger
 from slq.errors import DataError, StorageError
 
 CANARY = "canary.parquet"
 _ROWS = 16
-_COLUMNS = ("id", "modality", "uri", "text", "content_hash", "embedding", "shard_id", "row_in_shard")
+_COLUMNS = (
+    "id",
+    "modality",
+    "uri",
+    "text",
+    "content_hash",
+    "embedding",
+    "shard_id",
+    "row_in_shard",
+)
 
 
 def write_canary(ledger: Ledger, commits: Mapping[int, Commit]) -> None:
@@ -25,11 +34,7 @@ def write_canary(ledger: Ledger, commits: Mapping[int, Commit]) -> None:
     filled = [n for n, commit in sorted(commits.items()) if commit.rows]
     chosen = sorted({int(n) for n in np.linspace(0, len(filled) - 1, _ROWS)}) if filled else []
     each = -(-_ROWS // len(chosen)) if chosen else 0
-    rows = [
-        row
-        for position in chosen
-        for row in _rows(ledger, commits[filled[position]], each)
-    ]
+    rows = [row for position in chosen for row in _rows(ledger, commits[filled[position]], each)]
     if not rows:
         return
     table = pa.concat_tables(rows)

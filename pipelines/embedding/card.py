@@ -12,7 +12,9 @@ def card(manifest: dict[str, Any]) -> str:
         manifest: Of the data set, with its counts.
     """
     lengths = manifest["dimension"]
-    columns = [f"| `embedding` | float16, {lengths} values, unit norm; the inner product is the cosine |"]
+    columns = [
+        f"| `embedding` | float16, {lengths} values, unit norm; the inner product is the cosine |"
+    ]
     if "int8" in manifest["outputs"]:
         columns.append(
             f"| `embedding_int8` | {lengths} codes; value = code * `scale` of `calibration.json` |"

@@ -1,4 +1,4 @@
-"""The driver's side of the flow: Ray Data from shard ids to written pieces, sealing, commits, and how far the run is."""
+"""The driver's side: Ray Data from shard ids to written pieces, sealing, commits, and how far the run is."""
 
 import logging
 import time
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.commits import Commit
 from pipelines.embedding.arrivals import Arrivals
 from pipelines.embedding.encode import THREADS, EncodePieces
 from pipelines.embedding.flow import Flow
@@ -14,7 +15,6 @@ from pipelines.embedding.pieces import FAILURE, Work, failure_text, raise_failur
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import remove_pieces, seal
 from pipelines.embedding.write import Written, write_piece
-from pipelines.commits import Commit, shard_name
 from pipelines.ledger import Ledger
 from pipelines.progress import show
 from slq.errors import ArtifactError, SlqError
@@ -236,9 +236,7 @@ class Sealing:
 
         while self._pieces:
             patient = wait or len(self._pieces) > _MOST_SEALING
-            ready, _ = ray.wait(
-                list(self._pieces), num_returns=1, timeout=None if patient else 0
-            )
+            ready, _ = ray.wait(list(self._pieces), num_returns=1, timeout=None if patient else 0)
             if not ready:
                 return
             pieces = self._pieces.pop(ready[0])

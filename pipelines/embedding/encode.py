@@ -155,7 +155,7 @@ class _Timer:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._copies = torch.cuda.Stream(device) if self._cuda else None
+        self._copies: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._local = threading.local()  # each thread works on a piece of its own
 
     def collated(self, collate: Any, prompts: Sequence[Prompt]) -> Prompts:
@@ -171,7 +171,7 @@ class _Timer:
 
     def __enter__(self) -> "_Timer":
         if self._cuda:
-            started = torch.cuda.Event(enable_timing=True)
+            started: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             started.record()
             self._local.started = started
         else:
@@ -181,7 +181,7 @@ class _Timer:
     def __exit__(self, *_: object) -> None:
         spans = self._spans()
         if self._cuda:
-            ended = torch.cuda.Event(enable_timing=True)
+            ended: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             ended.record()
             spans.append((self._local.started, ended))
         else:
@@ -197,5 +197,5 @@ class _Timer:
         """Seconds of this thread's passes since the last call; those of a GPU must have ended."""
         spans, self._local.spans = self._spans(), []
         if self._cuda:
-            return sum(started.elapsed_time(ended) for started, ended in spans) / 1000.0
+            return float(sum(first.elapsed_time(last) for first, last in spans)) / 1000.0
         return float(sum(spans))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpus import Corpus, Plan, open_corpus, read_plan
+from pipelines.corpus import Corpus, Plan, read_plan
 from pipelines.ledger import Ledger
-from pipelines.loading import backbone_of, encoder_of
+from pipelines.loading import backbone_of, corpus_of, encoder_of
 from pipelines.recipe import Recipe
 from slq.arrow import embedding_schema
 from slq.artifacts import (
@@ -103,18 +103,6 @@ class Flow:
         return self.models.encoders(self)
 
 
-def corpus_of(recipe: Recipe) -> Corpus:
-    """The recipe's corpus.
-
-    Raises:
-        ConfigError: It is not there, or of no known format.
-    """
-    data = recipe.data
-    return open_corpus(
-        data.corpus_location, data.corpus_format, dict(data.columns), recipe.storage.retry_s
-    )
-
-
 @lru_cache(maxsize=1)
 def _kept_builder(load: Callable[[Recipe], PromptBuilder], recipe_json: str) -> PromptBuilder:
     return load(Recipe.model_validate_json(recipe_json))
@@ -134,7 +122,10 @@ def encoders_of(flow: Flow) -> list[Encoder]:
     recipe = flow.recipe
     first = encoder_of(recipe)
     others = recipe.embed.adapters.values()
-    found = [first, *(Encoder(first.backbone, load_adapter(path, first.backbone)) for path in others)]
+    found = [
+        first,
+        *(Encoder(first.backbone, load_adapter(path, first.backbone)) for path in others),
+    ]
     folders = (recipe.storage.adapter, *others)
     for folder, encoder, expected in zip(folders, found, flow.fingerprints, strict=True):
         require_same_fingerprint(
@@ -161,10 +152,20 @@ def adapter_configs(recipe: Recipe) -> list[AdapterConfig]:
     configs = [load_adapter_config(folder) for folder in folders]
     first = configs[0]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
-        shared = ("base_model_name_or_path", "revision", "prompt", "max_text_tokens", "image_limits")
+        shared = (
+            "base_model_name_or_path",
+            "revision",
+            "prompt",
+            "max_text_tokens",
+            "image_limits",
+        )
         other = [name for name in shared if getattr(config, name) != getattr(first, name)]
         if first.slq_type != "SLQ" or config.slq_type != "SLQ" or other:
-            reason = f"they differ in {', '.join(other)}" if other else "LoRA and full change the backbone"
+            reason = (
+                f"they differ in {', '.join(other)}"
+                if other
+                else "LoRA and full change the backbone"
+            )
             raise ArtifactMismatchError(
                 f"adapters {folders[0]} and {folder} cannot embed in one pass: {reason}; embed them into two data sets"
             )

@@ -214,9 +214,11 @@ def pack_prompts(prompts: Sequence[Prompt], numbers: Sequence[int], dtype: torch
 def unpack_prompts(data: bytes) -> tuple[list[Prompt], list[int]]:
     """The token sequences of one batch, and which rows of the piece they are."""
     tensors = load(data)
-    ids = tensors["ids"].split(tensors["lengths"].tolist())
+    ids = torch.split(tensors["ids"], tensors["lengths"].tolist())
     vision = {
-        name.removeprefix("vision."): iter(tensor.split(tensors[f"sizes.{name[7:]}"].tolist()))
+        name.removeprefix("vision."): iter(
+            torch.split(tensor, tensors[f"sizes.{name[7:]}"].tolist())
+        )
         for name, tensor in tensors.items()
         if name.startswith("vision.")
     }

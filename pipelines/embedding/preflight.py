@@ -6,7 +6,9 @@ from pipelines.recipe import Recipe
 from slq.errors import ConfigError, HardwareError
 
 log = logging.getLogger(__name__)
-_PIECES_IN_STORE = 16  # that the object store must have room for: in reading, waiting, encoding and writing
+_PIECES_IN_STORE = (
+    16  # that the object store must have room for: in reading, waiting, encoding and writing
+)
 
 
 def require_room(recipe: Recipe, resources: dict[str, float], num_nodes: int) -> None:

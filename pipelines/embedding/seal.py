@@ -5,17 +5,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.commits import Commit, attempt_name, errors_name, new_attempt, shard_name
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.pieces import table_from_bytes
 from pipelines.embedding.write import Written, piece_name
 from pipelines.failpoints import reach
-from pipelines.commits import Commit, attempt_name, errors_name, new_attempt, shard_name
 from pipelines.ledger import Ledger
 from pipelines.storage import LocalStore, Store
 from slq.arrow import ERRORS
@@ -50,7 +48,9 @@ def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
         data = iter([again.sort_by("row_in_shard")])
     reach("shard_before_write")
     name = attempt_name(shard_name(shard_id, generation), attempt)
-    sha256, size, rows = _write(ledger.store, name, _groups(data, flow.shard_schema), flow.shard_schema)
+    sha256, size, rows = _write(
+        ledger.store, name, _groups(data, flow.shard_schema), flow.shard_schema
+    )
     errors_sha256, bad = None, 0
     if errors:
         name = attempt_name(errors_name(shard_id, generation), attempt)

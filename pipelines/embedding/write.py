@@ -65,7 +65,9 @@ def write_piece(block: pa.Table, flow: Flow) -> pa.Table:
     if is_failure(block):
         return block.select([FAILURE])
     try:
-        return pa.Table.from_pylist([{**asdict(_written(Piece.from_block(block), flow)), FAILURE: None}])
+        return pa.Table.from_pylist(
+            [{**asdict(_written(Piece.from_block(block), flow)), FAILURE: None}]
+        )
     except SlqError as error:
         return failure_block(error).select([FAILURE])
 
@@ -76,7 +78,9 @@ def _written(piece: Piece, flow: Flow) -> Written:
     reach("piece_before_write")
     for kind, table in (("data", good), ("errors", bad)):
         if table.num_rows:
-            store.write(piece_name(flow.run, piece.shard_id, piece.number, kind), table_to_bytes(table))
+            store.write(
+                piece_name(flow.run, piece.shard_id, piece.number, kind), table_to_bytes(table)
+            )
     reach("piece_after_write")
     for reason in bad["error"].to_pylist():
         count("quarantined", 1, reason=reason)

@@ -68,14 +68,6 @@ class LocalStore(Store):
             return StoredFile(name, 0, "unreadable") if os.path.lexists(self.path(name)) else None
         return StoredFile(name, found.st_size, str(found.st_mtime_ns))
 
-    def stat(self, name: str) -> StoredFile | None:
-        """See `Store.stat`."""
-        try:
-            found = self.path(name).stat()
-        except (OSError, ValueError):  # a link that leads nowhere is listed, too
-            return StoredFile(name, 0, "unreadable") if os.path.lexists(self.path(name)) else None
-        return StoredFile(name, found.st_size, str(found.st_mtime_ns))
-
     def write(self, name: str, data: bytes) -> None:
         """See `Store.write`."""
         try:

@@ -55,8 +55,12 @@ def test_sorted_batches_waste_less_than_three_percent_of_alt_texts() -> None:
     assert waste(lengths, unsorted) > 0.4
 
 
-@pytest.mark.parametrize(("batch_size", "batch_tokens"), [(1, 9), (8, 64), (32, 200), (1000, 10**9)])
-def test_batches_hold_everything_once_within_both_limits(batch_size: int, batch_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "batch_tokens"), [(1, 9), (8, 64), (32, 200), (1000, 10**9)]
+)
+def test_batches_hold_everything_once_within_both_limits(
+    batch_size: int, batch_tokens: int
+) -> None:
     rng = random.Random(3)
     lengths = [rng.randint(1, 120) for _ in range(257)]
     shown = [rng.random() < 0.3 for _ in lengths]
@@ -106,7 +110,12 @@ def test_a_piece_travels_as_one_row(count: int) -> None:
     block = piece.to_block()
     assert block.num_rows == 1
     found = Piece.from_block(block)
-    assert (found.shard_id, found.number, found.last, found.name) == (3, 2, count > 0, "000003-000002")
+    assert (found.shard_id, found.number, found.last, found.name) == (
+        3,
+        2,
+        count > 0,
+        "000003-000002",
+    )
     assert found.rows.equals(piece.rows)
     assert found.batches == [b"x" * 9, b""]
     assert found.work == piece.work
@@ -116,7 +125,9 @@ def test_a_piece_travels_as_one_row(count: int) -> None:
         np.testing.assert_array_equal(found.vectors, vectors)
 
 
-@pytest.mark.parametrize("error", [StorageError("disk"), DataError("rows"), MediaError("empty", "no bytes")])
+@pytest.mark.parametrize(
+    "error", [StorageError("disk"), DataError("rows"), MediaError("empty", "no bytes")]
+)
 def test_an_error_of_ours_travels_as_data(error: SlqError) -> None:
     block = failure_block(error)
     assert is_failure(block)
