@@ -63,12 +63,14 @@ class Work:
     """What a piece cost; sums of pieces are those of the run.
 
     Attributes:
+        input_bytes: Of images and texts that were read.
         items: That were encoded.
         tokens: Of their sequences.
         padded_tokens: Of the batches, padding included.
         busy_s: Time in the model.
     """
 
+    input_bytes: int = 0
     items: int = 0
     tokens: int = 0
     padded_tokens: int = 0
