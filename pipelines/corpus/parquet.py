@@ -35,11 +35,7 @@ class ParquetCorpus(TableCorpus):
         with self._opened(shard.source) as opened:
             file = pq.ParquetFile(opened, buffer_size=_BUFFER_BYTES)
             ours = self._ours(shard.source, file.schema_arrow)
-            rows = self._rows(file, shard, ours)
-            if "uri" in ours:
-                yield from self._followed(rows, shard.source)
-            else:
-                yield from (record for record, _ in rows)
+            yield from self._followed(self._rows(file, shard, ours), shard.source)
 
     def user_schema(self) -> pa.Schema:
         """See `Corpus.user_schema`; all files must have the first one's."""
@@ -121,22 +117,29 @@ def _batches(file: pq.ParquetFile, start: int, stop: int) -> Iterator[pa.RecordB
             return
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_string(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
 
 
 def _is_id(kind: pa.DataType) -> bool:
-    return _is_text(kind) or bool(pa.types.is_integer(kind))
+    return _is_string(kind) or bool(pa.types.is_integer(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return _is_string(kind) or bool(pa.types.is_null(kind))
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """Bytes, or a struct with them, as `datasets` writes images."""
+    """Bytes, a struct with them as `datasets` writes images, or nothing in any row."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
     return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_null(kind)
     )
 
 
