@@ -74,7 +74,9 @@ def linked(folder: Path, items: Rows) -> Rows:
 def write_jsonl(path: Path, items: Rows) -> Path:
     """Rows with their images in files, and blank lines between them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(linked(path.parent, items))]
+    lines = [
+        json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(linked(path.parent, items))
+    ]
     path.write_text("\n \n".join(lines) + "\n\n", encoding="utf-8")
     return path
 

@@ -26,7 +26,7 @@ class CsvCorpus(LineCorpus):
     @cached_property
     def _names(self) -> list[str]:
         """The columns of the corpus' first file that has any."""
-        for file in self._source.files():
+        for file in self.files():
             with self._opened(file.name) as opened:
                 self._require_text(file.name, opened)
                 names = self._read_header(file.name, Lines(opened))

@@ -55,7 +55,7 @@ class JsonLinesCorpus(LineCorpus):
     def _sample(self) -> Iterator[dict[str, Any]]:
         """The objects of the first MiB."""
         size = 0
-        for file in self._source.files():
+        for file in self.files():
             with self._opened(file.name) as opened:
                 self._require_text(file.name, opened)
                 for raw in self._raw_rows(Lines(opened)):

@@ -9,6 +9,7 @@ from typing import IO, Any, TypeVar
 from pipelines.corpus.base import Record, Shard, file_state, rows_changed
 from pipelines.corpus.tables import Row, TableCorpus
 from pipelines.images import record_uri
+from pipelines.storage import StoredFile
 from slq.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -129,8 +130,8 @@ class LineCorpus(TableCorpus):
         """
         return None
 
-    def _cut(self, shard_rows: int) -> Iterator[Shard]:
-        for file in self._source.files():
+    def _cut(self, files: Iterator[StoredFile], shard_rows: int) -> Iterator[Shard]:
+        for file in files:
             with self._opened(file.name) as opened:
                 self._require_text(file.name, opened)
                 lines, state = Lines(opened), file_state(file.name, file)

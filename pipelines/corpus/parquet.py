@@ -12,6 +12,7 @@ from pipelines.corpus.columns import needs_columns
 from pipelines.corpus.reading import ahead
 from pipelines.corpus.tables import Row, TableCorpus
 from pipelines.images import image_value, row_uri
+from pipelines.storage import StoredFile
 from slq.errors import DataError
 
 _BATCH_ROWS = 64  # images of a megabyte stay below 100 MB
@@ -21,10 +22,8 @@ _BUFFER_BYTES = 2**20  # of each column: column chunks are not read whole
 class ParquetCorpus(TableCorpus):
     """One Parquet file, or all below a folder: `id`, and `image` (bytes), `uri` and/or `text`."""
 
-    def _cut(self, shard_rows: int) -> Iterator[Shard]:
-        for file, (rows, schema) in ahead(
-            lambda file: self._footer(file.name), self._source.files()
-        ):
+    def _cut(self, files: Iterator[StoredFile], shard_rows: int) -> Iterator[Shard]:
+        for file, (rows, schema) in ahead(lambda file: self._footer(file.name), files):
             self._require_same_columns(file.name, schema)
             state = file_state(file.name, file)
             for start in range(0, rows, shard_rows):
@@ -43,7 +42,7 @@ class ParquetCorpus(TableCorpus):
 
     @cached_property
     def _user_schema(self) -> pa.Schema:
-        for file in self._source.files():
+        for file in self.files():
             return self._own_columns(file.name, self._footer(file.name)[1])
         return pa.schema([])
 

@@ -13,6 +13,7 @@ from pipelines.corpus.base import Corpus, Record, Shard, file_state
 from pipelines.corpus.lines import BadRowError
 from pipelines.corpus.text import utf8
 from pipelines.images import SUFFIXES, bytes_uri, record_uri
+from pipelines.storage import StoredFile
 from slq.errors import DataError
 from slq.media import DEFAULT_LIMITS
 
@@ -41,8 +42,8 @@ class WebDatasetCorpus(Corpus):
         """See `Corpus.user_schema`."""
         return pa.schema([("json", pa.string())])
 
-    def _cut(self, shard_rows: int) -> Iterator[Shard]:  # noqa: ARG002 - a tar has no table of contents
-        for file in self._source.files():
+    def _cut(self, files: Iterator[StoredFile], shard_rows: int) -> Iterator[Shard]:  # noqa: ARG002
+        for file in files:  # whole: a tar has no table of contents
             yield Shard(-1, file.name, 0, -1, state=file_state(file.name, file))
 
     def records(self, shard: Shard) -> Iterator[Record]:
