@@ -24,7 +24,7 @@ from pipelines.storage import (
     split_location,
 )
 from slq.errors import ConfigError, StorageError
-from tests.faulty_store import CUT, FAULTS, LOST, RESET, UNAVAILABLE, faulty_store
+from tests.faulty_store import FAULTS, LOST, RESET, UNAVAILABLE, faulty_store
 
 
 @pytest.fixture(params=["disk", "memory", "s3", "faulty s3"])
@@ -204,34 +204,32 @@ def test_each_fault_alone_is_survived_and_did_happen(fault: str, tmp_path: Path)
     with faulty_store(share=0.5, faults=(fault,), seed=1) as server:
         store = open_store(f"s3://{server.bucket}/root", retry_s=60)
         data = os.urandom(50_000)
-        for number in range(4):
+        for number in range(3):
             assert store.create(f"r/{number}", b"mine")
             assert not store.create(f"r/{number}", b"other")
             (tmp_path / "f").write_bytes(data)
             store.upload(tmp_path / "f", f"x/{number}")
             assert store.move(f"x/{number}", f"y/{number}")
             assert store.sha256(f"y/{number}") == hashlib.sha256(data).hexdigest()
-        assert len(names(store)) == 8
-        assert server.count[fault] > 5
+        assert len(names(store)) == 6
+        assert server.count[fault] > 3
 
 
-def test_a_put_whose_answer_is_lost_still_wins() -> None:
-    with faulty_store(share=1, faults=(LOST,)) as server:
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_put_whose_answer_is_lost_still_wins(lost: int) -> None:
+    with faulty_store(share=1, faults=(LOST,), most=lost) as server:
         store = open_store(f"s3://{server.bucket}/root", retry_s=30)
-        recovery = threading.Timer(0.5, setattr, (server, "share", 0))
-        recovery.start()
         assert store.create("record", b"mine")
-        recovery.join()
-        assert server.count[LOST] >= 1
+        assert server.count[LOST] == lost
         assert not store.create("record", b"other")
         assert store.read("record") == b"mine"
 
 
-@pytest.mark.parametrize("fault", [UNAVAILABLE, RESET, CUT])
+@pytest.mark.parametrize("fault", [UNAVAILABLE, RESET])
 def test_an_outage_is_a_storage_error_in_bounded_time(fault: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"x")
     with faulty_store(share=0, faults=(fault,)) as server:
-        store = open_store(f"s3://{server.bucket}/root", retry_s=0.5)
+        store = open_store(f"s3://{server.bucket}/root", retry_s=0.2)
         store.write("a", b"x")
         opened = store.open("a")
         server.share = 1
@@ -260,7 +258,7 @@ def test_an_outage_is_a_storage_error_in_bounded_time(fault: str, tmp_path: Path
                     match=rf"/root/\w+ cannot be {verb}: .*check the store, its endpoint",
                 ):
                     call()
-                assert 0.4 < time.monotonic() - started < 4
+                assert 0.15 < time.monotonic() - started < 4
         server.share = 0
         assert names(store) == ["a"]
 
@@ -306,11 +304,16 @@ def test_missing_credentials_are_told_at_once(
     assert time.monotonic() - started < 5
 
 
-def test_a_listing_of_several_pages_is_whole(object_store: str) -> None:
-    store = open_store(f"s3://{object_store}/root")
-    wanted = [f"{number:05d}" for number in range(1005)]
-    list(concurrently(lambda name: store.write(name, b""), wanted))
-    assert names(store) == wanted
+def test_a_listing_of_several_pages_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+    with faulty_store(share=0) as server:
+        store = open_store(f"s3://{server.bucket}/root")
+        wanted = [f"{number:02d}" for number in range(10)]
+        for name in wanted:
+            store.write(name, b"")
+        before = server.count.total()
+        assert names(store) == wanted
+        assert server.count.total() - before == 4
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_told(object_store: str) -> None:
