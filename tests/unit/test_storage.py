@@ -20,6 +20,8 @@ from pipelines.storage import (
     Store,
     StoredFile,
     concurrently,
+    multipart,
+    objects,
     open_store,
     split_location,
 )
@@ -213,6 +215,52 @@ def test_each_fault_alone_is_survived_and_did_happen(fault: str, tmp_path: Path)
             assert store.sha256(f"y/{number}") == hashlib.sha256(data).hexdigest()
         assert len(names(store)) == 6
         assert server.count[fault] > 3
+
+
+def test_a_large_file_is_uploaded_part_by_part_through_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (multipart, objects):
+        monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)  # the least that S3 takes
+    data = os.urandom(23 * 2**20)
+    (tmp_path / "f").write_bytes(data)
+    with faulty_store(share=0.4, seed=2) as server:
+        store = open_store(f"s3://{server.bucket}/root", retry_s=30)
+        store.upload(tmp_path / "f", "large")
+        assert store.sha256("large") == hashlib.sha256(data).hexdigest()
+        assert server.count.total() - server.count["none"] > 2
+        server.share = 0
+        assert next(store.files()).state.endswith("-5")  # so S3 marks what came in five parts
+
+
+def test_an_upload_whose_last_answer_is_lost_is_whole(object_store: str, tmp_path: Path) -> None:
+    """S3 forgets an upload that is complete, so trying to complete it again finds none."""
+    (tmp_path / "f").write_bytes(b"content")
+    client = s3fs.S3FileSystem()
+
+    def twice(operation: str, **arguments: object) -> object:
+        answer = client.call_s3(operation, **arguments)
+        if operation == "complete_multipart_upload":
+            return client.call_s3(operation, **arguments)
+        return answer
+
+    multipart.upload_parts(client.call_s3, twice, tmp_path / "f", object_store, "root/large")
+    assert open_store(f"s3://{object_store}/root").read("large") == b"content"
+
+
+def test_an_upload_that_fails_leaves_no_parts(object_store: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"content")
+    client = s3fs.S3FileSystem()
+
+    def broken(operation: str, **arguments: object) -> object:
+        if operation == "upload_part":
+            raise StorageError("out of service")
+        return client.call_s3(operation, **arguments)
+
+    with pytest.raises(StorageError, match="out of service"):
+        multipart.upload_parts(client.call_s3, broken, tmp_path / "f", object_store, "root/large")
+    assert client.list_multipart_uploads(object_store) == []
+    assert names(open_store(f"s3://{object_store}/root")) == []
 
 
 @pytest.mark.parametrize("lost", [1, 3])
