@@ -24,7 +24,8 @@ from pipelines.commits import (
     shard_name,
 )
 from pipelines.failpoints import VARIABLE
-from pipelines.ledger import LOCK, MANIFEST, RUN, Ledger
+from pipelines.ledger import LOCK, RUN, Ledger
+from pipelines.ledger_reader import MANIFEST, LedgerReader
 from pipelines.storage import LocalStore, ObjectStore, Store, concurrently
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 from tests.faulty_store import faulty_store
@@ -156,7 +157,7 @@ def require_finished(root: str, num_shards: int, generation: int) -> None:
         assert wanted.items() <= found.items()
         assert ledger.manifest() == {"num_shards": num_shards, "generation": generation}
         shards = [shard_name(n, generation) for n in range(num_shards)]
-        assert ledger.verified_shards() == shards
+        assert ledger.verified_shards() == LedgerReader(root).verified_shards() == shards
 
 
 KILLS = [
@@ -304,6 +305,15 @@ def test_a_record_of_another_driver_that_waits_for_its_files_is_helped_along(
         ledger.store.move(final, attempt_name(final, commit.attempt))  # not yet at the renames
     assert ledger.require_complete(1) == {0: commit}
     assert names(ledger) == published(0)
+
+
+def test_a_file_that_another_driver_moved_after_the_listing_is_not_lost(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = written(ledger, 0)
+    ledger.commit(commit)
+    monkeypatch.setattr(ledger, "_listed", set)  # as it was before the renames
+    assert ledger.require_complete(1) == {0: commit}
 
 
 def test_a_driver_waits_while_another_puts_the_folder_in_order(
