@@ -173,7 +173,18 @@ KILLS = [
 
 
 @pytest.mark.parametrize("failpoint", KILLS)
-def test_a_killed_driver_leaves_what_the_next_one_finishes(root: str, failpoint: str) -> None:
+def test_a_killed_driver_leaves_what_the_next_one_finishes(tmp_path: Path, failpoint: str) -> None:
+    kill_and_finish(str(tmp_path / "embeddings"), failpoint)
+
+
+@pytest.mark.parametrize("failpoint", ["commit_after:2", "publish_after:3", "manifest_before"])
+def test_a_killed_driver_leaves_in_s3_what_the_next_one_finishes(
+    object_store: str, failpoint: str
+) -> None:
+    kill_and_finish(f"s3://{object_store}/embeddings", failpoint)
+
+
+def kill_and_finish(root: str, failpoint: str) -> None:
     kill_at(failpoint, root, 3, 0)
     with Ledger(root) as ledger:
         done = {n: files(ledger.store).get(shard_name(n)) for n in ledger.commits()}
@@ -198,7 +209,20 @@ LATER_KILLS = [
 
 
 @pytest.mark.parametrize("failpoint", LATER_KILLS)
-def test_a_driver_killed_in_a_later_generation_loses_no_shard(root: str, failpoint: str) -> None:
+def test_a_driver_killed_in_a_later_generation_loses_no_shard(
+    tmp_path: Path, failpoint: str
+) -> None:
+    kill_a_retry_and_finish(str(tmp_path / "embeddings"), failpoint)
+
+
+@pytest.mark.parametrize("failpoint", ["commit_after:2", "publish_before:2", "sweep:3"])
+def test_a_driver_killed_in_a_later_generation_loses_no_shard_in_s3(
+    object_store: str, failpoint: str
+) -> None:
+    kill_a_retry_and_finish(f"s3://{object_store}/embeddings", failpoint)
+
+
+def kill_a_retry_and_finish(root: str, failpoint: str) -> None:
     drive(root, 3)
     require_finished(root, 3, 0)
     kill_at(failpoint, root, 3, 1)
