@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.ledger_reader import LedgerReader
+from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from slq.errors import ArtifactError
 from slq.index import IndexConfig, VectorIndex, build, publish
@@ -29,15 +29,15 @@ def read_embeddings(folder: Path) -> tuple[pa.Table, NDArray[np.float32], str]:
     Raises:
         ArtifactError: The data set is unfinished, damaged or empty; the shard is named.
     """
-    reader = LedgerReader(folder)
+    ledger = Ledger(folder)
     shards = []
-    for name in reader.verified_shards():
-        with reader.store.open(name) as file:
+    for name in ledger.verified_shards():
+        with ledger.store.open(name) as file:
             shards.append(pq.read_table(file))
     table = pa.concat_tables(shards, promote_options="permissive")
     if table.num_rows == 0:
         raise ArtifactError(f"{folder} holds no rows: every item was quarantined")
-    manifest: dict[str, Any] = reader.manifest() or {}
+    manifest: dict[str, Any] = ledger.manifest() or {}
     column = table["embedding"].combine_chunks()
     vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     vectors = vectors.reshape(table.num_rows, -1)

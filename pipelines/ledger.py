@@ -30,11 +30,11 @@ from pipelines.commits import (
     stale_files,
 )
 from pipelines.failpoints import reach
-from pipelines.ledger_reader import MANIFEST, LedgerReader, remake
+from pipelines.ledger_reader import MANIFEST, RUN, LedgerReader, remake
 from pipelines.storage import RETRY_S, concurrently
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 
-RUN = "run.json"
+__all__ = ["LOCK", "MANIFEST", "RUN", "Ledger"]
 LOCK = "run.lock"
 
 
@@ -85,12 +85,12 @@ class Ledger(LedgerReader):
 
     def _require_same(self, identity: dict[str, Any]) -> None:
         text = json.dumps(identity, indent=2, sort_keys=True)
-        before = self._read_json(RUN)
+        before = self.identity()
         if before is None:
             self._require_exclusive_create()
             if self.store.create(RUN, text.encode()):
                 return
-            before = self._read_json(RUN) or {}
+            before = self.identity() or {}
         now = json.loads(text)  # as it would be read: no tuples
         changed = [
             f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -12,6 +12,7 @@ from pipelines.storage import RETRY_S, concurrently, open_store
 from slq.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+RUN = "run.json"
 
 
 class LedgerReader:
@@ -51,6 +52,15 @@ class LedgerReader:
             raise ArtifactError(
                 f"commit record {self.store.url(name)} is damaged: {error}; {remake(shard[0])}"
             ) from None
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the data set was begun with, or None.
+
+        Raises:
+            ArtifactError: It is damaged.
+            StorageError: The store cannot be read.
+        """
+        return self._read_json(RUN)
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a finished data set, or None.

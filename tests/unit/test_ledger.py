@@ -24,8 +24,8 @@ from pipelines.commits import (
     shard_name,
 )
 from pipelines.failpoints import VARIABLE
-from pipelines.ledger import LOCK, RUN, Ledger
-from pipelines.ledger_reader import MANIFEST, LedgerReader
+from pipelines.ledger import LOCK, MANIFEST, RUN, Ledger
+from pipelines.ledger_reader import LedgerReader
 from pipelines.storage import LocalStore, ObjectStore, Store, concurrently
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 from tests.faulty_store import faulty_store
@@ -519,7 +519,9 @@ def test_the_same_run_may_go_on_and_another_is_refused_with_the_difference(ledge
 def test_settings_are_compared_as_they_are_stored(root: str) -> None:
     for _ in range(2):
         with Ledger(root) as ledger:
+            assert ledger.identity() in (None, {"limits": [1, 2], "columns": {"id": "key"}})
             ledger.begin({"limits": (1, 2), "columns": {"id": "key"}})
+            assert ledger.identity() == {"limits": [1, 2], "columns": {"id": "key"}}
 
 
 def test_of_two_drivers_that_begin_with_other_settings_one_is_refused(root: str) -> None:
