@@ -3,6 +3,7 @@
 import errno
 import io
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -235,7 +236,9 @@ class ObjectStore(Store):
 def _state(entry: dict[str, Any]) -> str:
     """What changes with the content of a file, of its entry as fsspec gives it."""
     names = ("ETag", "etag", "mtime", "created")
-    return str(next((entry[name] for name in names if entry.get(name)), "")).strip('"')
+    state = next((entry[name] for name in names if entry.get(name)), "")
+    # listings of fsspec's memory give seconds, where its entries of single files give dates
+    return str(state.timestamp() if isinstance(state, datetime) else state).strip('"')
 
 
 class _Ranges(io.RawIOBase):

@@ -73,6 +73,16 @@ def test_an_empty_file_is_a_file(store: Store) -> None:
         assert file.read() == b""
 
 
+def test_a_file_looks_alone_as_it_does_in_a_listing(store: Store) -> None:
+    for name in ("a", "deep/b c", "deep/er/ü"):
+        store.write(name, name.encode())
+    listed = {file.name: file for file in store.files()}
+    assert {name: store.stat(name) for name in listed} == listed
+    assert [store.stat(name) for name in ("deep", "gone", "deep/gone", "a/b")] == [None] * 4
+    store.write("a", b"b")
+    assert store.stat("a") != listed["a"]
+
+
 def test_what_is_not_there_is_told_by_every_method(store: Store) -> None:
     store.write("folder/file", b"x")
     for name in ("gone", "folder", "folder/file/below"):
@@ -465,6 +475,7 @@ def test_links_to_files_are_listed_and_links_to_folders_are_not(tmp_path: Path) 
     assert [file.name for file in found] == ["file", "nowhere"]
     assert found[0].size == 5
     assert found[1] == StoredFile("nowhere", 0, "unreadable")
+    assert [LocalStore(root).stat(file.name) for file in found] == found
 
 
 def test_a_lock_tells_who_is_alone(tmp_path: Path) -> None:
