@@ -15,13 +15,6 @@ from typing import Any
 
 import pytest
 
-<<<<<<< HEAD
-from pipelines.ledger import LOCK, RUN, Commit, Ledger, attempt_path, new_attempt
-from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
-from slq.files import file_sha256
-
-IDENTITY = {"fingerprint": "3f2a", "corpus": "c.parquet", "shard_rows": 8}
-=======
 from pipelines.commits import (
     Commit,
     attempt_name,
@@ -37,7 +30,6 @@ from pipelines.storage import LocalStore, ObjectStore, Store, concurrently
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 from tests.faulty_store import faulty_store
 from tests.ledger_driver import IDENTITY, contents, drive, written
->>>>>>> ledger
 
 
 @pytest.fixture(params=["disk", "s3"])

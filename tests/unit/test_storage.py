@@ -34,10 +34,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "disk":
         yield open_store(tmp_path / "root")
     elif request.param == "memory":
-        yield open_store(f"memory://{tmp_path.name}/root")
+        yield open_store(f"memory://{tmp_path.name}/store")
     else:
         with faulty_store(share=0 if request.param == "s3" else 0.2) as server:
-            yield open_store(f"s3://{server.bucket}/root", retry_s=30)
+            yield open_store(f"s3://{server.bucket}/store", retry_s=30)
 
 
 def names(store: Store, folder: str = "") -> list[str]:
@@ -214,7 +214,7 @@ def test_a_location_is_split_into_folder_and_name() -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_alone_is_survived_and_did_happen(fault: str, tmp_path: Path) -> None:
     with faulty_store(share=0.5, faults=(fault,), seed=1) as server:
-        store = open_store(f"s3://{server.bucket}/root", retry_s=60)
+        store = open_store(f"s3://{server.bucket}/store", retry_s=60)
         data = os.urandom(50_000)
         for number in range(3):
             assert store.create(f"r/{number}", b"mine")
@@ -235,7 +235,7 @@ def test_a_large_file_is_uploaded_part_by_part_through_faults(
     data = os.urandom(23 * 2**20)
     (tmp_path / "f").write_bytes(data)
     with faulty_store(share=0.4, seed=2) as server:
-        store = open_store(f"s3://{server.bucket}/root", retry_s=30)
+        store = open_store(f"s3://{server.bucket}/store", retry_s=30)
         store.upload(tmp_path / "f", "large")
         assert store.sha256("large") == hashlib.sha256(data).hexdigest()
         assert server.count.total() - server.count["none"] > 2
@@ -254,8 +254,8 @@ def test_an_upload_whose_last_answer_is_lost_is_whole(object_store: str, tmp_pat
             return client.call_s3(operation, **arguments)
         return answer
 
-    multipart.upload_parts(client.call_s3, twice, tmp_path / "f", object_store, "root/large")
-    assert open_store(f"s3://{object_store}/root").read("large") == b"content"
+    multipart.upload_parts(client.call_s3, twice, tmp_path / "f", object_store, "store/large")
+    assert open_store(f"s3://{object_store}/store").read("large") == b"content"
 
 
 def test_an_upload_that_fails_leaves_no_parts(object_store: str, tmp_path: Path) -> None:
@@ -268,15 +268,15 @@ def test_an_upload_that_fails_leaves_no_parts(object_store: str, tmp_path: Path)
         return client.call_s3(operation, **arguments)
 
     with pytest.raises(StorageError, match="out of service"):
-        multipart.upload_parts(client.call_s3, broken, tmp_path / "f", object_store, "root/large")
+        multipart.upload_parts(client.call_s3, broken, tmp_path / "f", object_store, "store/large")
     assert client.list_multipart_uploads(object_store) == []
-    assert names(open_store(f"s3://{object_store}/root")) == []
+    assert names(open_store(f"s3://{object_store}/store")) == []
 
 
 @pytest.mark.parametrize("lost", [1, 3])
 def test_a_put_whose_answer_is_lost_still_wins(lost: int) -> None:
     with faulty_store(share=1, faults=(LOST,), most=lost) as server:
-        store = open_store(f"s3://{server.bucket}/root", retry_s=30)
+        store = open_store(f"s3://{server.bucket}/store", retry_s=30)
         assert store.create("record", b"mine")
         assert server.count[LOST] == lost
         assert not store.create("record", b"other")
@@ -287,7 +287,7 @@ def test_a_put_whose_answer_is_lost_still_wins(lost: int) -> None:
 def test_an_outage_is_a_storage_error_in_bounded_time(fault: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"x")
     with faulty_store(share=0, faults=(fault,)) as server:
-        store = open_store(f"s3://{server.bucket}/root", retry_s=0.2)
+        store = open_store(f"s3://{server.bucket}/store", retry_s=0.2)
         store.write("a", b"x")
         opened = store.open("a")
         server.share = 1
@@ -313,7 +313,7 @@ def test_an_outage_is_a_storage_error_in_bounded_time(fault: str, tmp_path: Path
                 started = time.monotonic()
                 with pytest.raises(
                     StorageError,
-                    match=rf"/root/\w+ cannot be {verb}: .*check the store, its endpoint",
+                    match=rf"/store/\w+ cannot be {verb}: .*check the store, its endpoint",
                 ):
                     call()
                 assert 0.15 < time.monotonic() - started < 4
@@ -331,13 +331,13 @@ def test_a_server_that_never_answers_is_a_storage_error(
         s3fs.S3FileSystem.clear_instance_cache()
         started = time.monotonic()
         with pytest.raises(StorageError, match="Read timeout"):
-            open_store(f"s3://{object_store}/root", retry_s=1).read("a")
+            open_store(f"s3://{object_store}/store", retry_s=1).read("a")
         assert time.monotonic() - started < 10
 
 
 def test_a_bucket_that_is_not_there_is_told_at_once() -> None:
     with faulty_store(share=0) as server:
-        store = open_store(f"s3://{server.bucket}-other/root", retry_s=60)
+        store = open_store(f"s3://{server.bucket}-other/store", retry_s=60)
         started = time.monotonic()
         with pytest.raises(StorageError, match="cannot be written"):
             store.write("a", b"x")
@@ -358,14 +358,14 @@ def test_missing_credentials_are_told_at_once(
     s3fs.S3FileSystem.clear_instance_cache()
     started = time.monotonic()
     with pytest.raises(StorageError, match="credentials"):
-        open_store(f"s3://{object_store}/root").read("a")
+        open_store(f"s3://{object_store}/store").read("a")
     assert time.monotonic() - started < 5
 
 
 def test_a_listing_of_several_pages_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
     with faulty_store(share=0) as server:
-        store = open_store(f"s3://{server.bucket}/root")
+        store = open_store(f"s3://{server.bucket}/store")
         wanted = [f"{number:02d}" for number in range(10)]
         for name in wanted:
             store.write(name, b"")
@@ -375,7 +375,7 @@ def test_a_listing_of_several_pages_is_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_told(object_store: str) -> None:
-    store = open_store(f"s3://{object_store}/root")
+    store = open_store(f"s3://{object_store}/store")
     store.write("a", bytes(9 * 2**20))
     with store.open("a") as file:
         file.read(10)
