@@ -1,0 +1,55 @@
+"""Time per row and peak memory of all processes, from few rows to many, with models that cost nothing."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from jobs.bench.embedding.inputs import recipe_for, write_texts
+from jobs.bench.embedding.memory import PeakMemory
+from pipelines.embed import REPORT, embed
+from pipelines.runtime import connect
+
+STAND_IN = "jobs.bench.embedding.stand_in"
+_SHARD_ROWS, _PIECE_ROWS = 5000, 500
+
+
+def measure_scale(folder: Path, sizes: list[int], *, repeats: int) -> dict[str, Any]:
+    """For each number of rows: microseconds per row between the first piece and the last, and peak MiB.
+
+    Small runs are repeated, and their median counts; one of a million rows is its own average. `time_per_row` and
+    `peak_memory` are the largest value over the smallest.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for size in sizes:
+        runs = [_measured(folder, size) for _ in range(repeats if size <= 100_000 else 1)]
+        rows[str(size)] = {
+            "us_per_row": round(statistics.median(run["us_per_row"] for run in runs), 2),
+            "peak_mib": round(statistics.median(run["peak_mib"] for run in runs), 1),
+            "us_per_row_of_runs": [round(run["us_per_row"], 2) for run in runs],
+            "peak_mib_of_runs": [round(run["peak_mib"], 1) for run in runs],
+        }
+    times = [row["us_per_row"] for row in rows.values()]
+    peaks = [row["peak_mib"] for row in rows.values()]
+    return {
+        "time_per_row": round(max(times) / min(times), 3),
+        "peak_memory": round(max(peaks) / min(peaks), 3),
+        "rows": rows,
+    }
+
+
+def _measured(folder: Path, size: int) -> dict[str, float]:
+    recipe = recipe_for(
+        folder,
+        write_texts(folder, size),
+        f"scale-{size}",
+        shard_rows=_SHARD_ROWS,
+        piece_rows=_PIECE_ROWS,
+    )
+    shutil.rmtree(recipe.storage.embeddings, ignore_errors=True)
+    with PeakMemory() as memory, connect(recipe.resources):
+        embed(recipe, models=STAND_IN)
+    report = json.loads(Path(recipe.storage.embeddings, REPORT).read_text())
+    shutil.rmtree(recipe.storage.embeddings)
+    return {"us_per_row": 1e6 / report["rows_per_s"], "peak_mib": memory.peak_bytes / 2**20}
