@@ -106,6 +106,42 @@ def embed(
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
 
 
+@app.command(epilog="Example: slq verify runs/demo/embeddings --sample 100")
+def verify(
+    location: Annotated[
+        str, typer.Argument(help="an embedding data set: a folder or s3://bucket/prefix")
+    ],
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="adapter that made it (repeatable); the manifest's by default"),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=0, help="items embedded anew and compared; 0 needs no adapter")
+    ] = 32,
+    device: Annotated[str, typer.Option(help="where they are embedded: cpu or cuda")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Check an embedding data set: hashes, counts, columns, rows, vectors, ids, and a sample embedded anew."""
+    from jobs.verifying import checks_table, finding_lines
+    from pipelines.recipe import ResourcesConfig
+    from pipelines.runtime import connect
+    from pipelines.verify import verify as check
+    from slq import log
+
+    log.configure()
+    gpus = int(device.startswith("cuda"))
+    with friendly_errors(), connect(ResourcesConfig(gpus_per_worker=gpus)):
+        report = check(location, adapters=adapter or (), sample=sample, device=device)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        out.print(checks_table(report))
+        for line in (*finding_lines(report.findings), *report.notes):
+            out.print(line, highlight=False, soft_wrap=True)
+    if not report.is_sound:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: slq index jobs/recipes/demo.yaml --set index.kind=ivf")
 def index(
     recipe: RecipePath,

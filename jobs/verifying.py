@@ -1,0 +1,41 @@
+"""What `slq verify` shows of a report."""
+
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.verification.findings import CHECKS, Finding, Report
+
+_WHAT = {
+    "files": "files of shards",
+    "counts": "commit records",
+    "schema": "files with the right columns",
+    "rows": "rows",
+    "vectors": "vectors",
+    "ids": "ids",
+    "embedding": "items embedded anew",
+}
+_SHOWN = 20
+
+
+def checks_table(report: Report) -> Table:
+    """A line per check: how much it looked at, and how much it found."""
+    table = Table("check", "looked at", "result", box=None)
+    for check in CHECKS:
+        count = sum(finding.check == check for finding in report.findings)
+        looked = report.checked[check]
+        result = "[green]ok[/]" if looked else "[dim]nothing to look at[/]"
+        if count:
+            result = f"[red]{count} finding{'s' if count > 1 else ''}[/]"
+        table.add_row(check, f"{looked:,} {_WHAT[check]}", result)
+    return table
+
+
+def finding_lines(findings: list[Finding]) -> list[str]:
+    """The first findings, for the console; a data set that is damaged all over has thousands."""
+    lines = [
+        f"[red]{one.check}[/] {escape(one.place)}: {escape(one.message)}"
+        for one in findings[:_SHOWN]
+    ]
+    if len(findings) > _SHOWN:
+        lines.append(f"and {len(findings) - _SHOWN} more; --json shows all")
+    return lines

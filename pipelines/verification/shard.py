@@ -1,0 +1,332 @@
+"""One shard held against its commit record, as a task: its files are read once, and whatever is wrong is a finding.
+
+A file whose bytes are not those that were committed is not looked into: what it holds would say nothing more.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.commits import Commit, errors_name, shard_name
+from pipelines.storage import LocalStore, Store, open_store
+from pipelines.verification.findings import Finding, first_few, remake
+from pipelines.verification.ids import Hashes, hashes_of
+from pipelines.verification.records import committed_files
+from pipelines.verification.vectors import wrong_vectors
+from slq.arrow import ERRORS, embedding_schema
+from slq.quantization import Calibration
+
+_BATCH_ROWS = 8192  # 60 MB as float32 and their magnitudes, at 896 values
+_COPY_BYTES = 8 * 2**20
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a data set says of all its shards.
+
+    Attributes:
+        location: Where it is.
+        retry_s: How long failures of its store are tried again.
+        dimension: Length of the vectors.
+        outputs: Forms of vectors, as `embed.outputs`.
+        adapters: Names of further adapters.
+        calibration: Ranges of int8 and binary vectors, as JSON; None where there are none, or they are damaged.
+        passes: In how many passes ids are compared.
+    """
+
+    location: str
+    retry_s: float
+    dimension: int
+    outputs: tuple[str, ...]
+    adapters: tuple[str, ...]
+    calibration: dict[str, Any] | None
+    passes: int
+
+
+@dataclass(slots=True)
+class StoredItem:
+    """A stored row, to be embedded anew.
+
+    Attributes:
+        place: Its file, and its row there.
+        vectors: Column -> float16 values.
+        image: Its image's bytes, where they are stored too; else `uri` leads to them.
+        is_canary: Whether it is one of the items that are stored with their inputs.
+    """
+
+    place: str
+    id: str
+    uri: str | None
+    text: str | None
+    modality: str
+    content_hash: str
+    vectors: dict[str, NDArray[np.float16]]
+    image: bytes | None = None
+    is_canary: bool = False
+
+
+@dataclass(slots=True)
+class ShardFacts:
+    """What a look at one shard gave.
+
+    Attributes:
+        is_whole: Whether all its files could be looked into.
+        files: That were looked for.
+        rows: With vectors that were looked at.
+        vectors: That were looked at, of all columns.
+        ids: Rows that have one, quarantined ones included.
+        user_schema: The user's own columns, as text; None where they could not be looked at.
+        hashes: Of the ids of the first pass.
+        items: Rows that were asked for.
+    """
+
+    commit: Commit
+    findings: list[Finding] = field(default_factory=list)
+    is_whole: bool = True
+    files: int = 0
+    rows: int = 0
+    vectors: int = 0
+    ids: int = 0
+    user_schema: str | None = None
+    hashes: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    items: list[StoredItem] = field(default_factory=list)
+
+
+def check_shard(promise: Promise, commit: Commit, chosen: Sequence[int]) -> ShardFacts:
+    """Look at the files of one shard.
+
+    Args:
+        promise: What they must be.
+        commit: The shard's record.
+        chosen: Positions, among the rows with vectors, of those that are to be given back.
+
+    Raises:
+        StorageError: The store cannot be reached.
+    """
+    return _ShardCheck(promise, commit, chosen).run()
+
+
+class _ShardCheck:
+    def __init__(self, promise: Promise, commit: Commit, chosen: Sequence[int]) -> None:
+        self._promise, self._commit, self._chosen = promise, commit, chosen
+        self._store = open_store(promise.location, promise.retry_s)
+        self._data_name = shard_name(commit.shard_id, commit.generation)
+        self._errors_name = errors_name(commit.shard_id, commit.generation)
+        ranges = promise.calibration
+        self._ranges = None if ranges is None else Calibration.from_json(ranges)
+        self._wrong: dict[str, list[str]] = {}
+        self._rows: dict[str, Rows] = {}
+        self._hashes: list[Hashes] = []
+        self._found = ShardFacts(commit)
+
+    def run(self) -> ShardFacts:
+        looks = {self._data_name: self._look_at_data, self._errors_name: self._look_at_errors}
+        for name, sha256 in committed_files(self._commit).items():
+            self._found.files += 1
+            problem = read_once(self._store, name, sha256, looks[name])
+            if problem:
+                self._refuse("files", name, f"{problem}; {remake(self._commit.shard_id)}")
+        if self._found.is_whole:
+            self._check_coverage()
+            self._found.hashes = np.concatenate(self._hashes)
+        return self._found
+
+    def _tell(self, check: str, name: str, message: str) -> None:
+        self._found.findings.append(Finding(check, name, message))
+
+    def _refuse(self, check: str, name: str, message: str) -> None:
+        self._tell(check, name, message)
+        self._found.is_whole = False
+
+    def _look_at_data(self, file: pq.ParquetFile) -> None:
+        promise = self._promise
+        self._count(self._data_name, file.metadata.num_rows, self._commit.rows)
+        ours = embedding_schema(
+            promise.dimension, [], outputs=promise.outputs, adapters=promise.adapters
+        )
+        problem = other_columns(file.schema_arrow, ours)
+        if problem:
+            self._refuse("schema", self._data_name, problem)
+            return
+        self._found.user_schema = _user_columns(file.schema_arrow, ours)
+        names = [name for name in ours.names if name not in ("width", "height")]
+        start, rows = 0, []
+        for batch in file.iter_batches(_BATCH_ROWS, columns=names):
+            self._take_ids(batch, self._data_name)
+            rows.append(self._rows_of(batch))
+            good = self._check_vectors(batch, rows[-1])
+            self._found.items += self._asked_for(batch, rows[-1], good, start)
+            start += batch.num_rows
+        self._found.rows = start
+        self._rows[self._data_name] = np.concatenate([np.empty(0, np.int64), *rows])
+        for message, places in self._wrong.items():
+            self._tell(
+                "vectors", self._data_name, f"{message} in {len(places)} rows: {first_few(places)}"
+            )
+        self._check_order()
+
+    def _look_at_errors(self, file: pq.ParquetFile) -> None:
+        """Quarantined rows, which are few and without vectors."""
+        self._count(self._errors_name, file.metadata.num_rows, self._commit.quarantined)
+        problem = other_columns(file.schema_arrow, ERRORS)
+        if problem:
+            self._refuse("schema", self._errors_name, problem)
+            return
+        table = file.read().combine_chunks()
+        self._take_ids(table, self._errors_name)
+        self._rows[self._errors_name] = self._rows_of(table)
+
+    def _count(self, name: str, found: int, committed: int) -> None:
+        if found != committed:
+            self._tell("counts", name, f"it has {found} rows, but {committed} were committed")
+
+    def _take_ids(self, rows: Any, name: str) -> None:
+        wrong = np.flatnonzero(_integers(rows["shard_id"]) != self._commit.shard_id)
+        if len(wrong):
+            other = rows["shard_id"][int(wrong[0])].as_py()
+            message = f"{len(wrong)} rows say that they are of another shard, the first of {other}"
+            self._tell("rows", name, message)
+        self._found.ids += rows.num_rows - rows["id"].null_count
+        self._hashes.append(hashes_of(rows["id"], 0, self._promise.passes))
+
+    def _rows_of(self, rows: Any) -> Rows:
+        return _integers(rows["row_in_shard"])
+
+    def _check_vectors(self, batch: pa.RecordBatch, rows: Rows) -> NDArray[np.bool_]:
+        """(rows,) whether nothing is wrong with a row's vectors."""
+        columns = {
+            name: _values(batch[name])
+            for name in batch.schema.names
+            if name.startswith("embedding")
+        }
+        self._found.vectors += batch.num_rows * len(columns)
+        good = np.ones(batch.num_rows, dtype=bool)
+        for message, mask in wrong_vectors(columns, self._ranges).items():
+            good &= ~mask
+            for position in np.flatnonzero(mask):
+                place = f"{batch['id'][int(position)].as_py()!r} (row {rows[position]})"
+                self._wrong.setdefault(message, []).append(place)
+        return good
+
+    def _asked_for(
+        self, batch: pa.RecordBatch, rows: Rows, good: NDArray[np.bool_], start: int
+    ) -> Iterator[StoredItem]:
+        for position in (chosen - start for chosen in self._chosen):
+            if 0 <= position < batch.num_rows and good[position]:
+                place = f"row {rows[position]} of {self._data_name}"
+                yield stored_item(batch.slice(position, 1), place)
+
+    def _check_order(self) -> None:
+        rows = self._rows[self._data_name]
+        back = np.flatnonzero(np.diff(rows) <= 0)
+        if len(back):
+            before, after = rows[back[0]], rows[back[0] + 1]
+            message = f"row_in_shard must rise, but {after} stands behind {before}"
+            self._tell("rows", self._data_name, message)
+
+    def _check_coverage(self) -> None:
+        """Stored and quarantined rows together are each row of the shard once."""
+        rows = np.sort(np.concatenate(list(self._rows.values())))
+        if not np.array_equal(rows, np.arange(len(rows))) and not self._tells("rows"):
+            lost = sorted(set(range(len(rows))) - set(rows.tolist()))
+            message = (
+                f"rows 0 to {len(rows) - 1}, quarantined ones included, are not all there once: "
+            )
+            self._tell("rows", self._data_name, f"{message}{first_few(lost)} missing")
+
+    def _tells(self, check: str) -> bool:
+        return any(finding.check == check for finding in self._found.findings)
+
+
+def read_once(
+    store: Store, name: str, sha256: str | None, look: Callable[[pq.ParquetFile], None]
+) -> str | None:
+    """Read a file once, for its hash and for what is in it.
+
+    Args:
+        store: Of the data set.
+        name: Of the file.
+        sha256: That it must have; None where nobody knows it.
+        look: Gets the file, if its hash is right.
+
+    Returns:
+        What keeps it from being looked at, in words.
+
+    Raises:
+        StorageError: The store cannot be reached.
+    """
+    try:
+        with _fetched(store, name) as (file, found):
+            if sha256 not in (None, found):
+                return f"its sha256 is {found}, but {sha256} was committed"
+            look(pq.ParquetFile(file))
+    except FileNotFoundError:
+        return "it is gone, though it was committed"
+    except (OSError, pa.ArrowException) as error:
+        return f"it is no Parquet file that can be read: {error}"
+    return None
+
+
+@contextmanager
+def _fetched(store: Store, name: str) -> Iterator[tuple[IO[bytes], str]]:
+    """A file to read from any place, and its sha256; one of an object store is fetched onto the disk."""
+    with store.open(name) as source, tempfile.TemporaryFile(prefix="slq-verify-") as copy:
+        file = source if isinstance(store, LocalStore) else copy
+        if file is copy:
+            shutil.copyfileobj(source, copy, _COPY_BYTES)
+            copy.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        file.seek(0)
+        yield file, sha256
+
+
+def other_columns(found: pa.Schema, wanted: pa.Schema) -> str | None:
+    """How a file's leading columns differ from those that it must have; None where they do not."""
+    for position, field_ in enumerate(wanted):
+        other = found.field(position) if position < len(found) else None
+        if other is None or not other.equals(field_):
+            has = "is missing" if other is None else f"is {_told(other)}"
+            return f"column {position} {has}, and must be {_told(field_)}; nothing else of it was looked at"
+    return None
+
+
+def _told(field_: pa.Field) -> str:
+    return f"{field_.name}: {field_.type}{'' if field_.nullable else ' not null'}"
+
+
+def _user_columns(schema: pa.Schema, ours: pa.Schema) -> str:
+    return ", ".join(_told(schema.field(n)) for n in range(len(ours), len(schema)))
+
+
+def stored_item(row: Any, place: str) -> StoredItem:
+    """A table or batch of one row as an item."""
+    own = ("id", "uri", "text", "modality", "content_hash")
+    vectors = {
+        name: _values(row[name])[0]
+        for name in row.schema.names
+        if name.startswith("embedding")
+        and pa.types.is_float16(row.schema.field(name).type.value_type)
+    }
+    return StoredItem(place, vectors=vectors, **{name: row[name][0].as_py() for name in own})
+
+
+def _integers(column: Any) -> Rows:
+    values: Rows = column.to_numpy(zero_copy_only=False).astype(np.int64)
+    return values
+
+
+def _values(column: Any) -> NDArray[Any]:
+    """(rows, length) values of a fixed-size list column."""
+    flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    values: NDArray[Any] = flat.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(flat), -1)
