@@ -124,7 +124,7 @@ def without_ranges(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "check", "place", "message"),
+    ("damage", "check", "name", "message"),
     [
         (flipped_byte, "files", SHARD, "its sha256 is"),
         (cut_short, "files", SHARD, "its sha256 is"),
@@ -167,11 +167,11 @@ def without_ranges(root: Path) -> None:
     ],
 )  # fmt: skip
 def test_each_damage_gives_exactly_its_finding(
-    copy: Path, damage: Callable[[Path], None], check: str, place: str, message: str
+    copy: Path, damage: Callable[[Path], None], check: str, name: str, message: str
 ) -> None:
     damage(copy)
     report = verify(copy, sample=0)
-    assert told(report) == [(check, place)]
+    assert told(report) == [(check, name)]
     assert message in report.findings[0].message
     assert report.checked["rows"] >= 11, "the other shards were looked at all the same"
 

@@ -22,7 +22,7 @@ from pipelines.commits import (
     record_name,
     shard_name,
 )
-from pipelines.corpus import Shard, read_plan, write_plan
+from pipelines.corpus import Shard, write_plan
 from pipelines.ledger import Ledger
 from pipelines.storage import Store, open_store
 from pipelines.verification.findings import Finding, Report, first_few
@@ -401,7 +401,7 @@ def nothing_in(store: Store, commit: Commit) -> Commit:
         (
             rewritten(with_column("embedding", [[0.5] * DIMENSION] * 4)),
             "vectors", shard_name(0),
-            r"embedding has no unit norm in 4 rows: 'item 0-0' \(row 0\), 'item 0-1' \(row 1\), 'item 0-3' \(row 3\) and 1 more",
+            r"embedding has no unit norm in 4 rows: 'item 0-0' \(row 0\), .* 'item 0-3' \(row 3\) and 1 more",
         ),
         (
             rewritten(with_column("embedding_bits", [[0, 0]] * 4)),
