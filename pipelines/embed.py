@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipelines.commits import Commit, errors_name, new_attempt
+from pipelines.commits import Commit, errors_name
 from pipelines.corpus import Corpus, Plan, read_plan, rows_changed, write_plan
 from pipelines.embedding.calibration import CALIBRATION, measured_ranges, sample_shards
 from pipelines.embedding.canary import write_canary
@@ -26,6 +26,7 @@ from pipelines.embedding.flow import (
     Flow,
     Models,
     adapter_configs,
+    new_flow,
     stored_dimension,
 )
 from pipelines.embedding.interruption import stoppable
@@ -40,6 +41,8 @@ from slq.artifacts import AdapterConfig
 from slq.errors import DataError
 
 log = logging.getLogger(__name__)
+REPORT = "report.json"
+"""The last run in numbers."""
 _SETTINGS = (  # of `embed`, on which the content depends
     "shard_rows",
     "batch_size",
@@ -163,18 +166,12 @@ def _run(
     resources = recipe.resources.model_copy(update={"embed_workers": workers})
     recipe = recipe.model_copy(update={"resources": resources})
     require_room(recipe, ray.cluster_resources(), len(ray.nodes()))
-    flow = Flow(
-        recipe=recipe,
-        run=new_attempt(),
-        dimension=stored_dimension(recipe, configs[0].hidden_size),
-        fingerprints=tuple(one.fingerprint for one in configs),
-        user_schema=corpus_of(recipe).user_schema().serialize().to_pybytes(),
-        models=models,
-    )
+    flow = new_flow(recipe, configs, models)
     if {"int8", "binary"} & set(recipe.embed.outputs):
         flow = _with_ranges(flow, ledger, len(plan))
     totals = Totals(len(plan), plan.summary.num_rows, ledger.commits(), workers)
     run(flow, ledger, todo, totals)
+    ledger.store.write(REPORT, json.dumps(totals.report(), indent=2).encode())
     log.info(
         "embedded %d rows at %.1f rows/s; encoders were busy for %.0f%% of the time, %.1f%% of tokens were padding",
         totals.rows,

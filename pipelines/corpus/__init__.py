@@ -6,8 +6,10 @@ from typing import Literal
 
 from pipelines.corpus.base import Corpus, Record, Shard, rows_changed
 from pipelines.corpus.columns import Columns
+from pipelines.corpus.csv_tables import CsvCorpus
 from pipelines.corpus.folder import ImageFolder
 from pipelines.corpus.formats import Format, find_source
+from pipelines.corpus.json_lines import JsonLinesCorpus
 from pipelines.corpus.parquet import ParquetCorpus
 from pipelines.corpus.plan import (
     Plan,
@@ -17,6 +19,8 @@ from pipelines.corpus.plan import (
     summarise,
     write_plan,
 )
+from pipelines.corpus.text import TextCorpus
+from pipelines.corpus.webdataset import WebDatasetCorpus
 from pipelines.images import fetch_image
 from pipelines.storage.objects import RETRY_S
 from slq.errors import ConfigError
@@ -39,6 +43,10 @@ __all__ = [
 _CORPORA: dict[Format, type[Corpus]] = {
     "images": ImageFolder,
     "parquet": ParquetCorpus,
+    "webdataset": WebDatasetCorpus,
+    "jsonl": JsonLinesCorpus,
+    "csv": CsvCorpus,
+    "text": TextCorpus,
 }
 _TABLES = ("parquet", "jsonl", "csv")
 

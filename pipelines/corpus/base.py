@@ -114,14 +114,22 @@ class Corpus(ABC):
             StorageError: The store cannot be read.
         """
         shard_id = -1
-        for shard_id, shard in enumerate(self._cut(shard_rows)):
+        for shard_id, shard in enumerate(self._cut(self.files(), shard_rows)):
             yield replace(shard, shard_id=shard_id)
         if shard_id < 0:
             raise DataError(f"corpus {self.location} is empty")
 
+    def files(self) -> Iterator[StoredFile]:
+        """The corpus' files as they are now, as a stream; errors as `shards`."""
+        return self._source.files()
+
+    def has_rows(self, file: StoredFile) -> bool:
+        """Whether a shard would be cut out of a file; errors as `shards`."""
+        return next(self._cut(iter([file]), 1), None) is not None
+
     @abstractmethod
-    def _cut(self, shard_rows: int) -> Iterator[Shard]:
-        """The shards, not numbered yet."""
+    def _cut(self, files: Iterator[StoredFile], shard_rows: int) -> Iterator[Shard]:
+        """The shards of files, not numbered yet."""
 
     @abstractmethod
     def records(self, shard: Shard) -> Iterator[Record]:

@@ -51,6 +51,20 @@ class Columns:
             raise needs_columns(where, "one of `image`, `text`, `uri`", present)
         return found
 
+    def find_links(self, present: Collection[str], where: str) -> dict[str, str]:
+        """As `find`, of a manifest: images stand in files of their own.
+
+        Raises:
+            DataError: As `find`; or there is a column of images, which a manifest cannot hold.
+        """
+        found = self.find(present, where)
+        if "image" in found:
+            raise DataError(
+                f"{where}: column {found['image']} is read as image bytes, which a manifest cannot hold; if it names "
+                f"files, set data.columns to {{uri: {found['image']}}}"
+            )
+        return found
+
 
 def needs_columns(where: str, what: str, present: Collection[str]) -> DataError:
     """The error of a table that lacks columns of ours."""

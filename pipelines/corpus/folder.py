@@ -6,6 +6,7 @@ from itertools import islice
 from pipelines.corpus.base import Corpus, Record, Shard, file_state
 from pipelines.corpus.reading import ahead
 from pipelines.images import is_ambiguous, read_image
+from pipelines.storage import StoredFile
 from slq.errors import MediaError
 
 
@@ -15,8 +16,8 @@ class ImageFolder(Corpus):
     Links to files are followed: the folder's owner put them there. Linked folders are not.
     """
 
-    def _cut(self, shard_rows: int) -> Iterator[Shard]:
-        files, start = self._source.files(), 0
+    def _cut(self, files: Iterator[StoredFile], shard_rows: int) -> Iterator[Shard]:
+        start = 0
         while batch := list(islice(files, shard_rows)):
             paths = tuple(file.name for file in batch)
             state = "".join(file_state(file.name, file) for file in batch)

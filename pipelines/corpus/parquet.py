@@ -12,6 +12,7 @@ from pipelines.corpus.columns import needs_columns
 from pipelines.corpus.reading import ahead
 from pipelines.corpus.tables import Row, TableCorpus
 from pipelines.images import image_value, row_uri
+from pipelines.storage import StoredFile
 from slq.errors import DataError
 
 _BATCH_ROWS = 64  # images of a megabyte stay below 100 MB
@@ -21,10 +22,8 @@ _BUFFER_BYTES = 2**20  # of each column: column chunks are not read whole
 class ParquetCorpus(TableCorpus):
     """One Parquet file, or all below a folder: `id`, and `image` (bytes), `uri` and/or `text`."""
 
-    def _cut(self, shard_rows: int) -> Iterator[Shard]:
-        for file, (rows, schema) in ahead(
-            lambda file: self._footer(file.name), self._source.files()
-        ):
+    def _cut(self, files: Iterator[StoredFile], shard_rows: int) -> Iterator[Shard]:
+        for file, (rows, schema) in ahead(lambda file: self._footer(file.name), files):
             self._require_same_columns(file.name, schema)
             state = file_state(file.name, file)
             for start in range(0, rows, shard_rows):
@@ -35,11 +34,7 @@ class ParquetCorpus(TableCorpus):
         with self._opened(shard.source) as opened:
             file = pq.ParquetFile(opened, buffer_size=_BUFFER_BYTES)
             ours = self._ours(shard.source, file.schema_arrow)
-            rows = self._rows(file, shard, ours)
-            if "uri" in ours:
-                yield from self._followed(rows, shard.source)
-            else:
-                yield from (record for record, _ in rows)
+            yield from self._followed(self._rows(file, shard, ours), shard.source)
 
     def user_schema(self) -> pa.Schema:
         """See `Corpus.user_schema`; all files must have the first one's."""
@@ -47,7 +42,7 @@ class ParquetCorpus(TableCorpus):
 
     @cached_property
     def _user_schema(self) -> pa.Schema:
-        for file in self._source.files():
+        for file in self.files():
             return self._own_columns(file.name, self._footer(file.name)[1])
         return pa.schema([])
 
@@ -121,22 +116,29 @@ def _batches(file: pq.ParquetFile, start: int, stop: int) -> Iterator[pa.RecordB
             return
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_string(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
 
 
 def _is_id(kind: pa.DataType) -> bool:
-    return _is_text(kind) or bool(pa.types.is_integer(kind))
+    return _is_string(kind) or bool(pa.types.is_integer(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return _is_string(kind) or bool(pa.types.is_null(kind))
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """Bytes, or a struct with them, as `datasets` writes images."""
+    """Bytes, a struct with them as `datasets` writes images, or nothing in any row."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
     return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_null(kind)
     )
 
 

@@ -5,14 +5,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.corpus.base import Corpus, Shard, corpus_changed
+from pipelines.corpus.base import Corpus, Shard, corpus_changed, file_state
 from pipelines.storage import Store
 from slq.errors import ArtifactError, StorageError
 
@@ -89,7 +89,7 @@ def write_plan(shards: Iterable[Shard], file: Path) -> PlanSummary:
     """
     count = _Count()
     try:
-        with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_statistics=False) as writer:
             for group in _groups(count.passing(shards)):
                 writer.write_table(pa.Table.from_pylist(group, schema=_SCHEMA))
             summary = count.summary()
@@ -193,41 +193,55 @@ def read_plan(store: Store, name: str) -> Plan:
 def require_same_plan(
     corpus: Corpus, shard_rows: int, digest: str, plan: Plan | None = None
 ) -> None:
-    """Plan a corpus again and check that nothing was added, removed or written to.
+    """Check that a corpus would be planned as it was: nothing was added, removed or written to.
 
     Args:
         corpus: The corpus.
         shard_rows: As it was planned with.
         digest: Of the plan that was made of it.
-        plan: That plan, for a message that names the file.
+        plan: That plan. With it the corpus' files are only listed, and what changed is named; without it the corpus
+            is planned again, which reads manifests and texts as a whole.
 
     Raises:
         DataError: It is another one now.
         StorageError: The store cannot be read.
     """
-    if summarise(corpus.shards(shard_rows)).digest == digest:
-        return
-    what = "files were added, removed or written to"
     if plan is not None:
-        what = _first_change(plan, corpus.shards(shard_rows), corpus.store) or what
-    raise corpus_changed(what)
+        _require_same_files(corpus, plan)
+    elif summarise(corpus.shards(shard_rows)).digest != digest:
+        raise corpus_changed("files were added, removed or written to")
 
 
-def _first_change(before: Iterable[Shard], after: Iterable[Shard], store: Store) -> str | None:
-    """What happened to the first file that is not in both plans with one state; None if there is none."""
-    for old, new in zip_longest(_files(before), _files(after)):
-        if old and new and old[1:] == new[1:]:
-            continue
-        if old and (new is None or store.stat(old[1]) is None):
-            return f"{old[1]} of shard {old[0]} is gone"
-        if old and new and old[1] == new[1]:
-            return f"{old[1]} of shard {old[0]} is another"
-        return f"{new[1]} of no shard was added" if new else None
-    return None
+def _require_same_files(corpus: Corpus, plan: Plan) -> None:
+    """Walk through the plan's files and those that are there, which come in the same order."""
+    planned = _files(plan)
+    old = next(planned, None)
+    for file in corpus.files():
+        if old is not None and old.name == file.name:
+            if old.state != file_state(file.name, file):
+                raise corpus_changed(f"{old.name} of shard {old.shard_id} is another")
+            old = next(planned, None)
+        elif old is not None and corpus.store.stat(old.name) is None:
+            break
+        elif corpus.has_rows(file):
+            raise corpus_changed(f"{file.name} of no shard was added")
+    if old is not None:
+        raise corpus_changed(f"{old.name} of shard {old.shard_id} is gone")
 
 
-def _files(shards: Iterable[Shard]) -> Iterator[tuple[int, str, str]]:
-    """Shard, name and state of each file that a plan reads."""
-    for shard in shards:
+class _Planned(NamedTuple):
+    """A file of a plan, in the first shard that reads it."""
+
+    shard_id: int
+    name: str
+    state: str
+
+
+def _files(plan: Iterable[Shard]) -> Iterator[_Planned]:
+    """Each file that a plan reads, once."""
+    last = ""
+    for shard in plan:
         for name, state in zip(shard.files, shard.states, strict=True):
-            yield shard.shard_id, name, state
+            if name != last:
+                yield _Planned(shard.shard_id, name, state)
+                last = name

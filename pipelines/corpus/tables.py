@@ -3,6 +3,8 @@
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 
 from pipelines.corpus.base import Corpus, Record
 from pipelines.corpus.reading import ahead
@@ -17,7 +19,7 @@ class TableCorpus(Corpus):
     """A corpus whose rows may name files of the table's own folder, or objects."""
 
     def _followed(self, rows: Iterable[Row], name: str) -> Iterator[Record]:
-        """The records of rows with the images that they name; a few images are read ahead.
+        """The records of rows, with the images that they name; a few of those are read ahead.
 
         Args:
             rows: Rows in order.
@@ -25,15 +27,22 @@ class TableCorpus(Corpus):
         """
         folder = self.store.url(posixpath.dirname(name))
         reader = ImageReader(folder, retry_s=self._retry_s)
-        for _, record in ahead(lambda row: _follow(row, reader), rows):
-            yield record
+        for must_be_read, run in groupby(rows, key=_names_a_file):
+            if must_be_read:
+                yield from (record for _, record in ahead(partial(_follow, reader), run))
+            else:
+                yield from (record for record, _ in run)
 
 
-def _follow(row: Row, reader: ImageReader) -> Record:
+def _names_a_file(row: Row) -> bool:
+    record, uri = row  # bytes win: what is embedded is what is shown later
+    return uri is not None and record.image is None and record.problem is None
+
+
+def _follow(reader: ImageReader, row: Row) -> Record:
     record, uri = row
-    if uri is None or record.image is not None:  # bytes win: what is embedded is shown later
-        return record
     try:
-        return replace(record, image=reader.read(uri), uri=reader.locate(uri))
+        url = reader.locate(uri or "")
+        return replace(record, image=reader.read(uri or ""), uri=url)
     except MediaError as error:
         return replace(record, problem=str(error), reason=error.reason)

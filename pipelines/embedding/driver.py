@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.commits import Commit
@@ -54,10 +54,11 @@ class Totals:
         """Note a written piece."""
         if self.first_piece is None:  # the models are loaded, so from here on rates mean something
             self.first_piece = time.monotonic()
-            self.first_rows, self.first_busy = piece.good + piece.bad, piece.busy_s
+            self.first_rows, self.first_busy = piece.good + piece.bad, piece.work.busy_s
         self.good += piece.good
         self.bad += piece.bad
-        self.work.add(Work(piece.items, piece.tokens, piece.padded_tokens, piece.busy_s))
+        self.work.add(piece.work)
+        self.last_piece = time.monotonic()
 
     @property
     def rows(self) -> int:
@@ -80,7 +81,7 @@ class Totals:
     def _steady_s(self) -> float:
         if self.first_piece is None or self.rows == self.first_rows:
             return 0.0
-        return time.monotonic() - self.first_piece
+        return self.last_piece - self.first_piece
 
     @property
     def padding_share(self) -> float:
@@ -106,6 +107,20 @@ class Totals:
             f"encoders busy {self.busy_share:.0%}  padding {self.padding_share:.1%}  "
             f"quarantined {self.bad}  ETA {'?' if eta is None else clock(eta)}"
         )
+
+    def report(self) -> dict[str, Any]:
+        """The run in numbers, as JSON."""
+        return {
+            "rows": self.rows,
+            "quarantined": self.bad,
+            "shards": self.num_shards,
+            "encoders": self.workers,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "rows_per_s": round(self.rows_per_s, 3),
+            "busy_share": round(self.busy_share, 4),
+            "padding_share": round(self.padding_share, 4),
+            **asdict(self.work),
+        }
 
     def tell(self, *, now: bool = False) -> None:
         """Show the line, at most every two seconds unless `now`."""
@@ -195,7 +210,7 @@ def written_pieces(records: Iterable[dict[str, Any]]) -> Iterator[Written]:
     """The records of written pieces; an error of ours among them is raised."""
     for record in records:
         raise_failure(record)
-        yield Written(**{name: value for name, value in record.items() if name != FAILURE})
+        yield Written.from_record({k: value for k, value in record.items() if k != FAILURE})
 
 
 def settle(

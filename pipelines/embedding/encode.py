@@ -74,14 +74,14 @@ class EncodePieces:
         """
         found: Found = []
         refused: Refusals = {}
-        work = Work()
+        work = piece.work
         for data in piece.batches:
             prompts, rows = unpack_prompts(data)
             found += self._encode(list(zip(rows, prompts, strict=True)), refused, work)
         piece.rows = with_refusals(piece.rows, refused)
         piece.vectors = _in_order(found)
         work.busy_s = self._timer.total_s()
-        piece.batches, piece.work = [], work
+        piece.batches = []
         count_work(work)
         return piece
 
@@ -101,7 +101,7 @@ class EncodePieces:
             refused[batch[0][0]] = (reason, str(error))
             return []
         lengths = [len(prompt) for _, prompt in batch]
-        work.add(Work(len(batch), sum(lengths), padded(lengths)))
+        work.add(Work(items=len(batch), tokens=sum(lengths), padded_tokens=padded(lengths)))
         return [([row for row, _ in batch], vectors)]
 
     @torch.no_grad()

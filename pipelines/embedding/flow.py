@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.commits import new_attempt
 from pipelines.corpus import Corpus, Plan, read_plan
 from pipelines.ledger import Ledger
 from pipelines.loading import backbone_of, corpus_of, encoder_of
@@ -139,6 +140,27 @@ def encoders_of(flow: Flow) -> list[Encoder]:
 
 
 REAL = Models(bare_backbone, encoders_of)
+
+
+def new_flow(recipe: Recipe, configs: list[AdapterConfig], models: Models = REAL) -> Flow:
+    """A run of its own.
+
+    Args:
+        recipe: The resolved recipe.
+        configs: As `adapter_configs` gives them.
+        models: Where models come from.
+
+    Raises:
+        DataError: The corpus cannot be read.
+    """
+    return Flow(
+        recipe=recipe,
+        run=new_attempt(),
+        dimension=stored_dimension(recipe, configs[0].hidden_size),
+        fingerprints=tuple(one.fingerprint for one in configs),
+        user_schema=corpus_of(recipe).user_schema().serialize().to_pybytes(),
+        models=models,
+    )
 
 
 def adapter_configs(recipe: Recipe) -> list[AdapterConfig]:

@@ -6,6 +6,7 @@ from typing import Any
 from pipelines.embedding.pieces import Work
 
 _COUNTERS = {
+    "input_bytes": "bytes of images and texts that were read",
     "items": "items that were encoded",
     "tokens": "tokens of their sequences",
     "padded_tokens": "tokens of the batches, padding included",
@@ -33,5 +34,5 @@ def count(name: str, value: float, **tags: str) -> None:
 
 def count_work(work: Work) -> None:
     """Add what a piece cost."""
-    for name in ("items", "tokens", "padded_tokens", "busy_s"):
+    for name in ("input_bytes", "items", "tokens", "padded_tokens", "busy_s"):
         count(name, getattr(work, name))

@@ -20,6 +20,8 @@ from slq.backbones.prompting import Prompt
 from slq.errors import SlqError
 
 FAILURE = "failure"
+_MOST_PADDING = 0.05
+_LEAST_FILL = 0.25
 _BLOCK = pa.schema(
     [
         ("shard_id", pa.int64()),
@@ -61,12 +63,14 @@ class Work:
     """What a piece cost; sums of pieces are those of the run.
 
     Attributes:
+        input_bytes: Of images and texts that were read.
         items: That were encoded.
         tokens: Of their sequences.
         padded_tokens: Of the batches, padding included.
         busy_s: Time in the model.
     """
 
+    input_bytes: int = 0
     items: int = 0
     tokens: int = 0
     padded_tokens: int = 0
@@ -239,21 +243,32 @@ def batches_by_tokens(
         shown: Whether it holds an image; images and texts do not share batches.
         batch_size: Sequences per batch at most.
         batch_tokens: Tokens per batch at most, padding included; a longer sequence has a batch of its own.
+
+    Lengths thin out towards the longest, and there full batches would be padding for the most part: one that is a
+    quarter full is closed where another sequence would make more than 5% of it padding.
     """
     order = sorted(range(len(lengths)), key=lambda n: (shown[n], lengths[n]))
     batches: list[list[int]] = []
+    tokens = 0  # of the last batch
     for position in order:
-        batch = batches[-1] if batches else []
+        batch, longest = batches[-1] if batches else [], lengths[position]
+        size = (len(batch) + 1) * longest
         fits = (
             batch
             and len(batch) < batch_size
             and shown[batch[0]] == shown[position]
-            and (len(batch) + 1) * lengths[position] <= batch_tokens  # the longest so far
+            and size <= batch_tokens
+            and (
+                size - tokens - longest <= _MOST_PADDING * size
+                or len(batch) < _LEAST_FILL * batch_size
+            )
         )
         if fits:
             batch.append(position)
+            tokens += longest
         else:
             batches.append([position])
+            tokens = longest
     return batches
 
 

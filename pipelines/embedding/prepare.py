@@ -14,6 +14,7 @@ from pipelines.corpus import Record, Shard, rows_changed
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.pieces import (
     Piece,
+    Work,
     batches_by_tokens,
     failure_block,
     pack_prompts,
@@ -102,6 +103,7 @@ class _Draft:
         self._rows: list[Row] = []
         self._prompts: dict[int, Prompt] = {}  # by position in `_rows`
         self._num_bytes = 0
+        self._work = Work()
 
     @property
     def is_full(self) -> bool:
@@ -115,6 +117,9 @@ class _Draft:
         """Take one record of the corpus."""
         values, prompt = prepared_row(self._builder, record)
         values["row"] = row
+        self._work.input_bytes += len(record.image or b"") + len(
+            (record.text or "").encode("utf-8", "replace")
+        )
         values |= {f"user.{name}": record.columns.get(name) for name in self._user}
         if prompt is not None:
             self._prompts[len(self._rows)] = prompt
@@ -136,7 +141,7 @@ class _Draft:
             for batch in batches
         ]
         rows = pa.Table.from_pylist(self._rows, schema=self._schema)
-        piece = Piece(self._shard_id, self._number, last, rows, packed)
+        piece = Piece(self._shard_id, self._number, last, rows, packed, work=self._work)
         self._number += 1
         self._start()
         return piece

@@ -3,7 +3,7 @@
 What the driver hears of it is one small record.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pipelines.embedding.metrics import count
 from pipelines.embedding.pieces import (
     FAILURE,
     Piece,
+    Work,
     failure_block,
     is_failure,
     table_to_bytes,
@@ -34,10 +35,7 @@ class Written:
         last: Whether it ends its shard.
         good: Rows with vectors.
         bad: Quarantined rows.
-        items: That were encoded.
-        tokens: Of their sequences.
-        padded_tokens: Of the batches, padding included.
-        busy_s: Time in the model.
+        work: What it cost.
     """
 
     shard_id: int
@@ -45,10 +43,12 @@ class Written:
     last: bool
     good: int
     bad: int
-    items: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    busy_s: float = 0.0
+    work: Work = field(default_factory=Work)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Written":
+        """What `asdict` gave, after it went through a table."""
+        return cls(**{**record, "work": Work(**record["work"])})
 
 
 def piece_name(run: str, shard_id: int, number: int, kind: str) -> str:
@@ -90,7 +90,7 @@ def _written(piece: Piece, flow: Flow) -> Written:
         piece.last,
         good.num_rows,
         bad.num_rows,
-        **asdict(piece.work),
+        piece.work,
     )
 
 
@@ -111,8 +111,8 @@ def data_table(piece: Piece, flow: Flow) -> pa.Table:
         found[name] = rows[name]
     found["shard_id"] = pa.array(np.full(rows.num_rows, piece.shard_id, np.int32))
     found["row_in_shard"] = rows["row"].cast(pa.int32())
-    for field in flow.user_fields:
-        found[field.name] = rows[f"user.{field.name}"]
+    for column in flow.user_fields:
+        found[column.name] = rows[f"user.{column.name}"]
     schema = flow.shard_schema
     if not rows.num_rows:
         return schema.empty_table()

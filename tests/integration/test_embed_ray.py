@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,30 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.corpus import plan_shards
-from pipelines.embed import (
-    EncodeShard,
-    embed,
-    read_and_check,
-    require_free_cpu,
-    require_planned_rows,
-    write_shard,
-)
+from pipelines.commits import Commit
+from pipelines.corpus import open_corpus, read_plan, write_plan
+from pipelines.embed import REPORT, embed, require_planned_rows
+from pipelines.embedding import driver
+from pipelines.embedding.canary import CANARY
+from pipelines.embedding.encode import EncodePieces
+from pipelines.embedding.flow import PLAN, Flow
+from pipelines.embedding.preflight import require_room, workers_for
+from pipelines.embedding.prepare import prepare
+from pipelines.embedding.write import write_piece
 from pipelines.index import index, read_embeddings
-from pipelines.ledger import MANIFEST, Commit, Ledger
+from pipelines.ledger import MANIFEST, Ledger
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
+from pipelines.storage import LocalStore
 from slq.arrow import ERRORS, embedding_schema
 from slq.artifacts import load_adapter_config
-from slq.encoder import Encoder
-from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
+from slq.errors import (
+    ArtifactError,
+    ArtifactMismatchError,
+    ConfigError,
+    DataError,
+    HardwareError,
+)
 from slq.index import VectorIndex
 from slq.media import decode_image
 from tests.integration.runs import changed, fingerprints_of_files, with_untrained_adapter
@@ -51,10 +59,14 @@ def gallery(folder: Path) -> Rows:
     return rows
 
 
+def folder(recipe: Recipe) -> Path:
+    return Path(recipe.storage.embeddings)
+
+
 def quarantine(recipe: Recipe) -> Rows:
     return [
         row
-        for path in sorted((recipe.storage.embeddings / "errors").glob("*.parquet"))
+        for path in sorted((folder(recipe) / "errors").glob("*.parquet"))
         for row in pq.read_table(path).to_pylist()
     ]
 
@@ -62,7 +74,7 @@ def quarantine(recipe: Recipe) -> Rows:
 def corpus_run(recipe: Recipe, path: Path, rows: Rows) -> Recipe:
     """A run over a Parquet corpus of these rows."""
     pq.write_table(pa.Table.from_pylist(rows), path)
-    return with_untrained_adapter(changed(recipe, data={"corpus": path}))
+    return with_untrained_adapter(changed(recipe, data={"corpus": str(path)}))
 
 
 # ---- one finished run that most tests look at ----
@@ -113,15 +125,22 @@ def test_a_second_run_touches_no_file(finished: Recipe) -> None:
 def test_after_losing_one_commit_record_only_that_shard_is_made_again_with_the_same_bytes(
     finished: Recipe,
 ) -> None:
-    root = finished.storage.embeddings
+    root = folder(finished)
     before = fingerprints_of_files(root)
     (root / MANIFEST).unlink()
     (root / "commits" / "000002.json").unlink()
     embed(finished)
     after = fingerprints_of_files(root)
     touched = {name for name in before if before[name][0] != after[name][0]}
-    assert touched == {MANIFEST, "README.md", "commits/000002.json", "shards/part-000002.parquet"}
-    for name in (MANIFEST, "shards/part-000002.parquet"):
+    assert touched == {
+        MANIFEST,
+        "README.md",
+        CANARY,
+        REPORT,
+        "commits/000002.json",
+        "shards/part-000002.parquet",
+    }
+    for name in (MANIFEST, CANARY, "shards/part-000002.parquet"):
         assert before[name][1] == after[name][1]
     assert before.keys() == after.keys()
 
@@ -133,10 +152,10 @@ def test_another_adapter_is_refused_and_both_fingerprints_are_named(
     other = with_untrained_adapter(changed(finished, storage={"dir": tmp_path / "other"}), seed=9)
     new = load_adapter_config(other.storage.adapter).fingerprint
     (tmp_path / "other" / "embeddings").symlink_to(finished.storage.embeddings)
-    before = fingerprints_of_files(finished.storage.embeddings)
+    before = fingerprints_of_files(folder(finished))
     with pytest.raises(ArtifactMismatchError, match=f"{old}.*{new}"):
         embed(other)
-    assert fingerprints_of_files(finished.storage.embeddings) == before
+    assert fingerprints_of_files(folder(finished)) == before
 
 
 def test_a_data_set_is_not_continued_with_another_plan(finished: Recipe) -> None:
@@ -161,7 +180,7 @@ def test_shards_open_in_duckdb(finished: Recipe) -> None:
 def test_shards_open_in_data_frames(finished: Recipe, name: str) -> None:
     library = importlib.import_module(name)
     ids: list[str] = []
-    for path in sorted((finished.storage.embeddings / "shards").glob("*.parquet")):
+    for path in sorted((folder(finished) / "shards").glob("*.parquet")):
         frame = library.read_parquet(path)
         ids += list(frame["id"])
         np.testing.assert_allclose(
@@ -329,10 +348,10 @@ def test_a_column_that_is_null_in_one_shard_keeps_its_type_in_every_shard(
         changed(finished, storage={"dir": tmp_path / "run"}), tmp_path / "c.parquet", rows
     )
     embed(recipe)
-    files = sorted((recipe.storage.embeddings / "shards").glob("*.parquet"))
+    files = sorted((folder(recipe) / "shards").glob("*.parquet"))
     assert [pq.read_schema(file).field("note").type for file in files] == [pa.string()] * 2
-    folder = f"{recipe.storage.embeddings}/shards/*.parquet"
-    assert len(duckdb.sql(f"SELECT note FROM '{folder}'").fetchall()) == 16
+    everything = f"{recipe.storage.embeddings}/shards/*.parquet"
+    assert len(duckdb.sql(f"SELECT note FROM '{everything}'").fetchall()) == 16
 
 
 def picture(path: Path, shade: int) -> None:
@@ -349,7 +368,7 @@ def test_a_folder_of_images_is_embedded_and_a_file_that_cannot_be_read_is_set_as
     for n in range(12):
         picture(corpus / f"sub{n % 2}" / f"{n:02d}.png", 20 * n)
     (corpus / "sub0" / "05.png").symlink_to(tmp_path / "gone.png")
-    recipe = changed(finished, storage={"dir": tmp_path / "run"}, data={"corpus": corpus})
+    recipe = changed(finished, storage={"dir": tmp_path / "run"}, data={"corpus": str(corpus)})
     recipe = with_untrained_adapter(recipe)
     embed(recipe)
     assert sorted(stored(recipe)) == sorted(f"sub{n % 2}/{n:02d}.png" for n in range(12))
@@ -374,25 +393,42 @@ def test_a_picture_named_by_a_table_that_is_missing_is_set_aside(
 def test_actors_that_would_hold_every_cpu_are_refused_before_anything_starts(
     finished: Recipe, tmp_path: Path
 ) -> None:
-    recipe = changed(
-        finished,
-        storage={"dir": tmp_path / "run"},
-        resources={"embed_workers": 64},
-        embed={"shard_rows": 1},
-    )
-    with_untrained_adapter(recipe)
+    recipe = changed(finished, storage={"dir": tmp_path / "run"}, resources={"embed_workers": 64})
+    recipe = with_untrained_adapter(changed(recipe, embed={"shard_rows": 1}))
     with pytest.raises(
         ConfigError, match=r"embed_workers is 32, but the cluster has 4 CPUs.*at most 3"
     ):
         embed(recipe)
 
 
-def test_the_rule_about_free_cpus() -> None:
-    require_free_cpu(4, 3, 0)
-    require_free_cpu(4, 4, 1)  # encoders on GPUs take no CPU
+def room(num_cpus: float, workers: int, gpus: float = 0, **extra: float) -> None:
+    recipe = changed(Recipe(), resources={"embed_workers": workers, "gpus_per_worker": gpus})
+    require_room(recipe, {"CPU": num_cpus, **extra}, 1)
+
+
+def test_the_rules_about_room_on_the_cluster(caplog: pytest.LogCaptureFixture) -> None:
+    room(4, 3)
+    room(4, 4, 1, GPU=4)  # encoders on GPUs take no CPU
+    room(4, 8, 0.5, GPU=4)
     for num_cpus, workers in ((4, 4), (2, 3), (1, 1)):
         with pytest.raises(ConfigError, match="reading needs one"):
-            require_free_cpu(num_cpus, workers, 0)
+            room(num_cpus, workers)
+    with pytest.raises(HardwareError, match=r"4 encoders with 1 GPUs each .* the cluster has 2"):
+        room(8, 4, 1, GPU=2)
+    with pytest.raises(ConfigError, match=r"piece_bytes is 67108864, but 16 .* of 512 MiB; lower"):
+        room(4, 3, object_store_memory=512 * 2**20)
+    require_room(Recipe(), {"CPU": 8}, 2)
+    assert "2 nodes" in caplog.text
+    assert "the same folder on all of them" in caplog.text
+
+
+def test_encoders_without_a_piece_are_not_started(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = changed(Recipe(), resources={"embed_workers": 8}, embed={"piece_rows": 100})
+    assert workers_for(recipe, 1000, 2) == 8
+    assert caplog.text == ""
+    assert workers_for(recipe, 250, 2) == 3
+    assert workers_for(recipe, None, 5) == 5
+    assert "only 3 of 8 encoders are started" in caplog.text
 
 
 def test_an_adapter_that_the_recipe_cannot_reproduce_is_refused_in_words(
@@ -411,7 +447,7 @@ def test_an_adapter_that_the_recipe_cannot_reproduce_is_refused_in_words(
 class Recorder:
     """Stands for a Ray data set: keeps how each step was asked for, and runs the steps in this process."""
 
-    lost_shards = 0
+    lost_pieces = 0
 
     def __init__(self, tables: list[pa.Table]) -> None:
         self.tables = tables
@@ -419,15 +455,35 @@ class Recorder:
 
     def map_batches(self, step: Any, **options: Any) -> "Recorder":
         self.steps.append((step, options))
-        call: Callable[..., pa.Table] = step
+        call: Callable[..., Any] = step
         if isinstance(step, type):
             call = step(**options["fn_constructor_kwargs"])
-        self.tables = [call(table, **options.get("fn_kwargs", {})) for table in self.tables]
+        found = [call(table, **options.get("fn_kwargs", {})) for table in self.tables]
+        self.tables = [
+            table for one in found for table in ([one] if isinstance(one, pa.Table) else one)
+        ]
         return self
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        for table in self.tables[self.lost_shards :]:
+        for table in self.tables[self.lost_pieces :]:
             yield from table.to_pylist()
+
+
+class SealingHere(driver.Sealing):
+    """Seals in this process."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._done: list[tuple[Any, list[Any]]] = []
+
+    def submit(self, pieces: list[Any], before: Commit | None) -> None:
+        self._done.append((driver.sealed(self._flow, pieces, before), pieces))
+
+    def finished(self, *, wait: bool = False) -> Iterator[tuple[Commit, list[Any]]]:
+        while self._done:
+            found, pieces = self._done.pop(0)
+            assert isinstance(found, Commit), found
+            yield found, pieces
 
 
 def without_cluster(
@@ -446,39 +502,58 @@ def without_cluster(
 
     monkeypatch.setattr(ray.data, "from_items", from_items)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{}])
+    monkeypatch.setattr(driver, "Sealing", SealingHere)
     return recorders
 
 
-def test_the_flow_asks_ray_for_one_block_per_shard_and_one_cpu_per_encoder(
+def test_the_flow_asks_ray_for_three_stages_that_it_cannot_fuse_split_or_join(
     tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorders = without_cluster(monkeypatch)
-    recipe = with_untrained_adapter(tiny_run)
+    recipe = with_untrained_adapter(changed(tiny_run, embed={"piece_rows": 3}))
     embed(recipe)
     assert len(stored(recipe)) == 32
-    assert len(recorders[0].tables) == 4
-    (read, encode, write) = recorders[0].steps
-    assert (read[0], write[0]) == (read_and_check, write_shard)
+    (prepared, encode, written) = recorders[0].steps
+    assert (prepared[0], encode[0], written[0]) == (prepare, EncodePieces, write_piece)
+    assert len(recorders[0].tables) == 12  # four shards of eight rows in pieces of 3, 3 and 2
+    assert all(table.num_rows == 1 for table in recorders[0].tables)
     for _, options in recorders[0].steps:
-        assert options["batch_size"] is None  # a whole block, so a whole shard
-        assert options["batch_format"] == "pyarrow"
-    assert encode[1]["compute"].max_size == encode[1]["compute"].min_size == 2
+        assert (options["batch_size"], options["batch_format"]) == (None, "pyarrow")
+    strategy = encode[1]["compute"]
+    assert strategy.max_size == strategy.min_size == 2
     assert (encode[1]["num_cpus"], encode[1]["num_gpus"]) == (1, None)
-    assert len(repr(encode[1]["fn_constructor_kwargs"])) < 10_000  # settings travel, weights do not
+    requests = [
+        {name: one.get(name) for name in ("num_cpus", "num_gpus", "memory")}
+        for _, one in recorders[0].steps
+    ]
+    assert requests[0] != requests[1] != requests[2]  # equal ones would be fused
+    assert len(pickle.dumps(encode[1]["fn_constructor_kwargs"])) < 20_000  # no weights travel
 
 
-def test_the_schema_of_quarantined_rows_is_the_public_one(finished: Recipe, tmp_path: Path) -> None:
-    Ledger(tmp_path).begin({})
-    row = {"shard_id": 0, "row": 0, "id": "a", "uri": "u", "error": "corrupt", "message": "m"}
-    row["stage"] = "decode"
-    table = pa.Table.from_pylist([{**row, "columns": b"", "vector": None}])
-    (record,) = write_shard(table, str(tmp_path), 192).to_pylist()
-    Ledger(tmp_path).commit(Commit(**record))
-    shard = pq.read_schema(Ledger(tmp_path).shard_path(0))
-    assert shard.equals(
+def test_a_recipe_decides_how_many_tasks_prepare(
+    tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorders = without_cluster(monkeypatch)
+    embed(with_untrained_adapter(changed(tiny_run, resources={"prepare_workers": 3})))
+    assert recorders[0].steps[0][1]["compute"].size == 3
+
+
+def test_the_schemas_of_shards_and_quarantined_rows_are_the_public_ones(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_cluster(monkeypatch)
+    rows = [{"id": f"{n}", "image": b"no image", "text": None} for n in range(3)]
+    recipe = corpus_run(
+        changed(tiny_run, embed={"max_error_share": 1.0}), tmp_path / "c.parquet", rows
+    )
+    embed(recipe)
+    # no row is left, and the type is that of other shards
+    assert pq.read_schema(folder(recipe) / "shards/part-000000.parquet").equals(
         embedding_schema(192, [])
-    )  # no row is left, and the type is that of other shards
-    assert pq.read_schema(Ledger(tmp_path).errors_path(0)).equals(ERRORS)
+    )
+    assert pq.read_schema(folder(recipe) / "errors/part-000000.parquet").equals(ERRORS)
+    assert not (folder(recipe) / CANARY).exists()
 
 
 @pytest.mark.parametrize("change", ["added", "gone", "another"])
@@ -497,8 +572,9 @@ def test_a_folder_that_changes_during_the_run_fails_it_and_gets_no_manifest(
             picture(corpus / name, 255)
 
     without_cluster(monkeypatch, meanwhile)
-    recipe = with_untrained_adapter(changed(tiny_run, data={"corpus": corpus}))
-    with pytest.raises(DataError, match=f"the corpus changed while it was read: {name} of .*shard"):
+    recipe = with_untrained_adapter(changed(tiny_run, data={"corpus": str(corpus)}))
+    wanted = "files were added" if change == "added" else f"{name} of shard 0 is "
+    with pytest.raises(DataError, match=f"the corpus changed while it was read: {wanted}"):
         embed(recipe)
     assert Ledger(recipe.storage.embeddings).manifest() is None
 
@@ -509,137 +585,32 @@ def test_a_table_that_shrinks_during_the_run_fails_it_and_names_the_shard(
     rows, corpus = gallery(scenes_dir), tmp_path / "c.parquet"
     recipe = corpus_run(tiny_run, corpus, rows)
     without_cluster(monkeypatch, lambda: pq.write_table(pa.Table.from_pylist(rows[:20]), corpus))
-    with pytest.raises(DataError, match=r"corpus changed .*: shard 2 has 4 rows, 8 were planned"):
+    with pytest.raises(DataError, match=r"corpus changed .*shard [0-3]"):
         embed(recipe)
     assert Ledger(recipe.storage.embeddings).manifest() is None
 
 
-def test_a_commit_that_does_not_account_for_every_planned_row_is_refused(scenes_dir: Path) -> None:
-    plans = plan_shards(scenes_dir / "gallery.parquet", 8)
-    commits = {p.shard_id: Commit(p.shard_id, 7, 1, "", 0, "") for p in plans}
-    require_planned_rows(plans, commits)
+def test_a_commit_that_does_not_account_for_every_planned_row_is_refused(
+    scenes_dir: Path, tmp_path: Path
+) -> None:
+    write_plan(open_corpus(scenes_dir / "gallery.parquet").shards(8), tmp_path / PLAN)
+    plan = read_plan(LocalStore(tmp_path), PLAN)
+    commits = {n: Commit(n, 7, 1, "", 0, "") for n in range(len(plan))}
+    require_planned_rows(plan, commits)
     commits[2] = Commit(2, 7, 0, "", 0, "")
     with pytest.raises(DataError, match=r"changed while it was read: shard 2 has 7 rows, 8 were"):
-        require_planned_rows(plans, commits)
+        require_planned_rows(plan, commits)
 
 
 def test_shards_that_never_came_back_are_named_and_no_manifest_claims_them(
     tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_cluster(monkeypatch)
-    monkeypatch.setattr(Recorder, "lost_shards", 2)
+    monkeypatch.setattr(Recorder, "lost_pieces", 2)
     recipe = with_untrained_adapter(tiny_run)
     with pytest.raises(ArtifactError, match=r"2 commit records for 4 shards, and shards \[0, 1\]"):
         embed(recipe)
     assert Ledger(recipe.storage.embeddings).manifest() is None
-    monkeypatch.setattr(Recorder, "lost_shards", 0)
+    monkeypatch.setattr(Recorder, "lost_pieces", 0)
     embed(recipe)
     assert len(stored(recipe)) == 32
-
-
-# ---- the stages by themselves ----
-
-
-def plan_table(corpus: Path) -> pa.Table:
-    (plan,) = plan_shards(corpus, 1_000)
-    row = {"shard_id": 0, "source": plan.source, "start": plan.start, "stop": plan.stop}
-    return pa.Table.from_pylist([{**row, "paths": list(plan.paths)}])
-
-
-def encoder_stage(recipe: Recipe) -> EncodeShard:
-    fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
-    return EncodeShard(recipe.model_dump(mode="json"), fingerprint)
-
-
-def test_images_travel_as_their_encoded_bytes(tmp_path: Path) -> None:
-    for n in range(8):
-        Image.new("RGB", (2_000, 2_000), (n, 0, 0)).save(tmp_path / f"{n}.png")
-    encoded = sum(path.stat().st_size for path in tmp_path.iterdir())
-    table = read_and_check(plan_table(tmp_path))
-    assert table["id"].to_pylist() == [f"{n}.png" for n in range(8)]
-    assert table.nbytes < encoded + 10_000  # raw RGB would be 96 MB
-
-
-def test_an_encoder_holds_the_pixels_of_one_batch_at_a_time(
-    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import pipelines.embed as flow
-
-    for n in range(20):
-        picture(tmp_path / "c" / f"{n:02d}.png", 12 * n)
-    stage = encoder_stage(with_untrained_adapter(tiny_run))
-    waiting, most = [0], [0]
-
-    def counted(data: bytes) -> Image.Image:
-        waiting[0] += 1
-        most[0] = max(most[0], waiting[0])
-        return decode_image(data)
-
-    genuine = Encoder.encode
-
-    def encode(self: Encoder, inputs: Any, **options: Any) -> NDArray[np.float32]:
-        waiting[0] -= len(inputs)
-        return genuine(self, inputs, **options)
-
-    monkeypatch.setattr(flow, "decode_image", counted)
-    monkeypatch.setattr(Encoder, "encode", encode)
-    rows = stage(read_and_check(plan_table(tmp_path / "c"))).to_pylist()
-    assert most[0] == tiny_run.embed.batch_size == 8
-    assert [row["id"] for row in rows] == [f"{n:02d}.png" for n in range(20)]
-    assert {(row["width"], row["height"], row["error"]) for row in rows} == {(24, 24, None)}
-
-
-def refusing(monkeypatch: pytest.MonkeyPatch, refused: Callable[[Any], bool]) -> None:
-    """The real encoder, but for a model that raises on some items."""
-    genuine = Encoder.encode_items
-
-    def encode_items(self: Encoder, items: Any) -> Any:
-        if any(refused(item) for item in items):
-            raise ValueError("absolute aspect ratio must be smaller than 200")
-        return genuine(self, items)
-
-    monkeypatch.setattr(Encoder, "encode_items", encode_items)
-
-
-def test_a_row_that_the_model_refuses_is_set_aside_and_its_neighbours_are_encoded(
-    tiny_run: Recipe, scenes_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = encoder_stage(with_untrained_adapter(tiny_run))
-    table = read_and_check(plan_table(scenes_dir / "gallery.parquet"))
-    clean = stage(table).to_pylist()
-    guilty = {clean[3]["id"], clean[17]["id"]}
-    refusing(monkeypatch, lambda item: item.id in guilty)
-    found = stage(table).to_pylist()
-    for row, before in zip(found, clean, strict=True):
-        assert row["id"] == before["id"]
-        if row["id"] in guilty:
-            assert (row["error"], row["stage"], row["vector"]) == ("model_refused", "encode", None)
-            assert "aspect ratio" in row["message"]
-        else:
-            ours, theirs = (np.frombuffer(r["vector"], np.float16) for r in (row, before))
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=FP16)
-    assert stage(table).to_pylist() == found  # a resumed run gives the same bytes
-
-
-def test_a_model_that_refuses_everything_stops_the_run_instead_of_emptying_it(
-    tiny_run: Recipe, scenes_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = encoder_stage(with_untrained_adapter(tiny_run))
-    table = read_and_check(plan_table(scenes_dir / "gallery.parquet"))
-    refusing(monkeypatch, lambda item: True)
-    with pytest.raises(ValueError, match="aspect ratio"):
-        stage(table)
-
-
-def test_memory_that_ran_out_is_no_rows_fault(
-    tiny_run: Recipe, scenes_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    def no_memory(self: Encoder, items: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    stage = encoder_stage(with_untrained_adapter(tiny_run))
-    monkeypatch.setattr(Encoder, "encode_items", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        stage(read_and_check(plan_table(scenes_dir / "gallery.parquet")))

@@ -1,7 +1,8 @@
 """Corpora: the plan covers every row once, rows come back as they were written, `uri` leads back to the image."""
 
-import io
 import os
+import pickle
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,344 +10,299 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from pipelines.corpus import (
-    Record,
-    ShardPlan,
-    corpus_digest,
-    corpus_state,
-    fetch_image,
-    plan_shards,
-    read_shard,
-    require_unchanged,
+from pipelines.corpus import Corpus, Record, fetch_image, open_corpus
+from pipelines.storage import ObjectStore
+from slq.errors import ConfigError, DataError, StorageError
+from tests.corpora import (
+    NUM_ROWS,
+    linked,
+    members_of,
+    png,
+    rows,
+    tar_bytes,
+    upload,
+    write_csv,
+    write_images,
+    write_jsonl,
+    write_parquet,
 )
-from slq.errors import ConfigError, DataError
-from slq.media import DEFAULT_LIMITS
 
-NUM_ROWS = 23
-
-
-def png(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (shade, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+SHARD_ROWS = (1, 4, 7, 23, 1000)
+PARTS = (slice(0, 9), slice(9, 10), slice(10, None))  # of the rows, over three files
+Shown = list[tuple[Any, ...]]
 
 
-def rows() -> list[dict[str, Any]]:
-    return [
-        {"id": f"r{n:02d}", "image": png(n) if n % 3 else None, "text": f"row {n}", "tag": n}
-        for n in range(NUM_ROWS)
-    ]
+def shown(found: Record) -> tuple[Any, ...]:
+    return found.image, found.text, found.problem
 
 
-def parquet(path: Path, row_group_size: int = 5) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows()), path, row_group_size=row_group_size)
+def expected(item: dict[str, Any]) -> tuple[Any, ...]:
+    return item["image"], item["text"], None
+
+
+def write_tar(path: Path, items: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(members_of(items)))
     return path
 
 
-def folder(path: Path) -> Path:
-    for n in range(11):
-        place = path / ("deep/er" if n % 2 else "") / f"{n:02d}.{('png', 'PNG')[n % 3 == 0]}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(png(n))
-    (path / "notes.txt").write_text("no image")
+def write_uris(path: Path, items: list[dict[str, Any]]) -> Path:
+    """A Parquet file whose images lie beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(linked(path.parent, items)), path, row_group_size=5)
     return path
 
 
-def everything(corpus: Path, shard_rows: int) -> list[Record]:
-    return [record for plan in plan_shards(corpus, shard_rows) for record in read_shard(plan)]
+def write_texts(path: Path, items: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\n\n".join(f"{item['id']} für Ä".encode() for item in items))
+    return path
 
 
-@pytest.mark.parametrize("row_group_size", [1, 5, 100])
-@pytest.mark.parametrize("shard_rows", [1, 4, 5, 7, 23, 1000])
-def test_shards_of_a_parquet_file_hold_every_row_once_in_order(
-    tmp_path: Path, shard_rows: int, row_group_size: int
+WRITERS: dict[str, tuple[Callable[..., Path], str]] = {
+    "parquet": (write_parquet, ".parquet"),
+    "parquet with uris": (write_uris, ".parquet"),
+    "jsonl": (write_jsonl, ".jsonl"),
+    "csv": (write_csv, ".csv"),
+    "webdataset": (write_tar, ".tar"),
+    "text": (write_texts, ".txt"),
+}
+
+
+def wanted(kind: str, names: list[str]) -> Shown:
+    """Id and content of every record, from the rows that were written."""
+    found: Shown = []
+    for name, part in zip(names, PARTS if len(names) > 1 else (slice(None),), strict=True):
+        for number, item in enumerate(rows()[part]):
+            if kind == "text":
+                found.append((f"{name}:{number}", None, f"{item['id']} für Ä", None))
+            elif kind == "webdataset":
+                found.append((f"{name}:some/{item['id']}", *expected(item)))
+            else:
+                found.append((item["id"], *expected(item)))
+    return found
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_every_row_comes_once_in_order_and_its_uri_leads_back_to_its_image(
+    tmp_path: Path, place: str, kind: str, many: bool, request: pytest.FixtureRequest
 ) -> None:
-    corpus = parquet(tmp_path / "c.parquet", row_group_size)
-    found = everything(corpus, shard_rows)
-    written = rows()
-    assert [record.id for record in found] == [row["id"] for row in written]
-    assert [record.image for record in found] == [row["image"] for row in written]
-    assert [record.text for record in found] == [row["text"] for row in written]
-    assert [record.columns for record in found] == [{"tag": row["tag"]} for row in written]
+    write, suffix = WRITERS[kind]
+    parts = PARTS if many else (slice(None),)
+    names = [f"{'sub/' if n == 2 else ''}{n}{suffix}" for n, _ in enumerate(parts)]
+    for name, part in zip(names, parts, strict=True):
+        write(tmp_path / "c" / name, rows()[part])
+    location = str(tmp_path / "c")
+    if place == "s3":
+        location = upload(tmp_path / "c", request.getfixturevalue("object_store"), "some/where")
+    format_ = kind.split()[0]
+    # the pictures of a manifest lie in its folder, so that the format must be named
+    corpus = open_corpus(location if many else f"{location}/{names[0]}", format_)  # type: ignore[arg-type]
+    for shard_rows in SHARD_ROWS:
+        shards = list(corpus.shards(shard_rows))
+        assert shards == list(corpus.shards(shard_rows))
+        assert [shard.shard_id for shard in shards] == list(range(len(shards)))
+        found = [list(corpus.records(shard)) for shard in shards]
+        for shard, records in zip(shards, found, strict=True):
+            assert shard.num_rows == (None if kind == "webdataset" else len(records))
+            assert kind == "webdataset" or len(records) <= shard_rows
+            assert corpus.state(shard) == shard.state
+            corpus.require_unchanged(shard)
+        everything = [record for records in found for record in records]
+        assert [(r.id, *shown(r)) for r in everything] == wanted(kind, names)
+    assert [fetch_image(record.uri) for record in everything] == [r.image for r in everything]
 
 
-@pytest.mark.parametrize("shard_rows", [1, 4, 11, 1000])
-def test_shards_of_a_folder_hold_every_image_once(tmp_path: Path, shard_rows: int) -> None:
-    corpus = folder(tmp_path / "c")
-    found = everything(corpus, shard_rows)
-    assert len(found) == 11
-    assert {record.id: record.image for record in found} == {
-        str(path.relative_to(corpus)): path.read_bytes()
-        for path in corpus.rglob("*")
-        if path.suffix.lower() == ".png"
-    }
-    assert [record.id for record in found] == [
-        record.id for record in everything(corpus, shard_rows)
-    ]
-
-
-@pytest.mark.parametrize("shard_rows", [1, 4, 7, 23, 50])
-def test_the_plan_is_the_same_twice_and_its_shards_meet_without_gap(
-    tmp_path: Path, shard_rows: int
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_every_image_of_a_folder_comes_once_and_its_uri_leads_back_to_it(
+    tmp_path: Path, place: str, request: pytest.FixtureRequest
 ) -> None:
-    corpus = parquet(tmp_path / "c.parquet")
-    plans = plan_shards(corpus, shard_rows)
-    assert plans == plan_shards(corpus, shard_rows)
-    assert [plan.shard_id for plan in plans] == list(range(len(plans)))
-    borders = [plan.start for plan in plans] + [plans[-1].stop]
-    assert borders == sorted(set(borders))
-    assert (borders[0], borders[-1]) == (0, NUM_ROWS)
-    assert sum(plan.num_rows for plan in plans) == NUM_ROWS
-    assert all(plan.stop == after.start for plan, after in pairwise(plans))
-    assert max(plan.num_rows for plan in plans) <= shard_rows
-
-
-def test_a_uri_leads_back_to_the_image_in_parquet(tmp_path: Path) -> None:
-    found = everything(parquet(tmp_path / "c.parquet"), 7)
+    written = write_images(tmp_path / "c")
+    (tmp_path / "c" / "notes.md").write_text("no image")
+    location = str(tmp_path / "c")
+    if place == "s3":
+        location = upload(tmp_path / "c", request.getfixturevalue("object_store"), "some/where")
+    corpus = open_corpus(location)
+    assert (corpus.format, corpus.location) == ("images", location)
+    for shard_rows in (1, 4, 11, 1000):
+        shards = list(corpus.shards(shard_rows))
+        assert shards == list(corpus.shards(shard_rows))
+        found = [record for shard in shards for record in corpus.records(shard)]
+        assert len(found) == len(written)
+        assert {record.id: record.image for record in found} == written
+        assert all(after.start == before.stop for before, after in pairwise(shards))
+        assert max(shard.num_rows or 0 for shard in shards) <= shard_rows
+        assert all(corpus.state(shard) == shard.state for shard in shards)
     assert [fetch_image(record.uri) for record in found] == [record.image for record in found]
+    assert corpus.user_schema() == pa.schema([])
 
 
-def test_a_uri_leads_back_to_the_image_in_a_folder(tmp_path: Path) -> None:
-    for record in everything(folder(tmp_path / "c"), 4):
-        assert fetch_image(record.uri) == record.image
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_corpus_can_be_pickled_and_reads_the_same(tmp_path: Path, kind: str) -> None:
+    write, suffix = WRITERS[kind]
+    corpus = open_corpus(write(tmp_path / f"c{suffix}", rows()))
+    copy: Corpus = pickle.loads(pickle.dumps(corpus))
+    assert list(copy.all_records()) == list(corpus.all_records())
+    assert copy.user_schema() == corpus.user_schema()
 
 
-@pytest.mark.parametrize("uri", ["pictures/a.png", "pictures/../pictures/a.png", "link.png"])
-def test_a_uri_column_names_files_beside_the_table_and_leads_back_to_them(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "schema"),
+    [
+        ("parquet", {"tag": pa.int64()}),
+        ("jsonl", {"tag": pa.int64()}),
+        ("csv", {"tag": pa.string()}),
+        ("webdataset", {"json": pa.string()}),
+        ("text", {}),
+    ],
+)
+def test_the_users_own_columns_are_carried(
+    tmp_path: Path, kind: str, schema: dict[str, pa.DataType]
 ) -> None:
-    file = tmp_path / "pictures/a.png"
-    file.parent.mkdir()
-    file.write_bytes(png(9))
-    (tmp_path / "link.png").symlink_to(file)
-    pq.write_table(pa.table({"id": ["a"], "uri": [uri]}), tmp_path / "c.parquet")
-    (record,) = everything(tmp_path / "c.parquet", 10)
-    assert record.image == png(9)
+    write, suffix = WRITERS[kind]
+    corpus = open_corpus(write(tmp_path / f"c{suffix}", rows()))
+    assert {field.name: field.type for field in corpus.user_schema()} == schema
+    found = [record.columns for record in corpus.all_records()]
+    tags = {"csv": str, "webdataset": lambda n: f'{{"tag": {n}}}'}.get(kind, int)
+    names = list(schema)
+    assert found == [{name: tags(n) for name in names} for n in range(NUM_ROWS)]
+
+
+def test_a_location_need_not_be_absolute_and_its_uris_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "c.parquet", rows())
+    monkeypatch.chdir(tmp_path)
+    corpora = [open_corpus("c.parquet"), open_corpus(f"file://{tmp_path}/c.parquet")]
     monkeypatch.chdir("/")  # a service runs elsewhere than the embedding command did
-    assert fetch_image(record.uri) == png(9)
+    for corpus in corpora:
+        found = list(corpus.all_records())
+        assert [fetch_image(record.uri) for record in found] == [row["image"] for row in rows()]
 
 
-@pytest.fixture
-def inner(tmp_path: Path) -> Path:
-    """A folder for a table, with a picture outside of it and links that lead there."""
-    (tmp_path / "secret.png").write_bytes(png(66))
-    inner = tmp_path / "inner"
-    inner.mkdir()
-    (inner / "link.png").symlink_to(tmp_path / "secret.png")
-    (inner / "up").symlink_to(tmp_path)
-    (inner / "loop").symlink_to(inner / "loop")
-    (inner / "c.parquet#row=0").write_bytes(png(7))
-    return inner
+def test_a_link_to_a_table_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    write_parquet(tmp_path / "blobs" / "5f2c", rows())  # as model hubs keep files
+    (tmp_path / "c.parquet").symlink_to(tmp_path / "blobs" / "5f2c")
+    assert len(list(open_corpus(tmp_path / "c.parquet").all_records())) == NUM_ROWS
 
 
-OUTSIDE = [
-    "../secret.png",
-    "up/secret.png",
-    "link.png",
-    "{outer}/secret.png",
-    "{outer}/inner/c.parquet",
-    "https://example.org/a.png",
-    "file:///etc/hostname",
-    "a\x00.png",
-    "c.parquet#row=0",
-    ".",
-]
-
-
-@pytest.mark.parametrize("uri", OUTSIDE[:-1])
-def test_a_uri_that_leaves_the_tables_folder_is_refused(
-    inner: Path, tmp_path: Path, uri: str
+@pytest.mark.parametrize(
+    ("files", "wanted", "message"),
+    [
+        ({}, "auto", r"c holds nothing that can be embedded \(\.jpg, \.jpeg, .*\.txt\)"),
+        ({"a.md": b""}, "auto", "holds nothing that can be embedded"),
+        (
+            {"a.png": b"", "b.txt": b"x"},
+            "auto",
+            r"the formats images \(a\.png\) and text \(b\.txt\); set data\.corpus_format",
+        ),
+        ({"a.jsonl.gz": b""}, "auto", r"a\.jsonl\.gz is compressed, and no shard can begin"),
+        ({"a.jsonl": b"{}", "b.jsonl.zst": b""}, "jsonl", r"b\.jsonl\.zst is compressed"),
+        ({"a.tgz": b""}, "auto", r"a\.tgz is compressed"),
+        ({"a.png": b""}, "pictures", "data.corpus_format is 'pictures'; it must be auto, images"),
+    ],
+)
+def test_a_folder_that_is_no_corpus_says_why(
+    tmp_path: Path, files: dict[str, bytes], wanted: Any, message: str
 ) -> None:
-    uri = uri.format(outer=tmp_path)
-    pq.write_table(pa.table({"id": ["a"], "uri": [uri]}), inner / "c.parquet")
-    (record,) = everything(inner / "c.parquet", 10)
-    assert (record.image, record.reason) == (None, "path_refused")
-    assert "no relative path" in str(record.problem) or "names no file" in str(record.problem)
-    assert record.uri == f"{inner}/c.parquet#row=0"
-    assert fetch_image(record.uri) is None
+    (tmp_path / "c").mkdir()
+    for name, data in files.items():
+        (tmp_path / "c" / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=message):
+        list(open_corpus(tmp_path / "c", wanted).shards(4))
 
 
-@pytest.mark.parametrize("uri", [*OUTSIDE, "../gone.png"])
-def test_bytes_win_over_the_uri_and_are_what_is_shown_later(
-    inner: Path, tmp_path: Path, uri: str
+def test_a_format_that_is_named_passes_over_files_of_others(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "c" / "a.parquet", rows())
+    write_images(tmp_path / "c")
+    assert len(list(open_corpus(tmp_path / "c", "parquet").all_records())) == NUM_ROWS
+    assert len(list(open_corpus(tmp_path / "c", "images").all_records())) == 11
+
+
+def test_a_single_file_may_have_any_suffix_if_its_format_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "records.list", rows())
+    assert len(list(open_corpus(tmp_path / "records.list", "jsonl").all_records())) == NUM_ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "message"),
+    [
+        ("gone.parquet", "auto", r"gone\.parquet does not exist"),
+        (
+            "c.bin",
+            "auto",
+            r"c\.bin is neither a folder nor a file that ends with \.parquet, \.tar, .*csv",
+        ),
+        ("c.png", "auto", r"c\.png is one file; images are read from a folder"),
+        ("c.bin", "images", "images are read from a folder"),
+        ("c.csv.gz", "auto", r"c\.csv\.gz is compressed"),
+        ("pipe.jsonl", "auto", r"pipe\.jsonl is no regular file"),
+        ("s3://", "auto", "is empty, or does not exist"),
+    ],
+)
+def test_a_file_that_is_no_corpus_says_why(
+    tmp_path: Path, name: str, wanted: Any, message: str, object_store: str
 ) -> None:
-    table = pa.table({"id": ["a"], "uri": [uri.format(outer=tmp_path)], "image": [png(1)]})
-    pq.write_table(table, inner / "c.parquet")
-    (record,) = everything(inner / "c.parquet", 10)
-    assert (record.image, record.problem) == (png(1), None)
-    assert record.uri == f"{inner}/c.parquet#row=0"
-    assert fetch_image(record.uri) == png(1)
+    for existing in ("c.bin", "c.png", "c.csv.gz"):
+        (tmp_path / existing).write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    location = f"s3://{object_store}" if name == "s3://" else tmp_path / name
+    with pytest.raises(ConfigError, match=message):
+        list(open_corpus(location, wanted).shards(4))
 
 
-def test_a_file_of_a_folder_cannot_pass_for_a_row_of_a_table(inner: Path) -> None:
-    found = {record.id: record for record in everything(inner, 10)}
-    assert "c.parquet#row=0" not in found  # no image by its suffix
-    (inner / "c.parquet#row=0.png").write_bytes(png(7))
-    record = {r.id: r for r in everything(inner, 10)}["c.parquet#row=0.png"]
-    assert (record.image, record.reason) == (None, "path_refused")
+def test_a_missing_object_is_a_config_error(object_store: str) -> None:
+    with pytest.raises(ConfigError, match=r"s3://.*/gone\.parquet does not exist"):
+        open_corpus(f"s3://{object_store}/gone.parquet")
 
 
-@pytest.mark.parametrize("kind", ["folder", "uri"])
-def test_a_file_above_the_byte_limit_is_never_read(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("columns", "name", "message"),
+    [
+        ({"txt": "a"}, "c.parquet", "data.columns.txt is unknown; id, image, text, uri are mapped"),
+        ({"id": "a", "text": "a"}, "c.parquet", "data.columns gives one column two meanings"),
+        ({"id": "a"}, "c.txt", r"names columns of tables, but .*c\.txt is read as text"),
+    ],
+)
+def test_column_names_that_make_no_sense_are_refused(
+    tmp_path: Path, columns: dict[str, str], name: str, message: str
 ) -> None:
-    place = tmp_path / "c"
-    place.mkdir()
-    with (place / "large.png").open("wb") as file:
-        file.truncate(DEFAULT_LIMITS.max_bytes + 1)
-    pq.write_table(pa.table({"id": ["a"], "uri": ["large.png"]}), place / "c.parquet")
-    plans = plan_shards(place if kind == "folder" else place / "c.parquet", 10)
-    opened: list[str] = []
-    genuine = Path.open
-
-    def watched(path: Path, *args: Any, **kwargs: Any) -> Any:
-        opened.append(path.name)
-        return genuine(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", watched)
-    (record,) = read_shard(plans[0])
-    assert (record.image, record.reason) == (None, "too_many_bytes")
-    assert "large.png" not in opened
-    with pytest.raises(DataError, match="at most"):
-        fetch_image(str(place / "large.png"))
-    assert "large.png" not in opened
+    write_parquet(tmp_path / "c.parquet", rows())
+    (tmp_path / "c.txt").write_text("x")
+    with pytest.raises(ConfigError, match=message):
+        open_corpus(tmp_path / name, columns=columns)
 
 
-@pytest.mark.timeout(20)
-def test_a_pipe_named_like_an_image_does_not_hang_the_shard(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.png")
-    (record,) = everything(tmp_path, 10)
-    assert (record.image, record.reason) == (None, "unreadable")
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(png(1))
+    with pytest.raises(DataError, match=r"file name '.*udcff\.png' is no UTF-8; rename"):
+        list(open_corpus(tmp_path).shards(4))
 
 
-def test_a_text_corpus_has_no_images_behind_its_uris(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": ["a", "b"], "text": ["x", "y"]}), tmp_path / "c.parquet")
-    found = everything(tmp_path / "c.parquet", 10)
-    assert [record.text for record in found] == ["x", "y"]
-    assert [fetch_image(record.uri) for record in found] == [None, None]
-
-
-def test_a_uri_of_a_missing_file_or_row_is_a_data_error(tmp_path: Path) -> None:
-    corpus = parquet(tmp_path / "c.parquet")
-    for uri in (
-        str(tmp_path / "gone.png"),
-        f"{tmp_path}/gone.parquet#row=0",
-        f"{corpus}#row={NUM_ROWS}",
-    ):
-        with pytest.raises(DataError, match=r"cannot be read|past the end"):
-            fetch_image(uri)
-
-
-def test_one_missing_picture_does_not_stop_the_shard(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png(1))
-    table = pa.table({"id": ["a", "b"], "uri": ["a.png", "gone.png"]})
-    pq.write_table(table, tmp_path / "c.parquet")
-    found = read_shard(ShardPlan(0, str(tmp_path / "c.parquet"), 0, 2))
-    assert [record.id for record in found] == ["a", "b"]
-    assert found[0].image == png(1)
-    assert not found[1].image
-
-
-def test_a_dangling_link_in_a_folder_does_not_stop_the_plan(tmp_path: Path) -> None:
-    corpus = tmp_path / "c"
-    corpus.mkdir()
-    (corpus / "a.png").write_bytes(png(1))
-    (corpus / "b.png").symlink_to(tmp_path / "gone.png")
-    (corpus / "named-like-an-image.png").mkdir()
-    corpus_digest(corpus)
-    found = everything(corpus, 10)
-    assert found[0].image == png(1)
-
-
-def test_a_corpus_that_is_no_corpus_is_a_config_error(tmp_path: Path) -> None:
-    (tmp_path / "c.csv").write_text("id\n1\n")
-    with pytest.raises(ConfigError, match=r"c\.csv is neither a folder of images nor a \.parquet"):
-        plan_shards(tmp_path / "c.csv", 4)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty holds no images \(\.jpg, \.jpeg, \.png, \.webp"):
-        plan_shards(tmp_path / "empty", 4)
-
-
-def test_a_parquet_file_that_cannot_be_used_says_why(tmp_path: Path) -> None:
-    path = tmp_path / "c.parquet"
-    pq.write_table(pa.table({"name": ["a"], "image": [b"x"]}), path)
-    with pytest.raises(DataError, match=r"needs a column `id`.*it has \['image', 'name'\]"):
-        plan_shards(path, 4)
-    pq.write_table(pa.table({"id": ["a"], "caption": ["x"]}), path)
-    with pytest.raises(DataError, match="one of `image`, `text`, `uri`"):
-        plan_shards(path, 4)
-    pq.write_table(pa.Table.from_pylist(rows()).slice(0, 0), path)
-    with pytest.raises(DataError, match="is empty"):
-        plan_shards(path, 4)
-    path.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(DataError, match=r"c\.parquet cannot be read"):
-        plan_shards(path, 4)
-
-
-@pytest.mark.parametrize("kind", ["parquet", "folder"])
-def test_the_digest_names_the_content_wherever_it_lies(tmp_path: Path, kind: str) -> None:
-    places = [tmp_path / "one", tmp_path / "two"]
-    for place in places:
-        place.mkdir()
-    make = (lambda p: parquet(p / "c.parquet")) if kind == "parquet" else folder
-    first, second = (make(place) for place in places)
-    for path in first.rglob("*.*"):  # a copy that keeps times, as cp -p and rsync -t make it
-        found = path.stat()
-        os.utime(second / path.relative_to(first), ns=(found.st_atime_ns, found.st_mtime_ns))
-    assert corpus_digest(first) == corpus_digest(second)
-    changed = second if kind == "parquet" else second / "00.PNG"
-    with changed.open("ab") as file:
-        file.write(b"!")
-    assert corpus_digest(first) != corpus_digest(second)
-
-
-def test_the_digest_of_a_folder_changes_with_a_file_of_equal_size(tmp_path: Path) -> None:
-    corpus = folder(tmp_path / "c")
-    before, size = corpus_digest(corpus), (corpus / "00.PNG").stat().st_size
-    (corpus / "00.PNG").write_bytes(b"x" * size)
-    assert corpus_digest(corpus) != before
-
-
-def test_files_that_come_or_go_after_the_plan_shift_no_row(tmp_path: Path) -> None:
-    corpus = folder(tmp_path / "c")
-    plans = plan_shards(corpus, 4)
-    planned = [record.id for plan in plans for record in read_shard(plan)]
-    (corpus / "000.png").write_bytes(png(1))  # first of all by name
-    (corpus / planned[2]).unlink()
-    found = [record for plan in plans for record in read_shard(plan)]
-    assert [record.id for record in found] == planned
-    assert [record.id for record in found if record.problem] == [planned[2]]
-
-
-@pytest.mark.parametrize("change", ["added", "gone", "another"])
-def test_a_folder_that_changed_is_named_with_its_file_and_shard(
-    tmp_path: Path, change: str
+@pytest.mark.parametrize("kind", [*WRITERS, "images"])
+def test_a_store_that_cannot_be_reached_is_no_records_fault(
+    tmp_path: Path, object_store: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = folder(tmp_path / "c")
-    before, plans = corpus_state(corpus), plan_shards(corpus, 4)
-    require_unchanged(corpus, before, plans)
-    name = {"added": "000.png"}.get(change, plans[1].paths[0])
-    if change == "gone":
-        (corpus / name).unlink()
+    import s3fs
+
+    if kind == "images":
+        write_images(tmp_path)
     else:
-        (corpus / name).write_bytes(png(77))
-    place = "of no shard was added" if change == "added" else f"of shard 1 is {change}"
-    with pytest.raises(DataError, match=f"corpus changed while it was read: {name} {place}"):
-        require_unchanged(corpus, before, plans)
-
-
-def test_a_parquet_file_that_lost_rows_after_the_plan_is_named_with_the_shard(
-    tmp_path: Path,
-) -> None:
-    corpus = parquet(tmp_path / "c.parquet")
-    before, plans = corpus_state(corpus), plan_shards(corpus, 8)
-    pq.write_table(pa.Table.from_pylist(rows()[:18]), corpus)
-    with pytest.raises(DataError, match=r"changed while it was read: shard 2 has 2 rows, 7 were"):
-        read_shard(plans[2])
-    with pytest.raises(DataError, match="the Parquet file of shards 0 to 2 is another"):
-        require_unchanged(corpus, before, plans)
-    corpus.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(DataError, match=r"shard 2 of .*c\.parquet cannot be read"):
-        read_shard(plans[2])
+        write, suffix = WRITERS[kind]
+        write(tmp_path / f"c{suffix}", rows())
+    location = upload(tmp_path, object_store, "c")
+    corpus = open_corpus(location, kind.split()[0], retry_s=0.2)  # type: ignore[arg-type]
+    (shard,) = corpus.shards(1000)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # where nobody listens
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(corpus, "store", ObjectStore(corpus.store.location, 0.2))
+    with pytest.raises(StorageError, match="check the store, its endpoint"):
+        list(corpus.records(shard))
+    with pytest.raises(StorageError):
+        corpus.require_unchanged(shard)
+    with pytest.raises(StorageError):
+        fetch_image(f"{location}/x.png", retry_s=0.2)
