@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.console import AsJson, DryRun, Overrides, RecipePath, err, friendly_errors, out, run_stage
@@ -104,6 +105,32 @@ def embed(
         return {"plan": {"shards": planned.num_shards, "rows": planned.num_rows}}
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
+
+
+@app.command(epilog="Example: slq plan jobs/recipes/hub.yaml --seconds 60 --price 2.50")
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="how long to measure; loading comes on top")
+    ] = 60,
+    price: Annotated[float, typer.Option(min=0, help="of one encoder (GPU) for one hour")] = 2.5,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what `slq embed` will cost, from a minute of its own work: hours, bytes, shards, workers, ETA."""
+    from jobs.planning import estimate_table
+    from pipelines.estimate import estimate
+
+    def stage(resolved: Recipe) -> dict[str, Any]:
+        found = estimate(resolved, seconds=seconds, price=price)
+        if not as_json:
+            out.print(estimate_table(found))
+            for problem in found.problems:
+                out.print(f"[red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+        return found.to_json()
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
 
 
 @app.command(epilog="Example: slq verify runs/demo/embeddings --sample 100")
