@@ -18,6 +18,7 @@ from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.sampling import sampled
 from pipelines.loading import corpus_of
+from pipelines.progress import show
 from pipelines.recipe import Recipe
 from pipelines.storage import open_store
 from pipelines.tasks import collect, model_task
@@ -76,8 +77,9 @@ def _sample(flow: Flow, shards: list[Shard], seconds: float) -> Sample:
     Raises:
         SlqError: As the worker raised it.
     """
+    show(f"plan: measuring {seconds:.0f} s of work on rows of {len(shards)} shards")
     task = model_task(sampled, flow.recipe.resources.gpus_per_worker)
-    (found,) = collect([task.remote(flow, shards, seconds)], f"plan: {seconds:.0f} s of work")
+    (found,) = collect([task.remote(flow, shards, seconds)], "plan: sample")
     if isinstance(found, str):
         raise_failure({FAILURE: found})
     sample: Sample = found

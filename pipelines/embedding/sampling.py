@@ -139,8 +139,14 @@ class _Measurement:
         flow = self._flow
         if not {"int8", "binary"} & set(flow.recipe.embed.outputs):
             return flow
-        vectors = [cut(one.vectors[0], flow.dimension) for one in pieces if one.vectors is not None]
-        return replace(flow, calibration=calibrate(np.concatenate(vectors)).to_json())
+        vectors = [
+            one.vectors.reshape(len(flow.fingerprints), one.rows["error"].null_count, -1)[0]
+            for one in pieces
+            if one.vectors is not None
+        ]
+        return replace(
+            flow, calibration=calibrate(cut(np.concatenate(vectors), flow.dimension)).to_json()
+        )
 
     def _count_rows(self) -> tuple[int, int]:
         """Rows and bytes of whole shards whose rows only reading them tells; at least one, if there are such."""
