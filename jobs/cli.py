@@ -89,8 +89,7 @@ def embed(
     stage = partial(run, retry_errors=retry_errors)
 
     def plan(resolved: Recipe) -> dict[str, Any]:
-        from pipelines.corpus import summarise
-        from pipelines.loading import corpus_of
+        from pipelines.corpus import corpus_of, summarise
         from pipelines.recipe import require_files
 
         scenes = resolved.data.scenes

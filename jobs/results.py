@@ -6,8 +6,8 @@ from typing import Any
 from rich.table import Table
 
 from pipelines.recipe import Recipe
-from slq.artifacts import read_json
 from slq.errors import DataError
+from slq.files import read_json
 
 SYSTEM_NAMES = {
     "last_token": "zero-shot last token",

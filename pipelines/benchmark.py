@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.corpus import Corpus, open_corpus
-from pipelines.loading import corpus_of
+from pipelines.corpus import Corpus, corpus_of, open_corpus
 from pipelines.recipe import Recipe, require_files
 from slq.errors import DataError, MediaError
 from slq.media import decode_image

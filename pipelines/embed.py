@@ -15,27 +15,19 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.commits import Commit, errors_name
-from pipelines.corpus import Corpus, Plan, read_plan, rows_changed, write_plan
+from pipelines.corpus import Corpus, Plan, corpus_of, read_plan, rows_changed, write_plan
 from pipelines.embedding.calibration import CALIBRATION, measured_ranges, sample_shards
 from pipelines.embedding.canary import write_canary
 from pipelines.embedding.card import CARD, card
 from pipelines.embedding.costs import with_estimate
 from pipelines.embedding.driver import Totals, run
-from pipelines.embedding.flow import (
-    PLAN,
-    REAL,
-    Flow,
-    Models,
-    adapter_configs,
-    new_flow,
-    stored_dimension,
-)
+from pipelines.embedding.flow import MODELS, PLAN, Flow
 from pipelines.embedding.interruption import stoppable
+from pipelines.embedding.models import adapter_configs, new_flow, stored_dimension
 from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.failpoints import reach
 from pipelines.ledger import MANIFEST, Ledger
-from pipelines.loading import corpus_of
 from pipelines.recipe import Recipe
 from pipelines.tasks import model_task
 from slq.artifacts import AdapterConfig
@@ -55,13 +47,13 @@ _SETTINGS = (  # of `embed`, on which the content depends
 )
 
 
-def embed(recipe: Recipe, *, retry_errors: bool = False, models: Models = REAL) -> str:
+def embed(recipe: Recipe, *, retry_errors: bool = False, models: str = MODELS) -> str:
     """Embed the recipe's corpus; running it again finishes what is missing and touches nothing that is done.
 
     Args:
         recipe: The resolved recipe.
         retry_errors: Read the quarantined rows again, and only those, of shards that are committed.
-        models: Where models come from.
+        models: The module that gives the models.
 
     Returns:
         Where the embedding data set is.
@@ -158,7 +150,7 @@ def _run(
     plan: Plan,
     todo: list[dict[str, Any]],
     configs: list[AdapterConfig],
-    models: Models,
+    models: str,
 ) -> None:
     """Measure ranges if they are asked for, then embed the shards."""
     import ray

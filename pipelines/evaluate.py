@@ -18,11 +18,12 @@ from pipelines.loading import (
 from pipelines.ranking import Scores, run_file, run_table, summarise
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe
 from pipelines.tasks import collect, model_task, parts
-from slq.artifacts import load_adapter_config, require_same_fingerprint, write_json
+from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
 from slq.errors import StorageError
+from slq.files import write_json
 from slq.quantization import cut
 from slq.reranker import Reranker
 from slq.schema import Item

@@ -1,11 +1,10 @@
-"""Loads what a recipe names: corpus, frozen backbone, latent queries, and encoders of the systems under test."""
+"""Loads what a recipe names: the frozen backbone, latent queries, and encoders of the systems under test."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pipelines.corpus import Corpus, open_corpus
 from pipelines.recipe import VARIANT_MARK, Recipe
 from slq.artifacts import Adapter, load_adapter, load_adapter_config
 from slq.backbones import Backbone, PromptSettings, load_backbone
@@ -29,18 +28,6 @@ def backbone_of(recipe: Recipe, *, weights: bool = True) -> Backbone:
             prompt=recipe.adapter.prompt, max_text_tokens=recipe.adapter.max_text_tokens
         ),
         weights=weights,
-    )
-
-
-def corpus_of(recipe: Recipe) -> Corpus:
-    """The recipe's corpus.
-
-    Raises:
-        ConfigError: It is not there, or of no known format.
-    """
-    data = recipe.data
-    return open_corpus(
-        data.corpus_location, data.corpus_format, data.columns, recipe.storage.retry_s
     )
 
 

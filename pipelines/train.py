@@ -28,11 +28,6 @@ from pipelines.recipe import Recipe, require_files
 from pipelines.selection import ChosenPairs, hold_out, negatives_of
 from pipelines.trainer import Trainer
 from pipelines.training_log import HISTORY, read_history
-from slq.artifacts import (
-    file_sha256,
-    read_json,
-    write_json,
-)
 from slq.backbones.loading import backbone_revision
 from slq.errors import (
     ConfigError,
@@ -41,6 +36,7 @@ from slq.errors import (
     StorageError,
     TrainingError,
 )
+from slq.files import file_sha256, read_json, write_json
 from slq.training import PairSampler
 
 log = logging.getLogger(__name__)

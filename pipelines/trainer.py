@@ -31,19 +31,13 @@ from pipelines.loading import backbone_of, untrained_adapter, untrained_latents
 from pipelines.negatives import MinedNegatives
 from pipelines.recipe import VARIANTS, Recipe
 from pipelines.training_log import HISTORY, TrainingLog, read_history, write_history
-from slq.artifacts import (
-    fingerprint,
-    load_trained,
-    read_json,
-    save_adapter,
-    vision_fingerprint,
-    write_json,
-)
+from slq.artifacts import fingerprint, load_trained, save_adapter, vision_fingerprint
 from slq.backbones import Backbone
 from slq.backbones.vision import VisionStore
 from slq.collectives import all_agree, gather_rows, union
 from slq.diagnostics import diagnose
 from slq.errors import StorageError, TrainingError, UnusablePairError
+from slq.files import read_json, write_json
 from slq.latent_queries import LatentQueries
 from slq.prefix_store import PrefixStore
 from slq.training import (

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from slq.backbones.base import Backbone, PromptSettings
 from slq.config import Section
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
+from slq.files import read_json, write_json
 from slq.finetuning import TunedBackbone
 from slq.latent_queries import LatentQueries, Pooling
 
@@ -273,47 +272,6 @@ def require_same_fingerprint(
         raise ArtifactMismatchError(
             f"{expected_in} was built with fingerprint {expected}, but {found_in} has {found}; {remedy}"
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that readers see the old file or the new one, never a part.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # writers may race
-    try:
-        with partial.open("w") as file:
-            json.dump(value, file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written: {error}; free space or choose another folder"
-        ) from None
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ArtifactError: It is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_card(config: AdapterConfig, adapter: Adapter, card: str) -> str:

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
-from slq.artifacts import file_sha256, read_json, write_json
 from slq.config import Section
 from slq.errors import ArtifactError, ConfigError, StorageError
+from slq.files import file_sha256, read_json, write_json
 
 POINTER = "CURRENT"
 MANIFEST = "manifest.json"

@@ -6,8 +6,8 @@ from jobs.compare.chart import write_study_chart
 from jobs.compare.running import Flows, real_flows, run_study
 from jobs.compare.study import Plan, plan_study
 from jobs.compare.tables import study_markdown, study_summary, study_table
-from slq.artifacts import write_json
 from slq.errors import StorageError
+from slq.files import write_json
 
 __all__ = ["compare", "outline", "plan_study", "study_table"]
 

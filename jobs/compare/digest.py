@@ -5,8 +5,8 @@ import json
 from typing import Any
 
 from pipelines.recipe import Recipe
-from slq.artifacts import file_sha256
 from slq.backbones.loading import backbone_revision
+from slq.files import file_sha256
 
 
 def recipe_digest(recipe: Recipe, **others: Any) -> str:

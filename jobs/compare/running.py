@@ -16,8 +16,9 @@ from jobs.compare.tuning import choose, on_edge, run_trials
 from pipelines.progress import show
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, read_history
-from slq.artifacts import ADAPTER_WEIGHTS, load_adapter_config, read_json, write_json
+from slq.artifacts import ADAPTER_WEIGHTS, load_adapter_config
 from slq.errors import ConfigError
+from slq.files import read_json, write_json
 
 RESULT, TRAINING = "result.json", "training.json"
 _SECONDS = "seconds/"

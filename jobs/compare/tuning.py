@@ -11,8 +11,8 @@ from jobs.compare.study import Run, Trial
 from pipelines.progress import show
 from pipelines.recipe import Recipe
 from pipelines.training_log import HISTORY, read_history
-from slq.artifacts import read_json, write_json
 from slq.errors import TrainingError
+from slq.files import read_json, write_json
 
 METRIC = "text_to_image/hit@1"
 _LAST = 5

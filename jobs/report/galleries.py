@@ -11,8 +11,7 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 
 from jobs.report.style import data_uri, thumbnail
-from pipelines.corpus import Record, open_corpus
-from pipelines.loading import corpus_of
+from pipelines.corpus import Record, corpus_of, open_corpus
 from pipelines.recipe import Recipe
 from slq.errors import DataError
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from pipelines.recipe import Recipe, load_recipe
-from slq.artifacts import ADAPTER_CONFIG, read_json
+from slq.artifacts import ADAPTER_CONFIG
+from slq.files import read_json
 
 JOBS = Path(__file__).parents[1]
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu")

@@ -22,6 +22,7 @@ from pipelines.corpus.plan import (
 from pipelines.corpus.text import TextCorpus
 from pipelines.corpus.webdataset import WebDatasetCorpus
 from pipelines.images import fetch_image
+from pipelines.recipe import Recipe
 from pipelines.storage.objects import RETRY_S
 from slq.errors import ConfigError
 
@@ -32,6 +33,7 @@ __all__ = [
     "PlanSummary",
     "Record",
     "Shard",
+    "corpus_of",
     "fetch_image",
     "open_corpus",
     "read_plan",
@@ -75,3 +77,15 @@ def open_corpus(
             f"data.columns names columns of tables, but {source.location} is read as {source.format}"
         )
     return _CORPORA[source.format](source, Columns(dict(columns or {})), retry_s)
+
+
+def corpus_of(recipe: Recipe) -> Corpus:
+    """The recipe's corpus.
+
+    Raises:
+        ConfigError: It is not there, or of no known format.
+    """
+    data = recipe.data
+    return open_corpus(
+        data.corpus_location, data.corpus_format, data.columns, recipe.storage.retry_s
+    )

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipelines.embedding.batches import padded, unpack_prompts
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.metrics import count_work
 from pipelines.embedding.pieces import (
@@ -21,8 +22,6 @@ from pipelines.embedding.pieces import (
     Work,
     failure_block,
     is_failure,
-    padded,
-    unpack_prompts,
 )
 from pipelines.loading import use_threads
 from slq.backbones.prompting import Prompt, Prompts

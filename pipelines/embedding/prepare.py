@@ -11,15 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.corpus import Record, Shard, rows_changed
+from pipelines.embedding.batches import batches_by_tokens, pack_prompts
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.pieces import (
-    Piece,
-    Work,
-    batches_by_tokens,
-    failure_block,
-    pack_prompts,
-    rows_schema,
-)
+from pipelines.embedding.pieces import Piece, Work, failure_block, rows_schema
 from slq.backbones.prompting import Prompt, PromptBuilder
 from slq.errors import DataError, MediaError, SlqError
 from slq.media import decode_image

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from slq.arrow import RELEVANCE
-from slq.artifacts import file_sha256
 from slq.benchmarks.tables import generate, uri_prefix, write_rows
 from slq.config import Section
 from slq.errors import ConfigError, DataError
+from slq.files import file_sha256
 
 log = logging.getLogger(__name__)
 _KIND = "caption"

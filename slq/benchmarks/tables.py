@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from slq.artifacts import write_json
 from slq.errors import ConfigError, SlqError, StorageError
+from slq.files import write_json
 
 ROWS_PER_GROUP = 16_384
 

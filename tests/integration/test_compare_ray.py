@@ -13,8 +13,8 @@ from jobs.compare.tables import columns
 from pipelines.loading import backbone_of
 from pipelines.recipe import Recipe
 from pipelines.retention import retention
-from slq.artifacts import read_json
 from slq.errors import ArtifactError, ConfigError
+from slq.files import read_json
 from slq.pretraining.config import PretrainConfig
 from slq.pretraining.evaluation import accuracies_of
 from tests.conftest import SCENES

@@ -15,18 +15,29 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-import pipelines.embed as embedding
-from pipelines.embed import embed, write_shard
+from pipelines.commits import Commit, shard_name
+from pipelines.embed import embed
+from pipelines.embedding import driver
+from pipelines.embedding.encode import EncodePieces
+from pipelines.embedding.flow import Flow
+from pipelines.embedding.models import adapter_configs, new_flow
+from pipelines.embedding.prepare import prepare
+from pipelines.embedding.seal import seal
+from pipelines.embedding.write import Written, write_piece
 from pipelines.index import index, read_embeddings
-from pipelines.ledger import Commit, Ledger
+from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from slq.arrow import ITEMS
-from slq.artifacts import file_sha256
 from slq.errors import StorageError
+from slq.files import file_sha256
 from slq.index import Hit, VectorIndex, current_version
 from tests.integration.runs import changed, enlarge, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def folder(recipe: Recipe) -> Path:
+    return Path(recipe.storage.embeddings)
 
 
 def committed_bytes(recipe: Recipe) -> dict[str, str]:
@@ -34,7 +45,7 @@ def committed_bytes(recipe: Recipe) -> dict[str, str]:
     ledger = Ledger(recipe.storage.embeddings)
     found = {}
     for shard_id, commit in ledger.commits().items():
-        path = ledger.shard_path(shard_id)
+        path = folder(recipe) / shard_name(shard_id, commit.generation)
         assert file_sha256(path) == commit.sha256
         assert pq.read_metadata(path).num_rows == commit.rows
         found[path.name] = commit.sha256
@@ -58,7 +69,7 @@ def test_a_full_disk_ends_in_words_shows_no_partial_file_and_the_same_command_fi
     assert len(str(caught.value).splitlines()) == 1
     survived = committed_bytes(recipe)
     assert len(survived) < 16
-    for path in (recipe.storage.embeddings / "shards").glob("part-*.parquet"):
+    for path in (folder(recipe) / "shards").glob("part-*.parquet"):
         pq.read_table(path)  # whatever has its final name is whole
     assert Ledger(recipe.storage.embeddings).manifest() is None
     enlarge(small_disk)
@@ -72,7 +83,7 @@ def test_a_full_disk_while_publishing_leaves_the_old_index_in_place(
 ) -> None:
     recipe = changed(clean, storage={"dir": small_disk / "run"})
     recipe.storage.dir.mkdir()
-    recipe.storage.embeddings.symlink_to(clean.storage.embeddings)
+    folder(recipe).symlink_to(clean.storage.embeddings)
     index(recipe)
 
     def answer() -> list[list[Hit]]:
@@ -101,7 +112,7 @@ def encoder_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "EncodeShard" in " ".join(process.cmdline()):
+            if "EncodePieces" in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
@@ -112,13 +123,13 @@ def large_corpus(recipe: Recipe, path: Path, copies: int) -> Recipe:
     rows: list[dict[str, Any]] = pq.read_table(recipe.data.path("corpus")).to_pylist()
     many = [{**row, "id": f"{copy}-{row['id']}"} for copy in range(copies) for row in rows]
     pq.write_table(pa.Table.from_pylist(many, schema=ITEMS), path)
-    return changed(recipe, data={"corpus": path})
+    return changed(recipe, data={"corpus": str(path)})
 
 
 def test_a_killed_encoder_costs_no_row_and_doubles_none(tiny_run: Recipe, tmp_path: Path) -> None:
     recipe = changed(tiny_run, embed={"shard_rows": 32, "batch_size": 8})
     recipe = with_untrained_adapter(large_corpus(recipe, tmp_path / "many.parquet", 24))
-    commits, killed = recipe.storage.embeddings / "commits", threading.Event()
+    commits, killed = folder(recipe) / "commits", threading.Event()
 
     def kill_after_the_first_commit() -> None:
         while not killed.is_set():
@@ -147,30 +158,21 @@ def test_a_killed_encoder_costs_no_row_and_doubles_none(tiny_run: Recipe, tmp_pa
 
 
 def leftovers(recipe: Recipe) -> list[str]:
-    names = [path.name for path in recipe.storage.embeddings.rglob("*") if path.is_file()]
+    names = [path.name for path in folder(recipe).rglob("*") if path.is_file()]
     return [name for name in names if name.startswith(".") or name.endswith(".partial")]
 
 
-def write_with_bytes_of_its_own(
-    rows: pa.Table, root: str, dimension: int, user_schema: bytes | None = None
-) -> pa.Table:
-    """`write_shard`, but no two attempts at a shard give the same bytes."""
+def sealed_with_bytes_of_its_own(
+    flow: Flow, pieces: list[Written], before: Commit | None
+) -> Commit | str:
+    """`sealed`, but no two attempts at a shard give the same bytes."""
     import secrets
 
-    import pipelines.embed as flow
+    from pipelines.embedding.driver import sealed
 
-    genuine = flow.shard_table
-
-    def marked(*arguments: Any) -> pa.Table:
-        return genuine(*arguments).replace_schema_metadata({"attempt": secrets.token_hex(8)})
-
-    flow.shard_table = marked
-    try:
-        return flow.write_shard(
-            rows, root, dimension, user_schema
-        )  # in a worker nobody has replaced it
-    finally:
-        flow.shard_table = genuine
+    mark = {"attempt": secrets.token_hex(8)}
+    flow.__dict__["shard_schema"] = flow.shard_schema.with_metadata(mark)
+    return sealed(flow, pieces, before)
 
 
 def test_two_runs_at_once_end_in_one_data_set(
@@ -183,7 +185,7 @@ def test_two_runs_at_once_end_in_one_data_set(
 
     # by value: a worker cannot import the tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(embedding, "write_shard", write_with_bytes_of_its_own)
+    monkeypatch.setattr(driver, "sealed", sealed_with_bytes_of_its_own)
 
     def run() -> None:
         try:
@@ -207,20 +209,64 @@ def test_two_runs_at_once_end_in_one_data_set(
     assert leftovers(recipe) == []
 
 
+def pieces_of(flow: Flow, shard_id: int) -> list[Written]:
+    """A shard embedded in this process, up to the pieces beside the data set."""
+    stage = EncodePieces(flow)
+    asked = pa.table({"shard_id": [shard_id], "rows": pa.nulls(1)})
+    blocks = [write_piece(stage(block), flow) for block in prepare(asked, flow)]
+    return list(driver.written_pieces(row for block in blocks for row in block.to_pylist()))
+
+
 def test_a_zombie_attempt_after_the_end_changes_no_committed_byte(clean: Recipe) -> None:
     before = committed_bytes(clean)
-    row: dict[str, Any] = {"shard_id": 0, "row": 0, "id": "late", "uri": "u", "text": "t"}
-    row |= {"width": None, "height": None, "content_hash": "", "error": None, "message": None}
-    row |= {"columns": embedding.pa_json({}), "vector": bytes(2 * 192), "stage": "decode"}
-    bad = {**row, "id": "bad", "error": "corrupt", "message": "m", "vector": None}
-    root = clean.storage.embeddings
-    (record,) = write_shard(pa.Table.from_pylist([row, bad]), str(root), 192).to_pylist()
+    flow = new_flow(clean, adapter_configs(clean))
+    flow.__dict__["shard_schema"] = flow.shard_schema.with_metadata({"late": "yes"})
+    commit = seal(flow, pieces_of(flow, 0), None)
     assert committed_bytes(clean) == before
-    assert len(leftovers(clean)) == 2
-    assert not Ledger(root).commit(Commit(**record))
+    assert len(leftovers(clean)) == 1
+    ledger = Ledger(clean.storage.embeddings)
+    assert not ledger.commit(commit)
     assert leftovers(clean) == []
-    write_shard(pa.Table.from_pylist([row, bad]), str(root), 192)  # and nobody hears of this one
+    seal(flow, pieces_of(flow, 0), None)  # and nobody hears of this one
     embed(clean)
     assert leftovers(clean) == []
     assert committed_bytes(clean) == before
-    assert not list((root / "errors").iterdir())
+    assert not list((folder(clean) / "errors").glob("*"))
+
+
+def test_quarantined_rows_are_embedded_again_and_only_those(
+    clean: Recipe, tmp_path: Path, scenes_dir: Path
+) -> None:
+    rows = pq.read_table(clean.data.path("corpus")).to_pylist()
+    corpus = tmp_path / "pictures"
+    corpus.mkdir()
+    for row in rows:
+        (corpus / f"{row['id']}.png").write_bytes(row["image"])
+    names = sorted(path.name for path in corpus.iterdir())
+    for number in (3, 12, 13):
+        (corpus / names[number]).write_bytes(b"broken")
+    recipe = changed(clean, data={"corpus": str(corpus)}, embed={"shard_rows": 8, "batch_size": 8})
+    recipe = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "run"}))
+    embed(recipe)
+    first = committed_bytes(recipe)
+    assert Ledger(recipe.storage.embeddings).manifest()["num_quarantined"] == 3  # type: ignore[index]
+    mended = dict(zip(sorted(f"{row['id']}.png" for row in rows), range(32), strict=True))
+    pictures = {f"{row['id']}.png": row["image"] for row in rows}
+    for number in (3, 12):  # one stays broken
+        (corpus / names[number]).write_bytes(pictures[names[number]])
+    embed(recipe, retry_errors=True)
+    found, _, _ = read_embeddings(recipe.storage.embeddings)
+    assert found["id"].to_pylist() == [name for name in names if mended[name] != 13]
+    second = committed_bytes(recipe)
+    assert {name for name in second if name not in first} == {
+        "part-000000.1.parquet",
+        "part-000001.1.parquet",
+    }
+    manifest = Ledger(recipe.storage.embeddings).manifest()
+    assert manifest is not None
+    assert (manifest["num_rows"], manifest["num_quarantined"]) == (31, 1)
+    whole = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "whole"}))
+    embed(whole)  # of the corpus as it is now
+    ours, theirs = (read_embeddings(r.storage.embeddings) for r in (recipe, whole))
+    assert ours[0]["id"].to_pylist() == theirs[0]["id"].to_pylist()
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=0, atol=1e-3)

@@ -29,8 +29,9 @@ from pipelines.recipe import Recipe
 from pipelines.selection import ChosenPairs, hold_out
 from pipelines.train import history, settings_digest, train
 from slq.arrow import PAIRS
-from slq.artifacts import load_adapter_config, read_json
+from slq.artifacts import load_adapter_config
 from slq.errors import ConfigError, DataError, HardwareError, StorageError, TrainingError
+from slq.files import read_json
 from slq.losses import info_nce
 from slq.media import decode_image
 from slq.schema import Item

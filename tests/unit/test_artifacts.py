@@ -16,19 +16,17 @@ from safetensors.torch import load_file
 from slq.artifacts import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    file_sha256,
     fingerprint,
     load_adapter,
     load_adapter_config,
-    read_json,
     require_same_fingerprint,
     save_adapter,
-    write_json,
 )
 from slq.backbones import load_backbone
 from slq.backbones.base import Backbone, PromptSettings
 from slq.encoder import Encoder
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, StorageError
+from slq.files import file_sha256, read_json, write_json
 from slq.latent_queries import LatentQueries
 from slq.schema import Item
 from tests.families import BUILDERS, HIDDEN, picture, qwen3_vl

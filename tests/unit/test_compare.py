@@ -35,8 +35,8 @@ from jobs.compare.tuning import METRIC, choose, judged, on_edge
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, write_history
 from slq.arrow import NEGATIVES
-from slq.artifacts import read_json
 from slq.errors import ConfigError, StorageError, TrainingError
+from slq.files import read_json
 from slq.pretraining.config import PretrainConfig
 from slq.pretraining.evaluation import accuracies_of
 from tests.families import BUILDERS

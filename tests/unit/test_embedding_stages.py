@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.corpus import write_plan
+from pipelines.corpus import corpus_of, write_plan
 from pipelines.embedding.encode import EncodePieces
-from pipelines.embedding.flow import PLAN, Flow, adapter_configs, new_flow
+from pipelines.embedding.flow import PLAN, Flow
+from pipelines.embedding.models import adapter_configs, new_flow
 from pipelines.embedding.pieces import Piece, is_failure, raise_failure
 from pipelines.embedding.prepare import prepare, prepared_pieces
 from pipelines.embedding.write import data_table, errors_table
-from pipelines.loading import backbone_of, corpus_of, untrained_latents
+from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe
 from slq.arrow import ITEMS
 from slq.artifacts import save_adapter

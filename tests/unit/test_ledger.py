@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pipelines.ledger import LOCK, RUN, Commit, Ledger, attempt_path, new_attempt
-from slq.artifacts import file_sha256
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
+from slq.files import file_sha256
 
 IDENTITY = {"fingerprint": "3f2a", "corpus": "c.parquet", "shard_rows": 8}
 

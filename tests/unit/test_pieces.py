@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from pipelines.embedding.arrivals import Arrivals
+from pipelines.embedding.batches import (
+    batches_by_tokens,
+    pack_prompts,
+    padded,
+    unpack_prompts,
+)
 from pipelines.embedding.pieces import (
     Piece,
     Work,
-    batches_by_tokens,
     failure_block,
     is_failure,
-    pack_prompts,
-    padded,
     raise_failure,
     rows_schema,
-    unpack_prompts,
 )
 from pipelines.embedding.write import Written
 from slq.errors import DataError, MediaError, SlqError, StorageError
