@@ -148,21 +148,17 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check an embedding data set: hashes, counts, columns, rows, vectors, ids, and a sample embedded anew."""
-    from jobs.verifying import checks_table, finding_lines
-    from pipelines.recipe import ResourcesConfig
-    from pipelines.runtime import connect
-    from pipelines.verify import verify as check
+    from jobs.verifying import checked, checks_table, finding_lines
     from slq import log
 
     log.configure()
-    gpus = int(device.startswith("cuda"))
-    with friendly_errors(), connect(ResourcesConfig(gpus_per_worker=gpus)):
-        report = check(location, adapters=adapter or (), sample=sample, device=device)
+    with friendly_errors():
+        report = checked(location, adapter or (), sample, device)
     if as_json:
         print(json.dumps(report.to_json()))
     else:
         out.print(checks_table(report))
-        for line in (*finding_lines(report.findings), *report.notes):
+        for line in (*finding_lines(report.findings), *map(escape, report.notes)):
             out.print(line, highlight=False, soft_wrap=True)
     if not report.is_sound:
         raise typer.Exit(1)

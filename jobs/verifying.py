@@ -1,4 +1,7 @@
-"""What `slq verify` shows of a report."""
+"""`slq verify`: the check of a data set inside Ray, and what is shown of its report."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +18,18 @@ _WHAT = {
     "embedding": "items embedded anew",
 }
 _SHOWN = 20
+
+
+def checked(location: str, adapters: Sequence[Path], sample: int, device: str) -> Report:
+    """Check a data set; errors as `pipelines.verify.verify`. An unfinished one is refused before Ray is started."""
+    from pipelines.ledger import Ledger
+    from pipelines.recipe import ResourcesConfig
+    from pipelines.runtime import connect
+    from pipelines.verify import finished_manifest, verify
+
+    finished_manifest(Ledger(location))
+    with connect(ResourcesConfig(gpus_per_worker=int(device.startswith("cuda")))):
+        return verify(location, adapters=adapters, sample=sample, device=device)
 
 
 def checks_table(report: Report) -> Table:

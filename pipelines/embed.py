@@ -165,7 +165,7 @@ def _run(
     totals = Totals(len(plan), plan.summary.num_rows, ledger.commits(), workers)
     run(flow, ledger, todo, totals)
     output_bytes = sum(commit.bytes for commit in ledger.commits().values())
-    report = with_estimate(totals.report(), recipe, configs, output_bytes)
+    report = with_estimate(totals.report(), recipe, configs[0].fingerprint, output_bytes)
     ledger.store.write(REPORT, json.dumps(report, indent=2).encode())
     log.info(
         "embedded %d rows at %.1f rows/s; encoders were busy for %.0f%% of the time, %.1f%% of tokens were padding",

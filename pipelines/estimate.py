@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from pipelines.corpus import Shard, read_plan, write_plan
+from pipelines.corpus import Shard, corpus_of, read_plan, write_plan
 from pipelines.embedding.calibration import sample_shards
 from pipelines.embedding.costs import (
     ESTIMATE,
@@ -13,21 +13,21 @@ from pipelines.embedding.costs import (
     estimate_of,
     subject,
 )
-from pipelines.embedding.flow import PLAN, REAL, Flow, Models, adapter_configs, new_flow
+from pipelines.embedding.flow import MODELS, PLAN, Flow
+from pipelines.embedding.models import adapter_configs, new_flow
 from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.sampling import sampled
-from pipelines.loading import corpus_of
 from pipelines.progress import show
 from pipelines.recipe import Recipe
 from pipelines.storage import open_store
 from pipelines.tasks import collect, model_task
-from slq.artifacts import write_json
 from slq.errors import ConfigError, HardwareError
+from slq.files import write_json
 
 
 def estimate(
-    recipe: Recipe, *, seconds: float = 60.0, price: float = 2.5, models: Models = REAL
+    recipe: Recipe, *, seconds: float = 60.0, price: float = 2.5, models: str = MODELS
 ) -> Estimate:
     """Plan a run, and measure a sample of it. Runs inside Ray; nothing is written into the data set.
 
@@ -35,7 +35,7 @@ def estimate(
         recipe: The resolved recipe.
         seconds: How long to measure, about; planning and loading come on top.
         price: Of one encoder for one hour.
-        models: Where models come from.
+        models: The module that gives the models.
 
     Returns:
         What the run will cost; it is also stored as `estimate.json` in the run folder.
@@ -66,8 +66,9 @@ def estimate(
     )
     found = estimate_of(sample, load, price)
     found.problems.extend(_problems(started))
+    about = subject(recipe, configs[0].fingerprint)
     recipe.storage.dir.mkdir(parents=True, exist_ok=True)
-    write_json(recipe.storage.dir / ESTIMATE, {**subject(recipe, configs), **found.to_json()})
+    write_json(recipe.storage.dir / ESTIMATE, {**about, **found.to_json()})
     return found
 
 

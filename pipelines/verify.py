@@ -15,6 +15,7 @@ from pipelines.storage import RETRY_S, Store
 from pipelines.tasks import collect, model_task
 from pipelines.verification.findings import CHECKS, Finding, Report, first_few
 from pipelines.verification.ids import find_duplicates, num_passes
+from pipelines.verification.items import StoredItem
 from pipelines.verification.records import (
     Records,
     calibration_of,
@@ -25,7 +26,7 @@ from pipelines.verification.records import (
     stray_files,
 )
 from pipelines.verification.sample import adapters_by_column, embed_anew, read_canary, spread
-from pipelines.verification.shard import Promise, ShardFacts, StoredItem, check_shard
+from pipelines.verification.shard import Promise, ShardFacts, check_shard
 from slq.errors import ArtifactError
 
 _NEEDED = ("dimension", "fingerprint", "num_quarantined", "num_rows", "num_shards", "outputs")

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.recipe import Recipe
-from slq.artifacts import AdapterConfig, read_json
 from slq.errors import ArtifactError
+from slq.files import read_json
 
 log = logging.getLogger(__name__)
 ESTIMATE = "estimate.json"
@@ -169,27 +169,27 @@ def _rows_by_bytes(sample: Sample, file_bytes: int) -> int:
     return max(1, round(sample.known_rows / sample.known_bytes * file_bytes))
 
 
-def subject(recipe: Recipe, configs: list[AdapterConfig]) -> dict[str, str]:
+def subject(recipe: Recipe, fingerprint: str) -> dict[str, str]:
     """What an estimate is about; with a run of anything else it has nothing to do."""
-    return {"corpus": recipe.data.corpus_location, "fingerprint": configs[0].fingerprint}
+    return {"corpus": recipe.data.corpus_location, "fingerprint": fingerprint}
 
 
 def with_estimate(
-    report: dict[str, Any], recipe: Recipe, configs: list[AdapterConfig], output_bytes: int
+    report: dict[str, Any], recipe: Recipe, fingerprint: str, output_bytes: int
 ) -> dict[str, Any]:
     """A run's report with what `slq plan` had said of it, if it had; the log tells both.
 
     Args:
         report: As `Totals.report` gives it.
         recipe: Of the run.
-        configs: Of its adapters.
+        fingerprint: Of its adapter.
         output_bytes: Of the shards of the whole data set.
     """
     try:
         estimate = read_json(recipe.storage.dir / ESTIMATE)
     except ArtifactError:
         return report
-    about = subject(recipe, configs)
+    about = subject(recipe, fingerprint)
     if not report["rows"] or {name: estimate.get(name) for name in about} != about:
         return report
     found = comparison(estimate, report, output_bytes)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pipelines.commits import Commit
 from pipelines.storage import open_store
 from pipelines.tasks import collect
+from pipelines.verification.files import committed_files
 from pipelines.verification.findings import Finding, first_few
-from pipelines.verification.records import committed_files
 
 IDS_AT_ONCE = 100_000_000
 """Whose hashes are in memory at once: 800 MB, and as much in Ray's object store, which spills to disk."""

@@ -10,7 +10,6 @@ from pipelines.commits import (
     ERRORS,
     SHARDS,
     Commit,
-    errors_name,
     parse_attempt,
     parse_final,
     parse_record,
@@ -23,6 +22,7 @@ from pipelines.embedding.card import CARD
 from pipelines.embedding.flow import PLAN
 from pipelines.ledger import MANIFEST
 from pipelines.storage import Store, concurrently
+from pipelines.verification.files import committed_files
 from pipelines.verification.findings import Finding, first_few, remake
 from slq.errors import ArtifactError
 
@@ -65,14 +65,6 @@ def read_records(store: Store) -> Records:
             records.damaged.append(shard_id)
             records.findings.append(Finding("files", place, message))
     return records
-
-
-def committed_files(commit: Commit) -> dict[str, str | None]:
-    """Names of the files of a shard -> sha256; None for a quarantine file of a record that knows none."""
-    files: dict[str, str | None] = dict(commit.files())
-    if commit.quarantined:
-        files.setdefault(errors_name(commit.shard_id, commit.generation), None)
-    return files
 
 
 def stray_files(store: Store, records: Records) -> Iterator[Finding]:
@@ -137,18 +129,15 @@ def calibration_of(
 
 
 def plan_of(store: Store) -> tuple[Plan | None, list[Finding]]:
-    """The plan of the data set; None, and a finding, where it cannot be read.
+    """The plan of the data set; None, and a finding, where it cannot be opened.
 
     Raises:
         StorageError: The store cannot be read.
     """
     try:
-        plan = read_plan(store, PLAN)
-        for _ in plan:  # each row group
-            pass
+        return read_plan(store, PLAN), []
     except ArtifactError as error:
         return None, [Finding("files", PLAN, str(error))]
-    return plan, []
 
 
 def check_counts(
@@ -186,13 +175,15 @@ def _sums(manifest: Mapping[str, Any], commits: Mapping[int, Commit]) -> Iterato
 
 
 def _planned_rows(plan: Plan, commits: Mapping[int, Commit]) -> Iterator[Finding]:
+    """Read as a stream: the plan of an image folder holds the name of every image."""
     odd = []
-    for shard in plan:
-        commit = commits.get(shard.shard_id)
-        rows = shard.num_rows
-        if commit is not None and rows is not None and rows != commit.rows + commit.quarantined:
-            odd.append(
-                f"shard {shard.shard_id} ({rows} planned, {commit.rows + commit.quarantined} committed)"
-            )
+    try:
+        for shard in plan:
+            commit, rows = commits.get(shard.shard_id), shard.num_rows
+            found = rows if commit is None else commit.rows + commit.quarantined
+            if rows is not None and rows != found:
+                odd.append(f"shard {shard.shard_id} ({rows} planned, {found} committed)")
+    except ArtifactError as error:
+        yield Finding("files", PLAN, str(error))
     if odd:
         yield Finding("counts", PLAN, f"rows were lost, or came twice: {first_few(odd)}")

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 
 from pipelines.commits import Commit
 from pipelines.corpus import Record, fetch_image
+from pipelines.embedding.batches import batches_by_tokens
 from pipelines.embedding.canary import CANARY
-from pipelines.embedding.pieces import batches_by_tokens
 from pipelines.embedding.prepare import content_hash, prepared_row
 from pipelines.storage import Store
 from pipelines.verification.findings import Finding, first_few
-from pipelines.verification.shard import StoredItem, stored_item
+from pipelines.verification.items import StoredItem, stored_item
 from slq.artifacts import load_adapter_config
 from slq.backbones.prompting import Prompt
 from slq.encoder import Encoder

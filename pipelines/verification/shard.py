@@ -3,13 +3,9 @@
 A file whose bytes are not those that were committed is not looked into: what it holds would say nothing more.
 """
 
-import hashlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +13,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.commits import Commit, errors_name, shard_name
-from pipelines.storage import LocalStore, Store, open_store
+from pipelines.storage import open_store
+from pipelines.verification.files import committed_files, read_once
 from pipelines.verification.findings import Finding, first_few, remake
 from pipelines.verification.ids import Hashes, hashes_of
-from pipelines.verification.records import committed_files
+from pipelines.verification.items import StoredItem, column_values, stored_item
 from pipelines.verification.vectors import wrong_vectors
 from slq.arrow import ERRORS, embedding_schema
 from slq.quantization import Calibration
 
 _BATCH_ROWS = 8192  # 60 MB as float32 and their magnitudes, at 896 values
-_COPY_BYTES = 8 * 2**20
 Rows = NDArray[np.int64]
 
 
@@ -51,28 +47,6 @@ class Promise:
     adapters: tuple[str, ...]
     calibration: dict[str, Any] | None
     passes: int
-
-
-@dataclass(slots=True)
-class StoredItem:
-    """A stored row, to be embedded anew.
-
-    Attributes:
-        place: Its file, and its row there.
-        vectors: Column -> float16 values.
-        image: Its image's bytes, where they are stored too; else `uri` leads to them.
-        is_canary: Whether it is one of the items that are stored with their inputs.
-    """
-
-    place: str
-    id: str
-    uri: str | None
-    text: str | None
-    modality: str
-    content_hash: str
-    vectors: dict[str, NDArray[np.float16]]
-    image: bytes | None = None
-    is_canary: bool = False
 
 
 @dataclass(slots=True)
@@ -205,7 +179,7 @@ class _ShardCheck:
     def _check_vectors(self, batch: pa.RecordBatch, rows: Rows) -> NDArray[np.bool_]:
         """(rows,) whether nothing is wrong with a row's vectors."""
         columns = {
-            name: _values(batch[name])
+            name: column_values(batch[name])
             for name in batch.schema.names
             if name.startswith("embedding")
         }
@@ -248,48 +222,6 @@ class _ShardCheck:
         return any(finding.check == check for finding in self._found.findings)
 
 
-def read_once(
-    store: Store, name: str, sha256: str | None, look: Callable[[pq.ParquetFile], None]
-) -> str | None:
-    """Read a file once, for its hash and for what is in it.
-
-    Args:
-        store: Of the data set.
-        name: Of the file.
-        sha256: That it must have; None where nobody knows it.
-        look: Gets the file, if its hash is right.
-
-    Returns:
-        What keeps it from being looked at, in words.
-
-    Raises:
-        StorageError: The store cannot be reached.
-    """
-    try:
-        with _fetched(store, name) as (file, found):
-            if sha256 not in (None, found):
-                return f"its sha256 is {found}, but {sha256} was committed"
-            look(pq.ParquetFile(file))
-    except FileNotFoundError:
-        return "it is gone, though it was committed"
-    except (OSError, pa.ArrowException) as error:
-        return f"it is no Parquet file that can be read: {error}"
-    return None
-
-
-@contextmanager
-def _fetched(store: Store, name: str) -> Iterator[tuple[IO[bytes], str]]:
-    """A file to read from any place, and its sha256; one of an object store is fetched onto the disk."""
-    with store.open(name) as source, tempfile.TemporaryFile(prefix="slq-verify-") as copy:
-        file = source if isinstance(store, LocalStore) else copy
-        if file is copy:
-            shutil.copyfileobj(source, copy, _COPY_BYTES)
-            copy.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-        file.seek(0)
-        yield file, sha256
-
-
 def other_columns(found: pa.Schema, wanted: pa.Schema) -> str | None:
     """How a file's leading columns differ from those that it must have; None where they do not."""
     for position, field_ in enumerate(wanted):
@@ -308,25 +240,6 @@ def _user_columns(schema: pa.Schema, ours: pa.Schema) -> str:
     return ", ".join(_told(schema.field(n)) for n in range(len(ours), len(schema)))
 
 
-def stored_item(row: Any, place: str) -> StoredItem:
-    """A table or batch of one row as an item."""
-    own = ("id", "uri", "text", "modality", "content_hash")
-    vectors = {
-        name: _values(row[name])[0]
-        for name in row.schema.names
-        if name.startswith("embedding")
-        and pa.types.is_float16(row.schema.field(name).type.value_type)
-    }
-    return StoredItem(place, vectors=vectors, **{name: row[name][0].as_py() for name in own})
-
-
 def _integers(column: Any) -> Rows:
     values: Rows = column.to_numpy(zero_copy_only=False).astype(np.int64)
     return values
-
-
-def _values(column: Any) -> NDArray[Any]:
-    """(rows, length) values of a fixed-size list column."""
-    flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    values: NDArray[Any] = flat.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(flat), -1)

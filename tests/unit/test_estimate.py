@@ -21,7 +21,6 @@ from pipelines.embedding.costs import (
     with_estimate,
 )
 from pipelines.recipe import Recipe, StorageConfig
-from slq.artifacts import AdapterConfig
 
 SAMPLE = Sample(
     rows=1000,
@@ -122,42 +121,27 @@ def test_a_run_is_compared_with_its_plan() -> None:
     }
 
 
-@pytest.fixture
-def configs() -> list[AdapterConfig]:
-    adapter = AdapterConfig(
-        base_model_name_or_path="tiny",
-        revision="",
-        num_latents=4,
-        hidden_size=8,
-        temperature=1,
-        fingerprint="abc",
-    )
-    return [adapter]
-
-
 def test_a_report_holds_the_plan_of_this_run_only(
-    tmp_path: Path, configs: list[AdapterConfig], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = Recipe(storage=StorageConfig(dir=tmp_path))
-    assert with_estimate(REPORT, recipe, configs, 90) == REPORT  # nothing was planned
-    stored = subject(recipe, configs) | estimate_of(SAMPLE, LOAD, price=2.5).to_json()
+    assert with_estimate(REPORT, recipe, "abc", 90) == REPORT  # nothing was planned
+    stored = subject(recipe, "abc") | estimate_of(SAMPLE, LOAD, price=2.5).to_json()
     (tmp_path / ESTIMATE).write_text(json.dumps(stored))
     with caplog.at_level(logging.INFO):
-        found = with_estimate(REPORT, recipe, configs, 90)
+        found = with_estimate(REPORT, recipe, "abc", 90)
     assert found.items() >= REPORT.items()
     assert found["planned"]["rows_per_s"] == pytest.approx(1000)
     assert "rows_per_s: 1000 were planned, 800 came" in caplog.text
     (tmp_path / ESTIMATE).write_text(json.dumps(stored | {"fingerprint": "of another adapter"}))
-    assert with_estimate(REPORT, recipe, configs, 90) == REPORT
+    assert with_estimate(REPORT, recipe, "abc", 90) == REPORT
     (tmp_path / ESTIMATE).write_text("{")
-    assert with_estimate(REPORT, recipe, configs, 90) == REPORT
+    assert with_estimate(REPORT, recipe, "abc", 90) == REPORT
 
 
-def test_a_run_that_read_nothing_is_not_compared(
-    tmp_path: Path, configs: list[AdapterConfig]
-) -> None:
+def test_a_run_that_read_nothing_is_not_compared(tmp_path: Path) -> None:
     recipe = Recipe(storage=StorageConfig(dir=tmp_path))
-    stored = subject(recipe, configs) | estimate_of(SAMPLE, LOAD, price=2.5).to_json()
+    stored = subject(recipe, "abc") | estimate_of(SAMPLE, LOAD, price=2.5).to_json()
     (tmp_path / ESTIMATE).write_text(json.dumps(stored))
     nothing = REPORT | {"rows": 0}
-    assert with_estimate(nothing, recipe, configs, 90) == nothing
+    assert with_estimate(nothing, recipe, "abc", 90) == nothing

@@ -563,6 +563,13 @@ def test_a_plan_that_is_gone_or_damaged_is_told(two_shards: Store) -> None:
     assert len(plan_of(two_shards)[1]) == 1
 
 
+def test_a_plan_whose_rows_cannot_be_read_is_told(two_shards: Store) -> None:
+    data = two_shards.read("plan.parquet")
+    two_shards.write("plan.parquet", data[:4] + bytes(100) + data[104:])
+    (finding,) = counts(two_shards, whole())
+    assert (finding.check, finding.place) == ("files", "plan.parquet")
+
+
 def test_what_else_belongs_to_a_data_set_is_missed(disk: Store) -> None:
     found = {finding.place for finding in missing_files(disk, whole())}
     assert found == {"README.md", "canary.parquet"}
