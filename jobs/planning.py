@@ -19,7 +19,6 @@ def estimate_table(found: Estimate) -> Table:
 def _lines(found: Estimate) -> list[tuple[str, str, str]]:
     told = "estimated from the size of the files" if found.rows_are_estimated else "counted"
     sample = f"in a sample of {found.sampled_rows:,} rows"
-    needed = f"{found.preparing_cpus_needed} keep {found.encoders} encoders busy"
     return [
         ("rows", f"{found.rows:,}", told),
         ("shards", f"{found.shards:,}", ""),
@@ -30,9 +29,14 @@ def _lines(found: Estimate) -> list[tuple[str, str, str]]:
         ("padding", f"{found.padding_share:.1%}", "of the encoders' tokens"),
         ("one encoder", f"{found.encoder_rows_per_s:.1f} rows/s", "if it never waits"),
         ("one preparing CPU", f"{found.preparing_rows_per_s:.1f} rows/s", ""),
-        ("preparing CPUs", str(found.preparing_cpus), needed),
-        ("encoder-hours", f"{found.encoder_hours:.2f}", f"{found.gpu_hours:.2f} GPU-hours"),
-        ("CPU-hours", f"{found.cpu_hours:.2f}", "to prepare and to write"),
+        ("encoders", str(found.encoders), ""),
+        (
+            "preparing CPUs",
+            str(found.preparing_cpus),
+            f"the encoders need {found.preparing_cpus_needed}",
+        ),
+        ("encoder-hours", f"{found.encoder_hours:.3g}", f"{found.gpu_hours:.3g} GPU-hours"),
+        ("CPU-hours", f"{found.cpu_hours:.3g}", "to prepare and to write"),
         ("cost", f"{found.cost:,.2f}", f"at {found.price_per_encoder_hour:.2f} per encoder-hour"),
         (
             "ETA",

@@ -15,7 +15,7 @@ _WHAT = {
     "rows": "rows",
     "vectors": "vectors",
     "ids": "ids",
-    "embedding": "items embedded anew",
+    "embedding": "vectors made anew",
 }
 _SHOWN = 20
 

@@ -33,7 +33,8 @@ class Report:
 
     Attributes:
         location: The data set.
-        checked: How much each check looked at: files, shards (counts and schema), rows, vectors, ids, items.
+        checked: How much each check looked at: files, shards (counts and schema), rows, vectors, ids,
+            vectors made anew.
         findings: In the order of `CHECKS`.
         notes: What could not be looked at, though nothing is known to be wrong with it.
         largest_difference: Length of the largest difference between a stored vector and that of the same input

@@ -24,6 +24,7 @@ IDS_AT_ONCE = 100_000_000
 """Whose hashes are in memory at once: 800 MB, and as much in Ray's object store, which spills to disk."""
 _MOST_SUSPECTS = 1000  # more need not be named
 Hashes = NDArray[np.uint64]
+Place = tuple[str, int]  # file, row
 
 
 def num_passes(num_ids: int) -> int:
@@ -61,12 +62,12 @@ def read_hashes(location: str, retry_s: float, commit: Commit, number: int, pass
 
 def occurrences(
     location: str, retry_s: float, commit: Commit, suspects: Hashes
-) -> list[tuple[str, str]]:
-    """Id and place of each row of a shard whose id has one of these hashes."""
+) -> list[tuple[str, str, int]]:
+    """Id, file and row of each row of a shard whose id has one of these hashes."""
     found = []
     for name, ids, rows in _ids(location, retry_s, commit):
         for position in np.flatnonzero(np.isin(hashes_of(ids, 0, 1), suspects)):
-            found.append((ids[position].as_py(), f"row {rows[position]} of {name}"))
+            found.append((ids[position].as_py(), name, rows[position].as_py()))
     return found
 
 
@@ -116,25 +117,24 @@ def find_duplicates(
     asked = suspects[:_MOST_SUSPECTS]
     ask = ray.remote(occurrences)
     tasks = [ask.remote(location, retry_s, commit, asked) for commit in commits]
-    places: dict[str, list[str]] = {}
+    places: dict[str, list[Place]] = {}
     for found in collect(tasks, "verify suspected ids: shard"):
-        for name, place in found:
-            places.setdefault(name, []).append(place)
+        for name, file, row in found:
+            places.setdefault(name, []).append((file, row))
     return _findings(places, at_least=len(suspects) > len(asked))
 
 
-def _findings(places: Mapping[str, list[str]], *, at_least: bool) -> list[Finding]:
+def _findings(places: Mapping[str, list[Place]], *, at_least: bool) -> list[Finding]:
     twice = {name: found for name, found in places.items() if len(found) > 1}
     if not twice:
         return []  # different ids with one hash
-    shown = [f"{name!r} in {first_few(found)}" for name, found in twice.items()]
+    shown = [
+        f"{name!r} in {first_few([f'row {row} of {file}' for file, row in found])}"
+        for name, found in twice.items()
+    ]
     count = f"at least {len(twice)}" if at_least else str(len(twice))
     noun = "id stands" if len(twice) == 1 else "ids stand"
-    first = next(iter(twice.values()))[0]
-    return [
-        Finding(
-            "ids",
-            first.partition(" of ")[2],
-            f"{count} {noun} more than once: {first_few(shown)}; the corpus must not hold an id twice",
-        )
-    ]
+    message = (
+        f"{count} {noun} more than once: {first_few(shown)}; the corpus must not hold an id twice"
+    )
+    return [Finding("ids", next(iter(twice.values()))[0][0], message)]

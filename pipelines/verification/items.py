@@ -13,13 +13,15 @@ class StoredItem:
     """A stored row, to be embedded anew.
 
     Attributes:
-        place: Its file, and its row there.
+        file: Where it is stored.
+        row: Its row there.
         vectors: Column -> float16 values.
         image: Its image's bytes, where they are stored too; else `uri` leads to them.
         is_canary: Whether it is one of the items that are stored with their inputs.
     """
 
-    place: str
+    file: str
+    row: int
     id: str
     uri: str | None
     text: str | None
@@ -29,17 +31,28 @@ class StoredItem:
     image: bytes | None = None
     is_canary: bool = False
 
+    @property
+    def place(self) -> str:
+        """Where it is stored, in words."""
+        return f"row {self.row} of {self.file}"
 
-def stored_item(row: Any, place: str) -> StoredItem:
-    """A table or batch of one row as an item."""
+
+def stored_item(values: Any, file: str, row: int) -> StoredItem:
+    """A table or batch of one row as an item.
+
+    Args:
+        values: With the columns of a shard, or of the canary.
+        file: Where it is stored.
+        row: Its row there.
+    """
     own = ("id", "uri", "text", "modality", "content_hash")
     vectors = {
-        name: column_values(row[name])[0]
-        for name in row.schema.names
+        name: column_values(values[name])[0]
+        for name in values.schema.names
         if name.startswith("embedding")
-        and pa.types.is_float16(row.schema.field(name).type.value_type)
+        and pa.types.is_float16(values.schema.field(name).type.value_type)
     }
-    return StoredItem(place, vectors=vectors, **{name: row[name][0].as_py() for name in own})
+    return StoredItem(file, row, vectors=vectors, **{name: values[name][0].as_py() for name in own})
 
 
 def column_values(column: Any) -> NDArray[Any]:

@@ -35,7 +35,7 @@ class Anew:
     """What embedding anew gave.
 
     Attributes:
-        count: Items that were embedded.
+        count: Vectors that were made.
         largest_difference: Between a stored vector and the new one; None without any.
         findings: Items that are not what they were, or were never what they should be.
         notes: What could not be done.
@@ -45,6 +45,13 @@ class Anew:
     largest_difference: float | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def tell(self, items: Sequence[StoredItem], number: int, what: str) -> None:
+        """Note what is wrong with these of a number of items, if there are any."""
+        if items:
+            named = first_few([f"{item.id!r} ({item.place})" for item in items])
+            message = f"{len(items)} of {number} {what}: {named}"
+            self.findings.append(Finding("embedding", items[0].file, message))
 
 
 def spread(commits: Mapping[int, Commit], count: int) -> dict[int, list[int]]:
@@ -113,7 +120,7 @@ def read_canary(store: Store) -> tuple[list[StoredItem], list[Finding]]:
         items = []
         for row in range(table.num_rows):
             one = table.slice(row, 1)
-            item = stored_item(one, f"row {row} of {CANARY}")
+            item = stored_item(one, CANARY, row)
             item.image, item.is_canary = one["image"][0].as_py(), True
             items.append(item)
     except FileNotFoundError:
@@ -160,17 +167,13 @@ def _inputs(items: Sequence[StoredItem], found: Anew) -> list[Input]:
             inputs.append((item, record))
         else:
             changed.append(item)
-    for place, verb, some in (
-        (CANARY, "are not what their content_hash says", [i for i in changed if i.is_canary]),
-        (
-            None,
-            "are no longer what was embedded: the corpus changed",
-            [i for i in changed if not i.is_canary],
-        ),
-    ):
-        if some:
-            message = f"{len(some)} inputs {verb}: {_named(some)}"
-            found.findings.append(Finding("embedding", place or _file_of(some[0]), message))
+    told = {
+        True: "are not what their content_hash says",
+        False: "are others now: the corpus changed",
+    }
+    for is_canary, what in told.items():
+        some = [item for item in changed if item.is_canary == is_canary]
+        found.tell(some, len(items), f"inputs {what}")
     if gone:
         found.notes.append(
             f"{len(gone)} of {len(items)} inputs cannot be read any more: {first_few(gone)}"
@@ -189,15 +192,13 @@ def _compare(
 ) -> None:
     good, prompts, refused = [], [], []
     for item, record in inputs:
-        row, prompt = prepared_row(encoder.backbone, record)
+        _, prompt = prepared_row(encoder.backbone, record)
         if prompt is None:
-            refused.append(f"{item.id!r} ({row['message']})")
+            refused.append(item)
         else:
             good.append(item)
             prompts.append(prompt)
-    if refused:
-        message = f"{len(refused)} stored items are refused now: {first_few(refused)}"
-        found.findings.append(Finding("embedding", column, message))
+    found.tell(refused, len(inputs), "stored items would be quarantined now")
     if not good:
         return
     stored = np.stack([item.vectors[column] for item in good]).astype(np.float32)
@@ -207,12 +208,8 @@ def _compare(
     tolerance = TOLERANCE[str(encoder.backbone.dtype).removeprefix("torch.")]
     far = np.flatnonzero(~(apart <= tolerance))  # NaN compares as false
     if len(far):
-        some = [good[int(n)] for n in far]
-        message = (
-            f"{column} of {len(far)} items is up to {apart[far].max():.4f} from that of the same input embedded anew, "
-            f"and {tolerance} is allowed: {_named(some)}"
-        )
-        found.findings.append(Finding("embedding", _file_of(some[0]), message))
+        what = f"vectors of {column} are up to {apart[far].max():.4f} from those embedded anew, {tolerance} is allowed"
+        found.tell([good[int(n)] for n in far], len(good), what)
 
 
 def encoded(encoder: Encoder, prompts: Sequence[Prompt]) -> Vectors:
@@ -228,11 +225,3 @@ def encoded(encoder: Encoder, prompts: Sequence[Prompt]) -> Vectors:
         collated = encoder.backbone.collate([prompts[n] for n in batch])
         vectors[batch] = encoder.encode_prompts(collated).float().cpu().numpy()
     return vectors
-
-
-def _named(items: Sequence[StoredItem]) -> str:
-    return first_few([f"{item.id!r} ({item.place})" for item in items])
-
-
-def _file_of(item: StoredItem) -> str:
-    return item.place.partition(" of ")[2]

@@ -24,6 +24,7 @@ from slq.quantization import Calibration
 
 _BATCH_ROWS = 8192  # 60 MB as float32 and their magnitudes, at 896 values
 Rows = NDArray[np.int64]
+_NONE: Rows = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,8 @@ class _ShardCheck:
         self._errors_name = errors_name(commit.shard_id, commit.generation)
         ranges = promise.calibration
         self._ranges = None if ranges is None else Calibration.from_json(ranges)
-        self._wrong: dict[str, list[str]] = {}
-        self._rows: dict[str, Rows] = {}
+        self._wrong: dict[tuple[str, str], list[str]] = {}
+        self._rows = {name: [_NONE] for name in committed_files(commit)}
         self._hashes: list[Hashes] = []
         self._found = ShardFacts(commit)
 
@@ -107,6 +108,7 @@ class _ShardCheck:
         looks = {self._data_name: self._look_at_data, self._errors_name: self._look_at_errors}
         for name, sha256 in committed_files(self._commit).items():
             self._found.files += 1
+            self._wrong.clear()
             problem = read_once(self._store, name, sha256, looks[name])
             if problem:
                 self._refuse("files", name, f"{problem}; {remake(self._commit.shard_id)}")
@@ -134,19 +136,12 @@ class _ShardCheck:
             return
         self._found.user_schema = _user_columns(file.schema_arrow, ours)
         names = [name for name in ours.names if name not in ("width", "height")]
-        start, rows = 0, []
         for batch in file.iter_batches(_BATCH_ROWS, columns=names):
-            self._take_ids(batch, self._data_name)
-            rows.append(self._rows_of(batch))
-            good = self._check_vectors(batch, rows[-1])
-            self._found.items += self._asked_for(batch, rows[-1], good, start)
-            start += batch.num_rows
-        self._found.rows = start
-        self._rows[self._data_name] = np.concatenate([np.empty(0, np.int64), *rows])
-        for message, places in self._wrong.items():
-            self._tell(
-                "vectors", self._data_name, f"{message} in {len(places)} rows: {first_few(places)}"
-            )
+            rows = self._take(batch, self._data_name)
+            good = self._check_vectors(batch, rows)
+            self._found.items += self._asked_for(batch, rows, good)
+            self._found.rows += batch.num_rows
+        self._tell_wrong(self._data_name, self._found.rows)
         self._check_order()
 
     def _look_at_errors(self, file: pq.ParquetFile) -> None:
@@ -156,25 +151,32 @@ class _ShardCheck:
         if problem:
             self._refuse("schema", self._errors_name, problem)
             return
-        table = file.read().combine_chunks()
-        self._take_ids(table, self._errors_name)
-        self._rows[self._errors_name] = self._rows_of(table)
+        table = file.read()
+        self._take(table, self._errors_name)
+        self._tell_wrong(self._errors_name, table.num_rows)
 
     def _count(self, name: str, found: int, committed: int) -> None:
         if found != committed:
             self._tell("counts", name, f"it has {found} rows, but {committed} were committed")
 
-    def _take_ids(self, rows: Any, name: str) -> None:
-        wrong = np.flatnonzero(_integers(rows["shard_id"]) != self._commit.shard_id)
-        if len(wrong):
-            other = rows["shard_id"][int(wrong[0])].as_py()
-            message = f"{len(wrong)} rows say that they are of another shard, the first of {other}"
-            self._tell("rows", name, message)
-        self._found.ids += rows.num_rows - rows["id"].null_count
-        self._hashes.append(hashes_of(rows["id"], 0, self._promise.passes))
+    def _take(self, batch: Any, name: str) -> Rows:
+        """Note rows and ids of a table or batch; gives the rows."""
+        rows = _integers(batch["row_in_shard"])
+        self._rows[name].append(rows)
+        shards = _integers(batch["shard_id"])
+        mine = self._commit.shard_id
+        for position in np.flatnonzero(shards != mine):
+            place = f"{shards[position]} (row {rows[position]})"
+            self._wrong.setdefault(("rows", f"shard_id is not {mine}"), []).append(place)
+        self._found.ids += batch.num_rows - batch["id"].null_count
+        self._hashes.append(hashes_of(batch["id"], 0, self._promise.passes))
+        return rows
 
-    def _rows_of(self, rows: Any) -> Rows:
-        return _integers(rows["row_in_shard"])
+    def _tell_wrong(self, name: str, num_rows: int) -> None:
+        for (check, what), places in self._wrong.items():
+            self._tell(
+                check, name, f"{what} in {len(places)} of {num_rows} rows: {first_few(places)}"
+            )
 
     def _check_vectors(self, batch: pa.RecordBatch, rows: Rows) -> NDArray[np.bool_]:
         """(rows,) whether nothing is wrong with a row's vectors."""
@@ -189,19 +191,19 @@ class _ShardCheck:
             good &= ~mask
             for position in np.flatnonzero(mask):
                 place = f"{batch['id'][int(position)].as_py()!r} (row {rows[position]})"
-                self._wrong.setdefault(message, []).append(place)
+                self._wrong.setdefault(("vectors", message), []).append(place)
         return good
 
     def _asked_for(
-        self, batch: pa.RecordBatch, rows: Rows, good: NDArray[np.bool_], start: int
+        self, batch: pa.RecordBatch, rows: Rows, good: NDArray[np.bool_]
     ) -> Iterator[StoredItem]:
-        for position in (chosen - start for chosen in self._chosen):
+        """The chosen ones of a batch. A vector that is wrong in itself need not be compared."""
+        for position in (chosen - self._found.rows for chosen in self._chosen):
             if 0 <= position < batch.num_rows and good[position]:
-                place = f"row {rows[position]} of {self._data_name}"
-                yield stored_item(batch.slice(position, 1), place)
+                yield stored_item(batch.slice(position, 1), self._data_name, int(rows[position]))
 
     def _check_order(self) -> None:
-        rows = self._rows[self._data_name]
+        rows = np.concatenate(self._rows[self._data_name])
         back = np.flatnonzero(np.diff(rows) <= 0)
         if len(back):
             before, after = rows[back[0]], rows[back[0] + 1]
@@ -210,7 +212,7 @@ class _ShardCheck:
 
     def _check_coverage(self) -> None:
         """Stored and quarantined rows together are each row of the shard once."""
-        rows = np.sort(np.concatenate(list(self._rows.values())))
+        rows = np.sort(np.concatenate([part for parts in self._rows.values() for part in parts]))
         if not np.array_equal(rows, np.arange(len(rows))) and not self._tells("rows"):
             lost = sorted(set(range(len(rows))) - set(rows.tolist()))
             message = (

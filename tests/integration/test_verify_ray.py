@@ -38,11 +38,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sound(tiny_run: Recipe, place: Path, scenes_dir: Path, ray_cluster: None) -> Recipe:
-    """15 pictures, one of them broken, in four shards with vectors of all forms; the first test that asks pays."""
+    """15 pictures, one broken, in four shards, with vectors of two adapters in all forms; the first test pays."""
     recipe = changed(
         tiny_run,
         data={"dir": place, "corpus": "pictures"},
-        embed={"shard_rows": 4, "outputs": ("float16", "int8", "binary")},
+        embed={
+            "shard_rows": 4,
+            "outputs": ("float16", "int8", "binary"),
+            "adapters": {"other": place / "other" / "adapter"},
+        },
         storage={"dir": place / "run"},
     )
     if not recipe.storage.adapter.is_dir():
@@ -52,6 +56,7 @@ def sound(tiny_run: Recipe, place: Path, scenes_dir: Path, ray_cluster: None) ->
             data = row["image"] if number != 6 else b"no picture"
             (place / "pictures" / f"{number:02d}.png").write_bytes(data)
         with_untrained_adapter(recipe)
+        with_untrained_adapter(changed(recipe, storage={"dir": place / "other"}), seed=5)
         embed(recipe)
     return recipe
 
@@ -67,11 +72,13 @@ def told(report: Report) -> list[tuple[str, str]]:
 
 
 def test_a_sound_data_set_gives_no_finding_and_everything_was_looked_at(sound: Recipe) -> None:
-    report = verify(sound.storage.embeddings)
+    adapters = [sound.embed.adapters["other"], sound.storage.adapter]
+    report = verify(sound.storage.embeddings, adapters=adapters)
     assert report.findings == []
     assert report.notes == []
+    # 14 of the canary, which has no vectors of further adapters, and 14 of a sample of all rows
     assert report.checked == {
-        "files": 5, "counts": 4, "schema": 4, "rows": 14, "vectors": 42, "ids": 15, "embedding": 28,
+        "files": 5, "counts": 4, "schema": 4, "rows": 14, "vectors": 56, "ids": 15, "embedding": 42,
     }  # fmt: skip
     assert report.largest_difference is not None
     assert 0 < report.largest_difference < 1e-3
@@ -148,17 +155,17 @@ def without_ranges(root: Path) -> None:
         ),
         (
             with_value("embedding", 1, lambda vector: [np.nan, *vector[1:]]), "vectors", SHARD,
-            "embedding holds values that are not finite in 1 rows: '05.png' (row 1)",
+            "embedding holds values that are not finite in 1 of 3 rows: '05.png' (row 1)",
         ),
         (
             with_value("embedding", 1, lambda vector: [2 * value for value in vector]), "vectors", SHARD,
-            "embedding has no unit norm in 1 rows: '05.png' (row 1)",
+            "embedding has no unit norm in 1 of 3 rows: '05.png' (row 1)",
         ),
         (
             with_value("embedding_int8", 2, lambda codes: [code // 2 for code in codes]), "vectors", SHARD,
-            "embedding_int8 is not what embedding gives in 1 rows: '07.png' (row 3)",
+            "embedding_int8 is not what embedding gives in 1 of 3 rows: '07.png' (row 3)",
         ),
-        (with_value("shard_id", 1, 3), "rows", SHARD, "1 rows say that they are of another shard"),
+        (with_value("shard_id", 1, 3), "rows", SHARD, "shard_id is not 1 in 1 of 3 rows: 3 (row 1)"),
         (with_value("row_in_shard", 2, 1), "rows", SHARD, "row_in_shard must rise"),
         (
             lambda root: rewrite(root, lambda table: table.append_column("mine", [[1, 2, 3]])),
@@ -199,13 +206,13 @@ def test_a_changed_picture_is_told(sound: Recipe, copy: Path) -> None:
         report = verify(copy)
         assert told(report) == [("embedding", "shards/part-000002.parquet")]
         assert (
-            "1 inputs are no longer what was embedded: the corpus changed: '09.png'"
+            "1 of 28 inputs are others now: the corpus changed: '09.png'"
             in report.findings[0].message
         )
         picture.unlink()
         report = verify(copy)
         assert report.findings == []
-        assert "1 of 28 inputs cannot be read any more: '09.png'" in report.notes[0]
+        assert "1 of 28 inputs cannot be read any more: '09.png'" in report.notes[-1]
     finally:
         picture.write_bytes(before)
 
@@ -213,14 +220,28 @@ def test_a_changed_picture_is_told(sound: Recipe, copy: Path) -> None:
 def test_a_vector_of_something_else_is_told(copy: Path) -> None:
     table = pq.read_table(copy / SHARD)
     order = pa.array([1, 0, 2])
-    for name in [name for name in table.schema.names if name.startswith("embedding")]:
+    for name in ("embedding", "embedding_int8", "embedding_bits"):
         position = table.schema.names.index(name)
         table = table.set_column(position, table.schema.field(position), table[name].take(order))
     rewrite(copy, lambda _: table)
     report = verify(copy)
     assert told(report) == [("embedding", SHARD)]
-    assert "embedding of 2 items is up to" in report.findings[0].message
-    assert "and 0.002 is allowed: '04.png'" in report.findings[0].message
+    assert "2 of 28 vectors of embedding are up to" in report.findings[0].message
+    assert "0.002 is allowed: '04.png'" in report.findings[0].message
+
+
+def test_a_canary_that_was_tampered_with_is_told(copy: Path) -> None:
+    path = copy / "canary.parquet"
+    table = pq.read_table(path)
+    position = table.schema.names.index("image")
+    images = table["image"].to_pylist()
+    pq.write_table(table.set_column(position, "image", [[images[1], *images[1:]]]), path)
+    report = verify(copy, sample=1)
+    assert told(report) == [("embedding", "canary.parquet")]
+    assert (
+        "1 of 15 inputs are not what their content_hash says: '00.png'"
+        in report.findings[0].message
+    )
 
 
 def test_another_adapter_is_refused_and_a_missing_one_noted(
@@ -230,7 +251,7 @@ def test_another_adapter_is_refused_and_a_missing_one_noted(
     ours, theirs = (
         load_adapter_config(recipe.storage.adapter).fingerprint for recipe in (sound, other)
     )
-    with pytest.raises(ArtifactMismatchError, match=f"{theirs}, but the data set .* {ours}; give"):
+    with pytest.raises(ArtifactMismatchError, match=f"{theirs}, but the data set .* {ours}"):
         verify(copy, adapters=[other.storage.adapter])
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace(str(sound.storage.adapter), "/nowhere"))
@@ -239,7 +260,9 @@ def test_another_adapter_is_refused_and_a_missing_one_noted(
     assert report.notes == [
         "there is no adapter at /nowhere, so nothing was embedded anew; give --adapter"
     ]
-    assert verify(copy, adapters=[sound.storage.adapter]).checked["embedding"] == 28
+    report = verify(copy, adapters=[sound.storage.adapter])
+    assert report.checked["embedding"] == 28
+    assert report.notes == ["embedding_other not embedded anew; give --adapter for each"]
 
 
 def test_the_command_checks_a_bucket_and_ends_with_1_where_something_is_wrong(

@@ -97,8 +97,8 @@ def test_the_table_says_what_each_number_is_told_from() -> None:
     for line in (
         "rows 3,600,000 counted",
         "quarantined 10.0% in a sample of 1,000 rows",
-        "preparing CPUs 24 32 keep 8 encoders busy",
-        "encoder-hours 5.00 2.50 GPU-hours",
+        "preparing CPUs 24 the encoders need 32",
+        "encoder-hours 5 2.5 GPU-hours",
         "cost 12.50 at 2.50 per encoder-hour",
         "ETA 60 min at 1000.0 rows/s, after the models are loaded",
     ):

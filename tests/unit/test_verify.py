@@ -1,5 +1,6 @@
 """Verification without Ray: vectors, ids, counts, columns and single shards, each held against what must be there."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -300,9 +301,21 @@ def test_a_sound_shard_gives_counts_and_the_rows_that_were_asked_for(store: Stor
     assert sorted(facts.hashes) == sorted(hashes_of(ids, 0, 1))
     assert sorted(read_hashes(store.location, 5, commit, 0, 1)) == sorted(facts.hashes)
     assert occurrences(store.location, 5, commit, hashes_of(ids[2:4], 0, 1)) == [
-        ("item 0-2", f"row 2 of {errors_name(0)}"),
-        ("item 0-3", f"row 3 of {shard_name(0)}"),
+        ("item 0-2", errors_name(0), 2),
+        ("item 0-3", shard_name(0), 3),
     ]
+
+
+def test_a_shard_may_be_all_quarantined_and_its_record_older_than_their_hash(disk: Store) -> None:
+    empty = shard_table(0, [], RANGES)
+    commit = put_shard(disk, empty, errors_table(0, [0, 1]))
+    facts = look(disk, commit, chosen=(0,))
+    assert (facts.findings, facts.items, facts.rows, facts.ids) == ([], [], 0, 2)
+    older = dataclasses.replace(commit, errors_sha256=None)
+    assert look(disk, older).findings == []
+    assert list(stray_files(disk, Records({0: older}))) == []
+    disk.remove(errors_name(0))
+    assert [finding.place for finding in look(disk, older).findings] == [errors_name(0)]
 
 
 Damage = Callable[[Store, Commit], Commit]
@@ -372,11 +385,11 @@ def nothing_in(store: Store, commit: Commit) -> Commit:
         (nothing_in, "files", shard_name(0), "it is no Parquet file that can be read: "),
         (
             rewritten(with_column("shard_id", [0, 0, 8, 0])),
-            "rows", shard_name(0), "^1 rows say that they are of another shard, the first of 8",
+            "rows", shard_name(0), "^shard_id is not 0 in 1 of 4 rows: 8 \\(row 3\\)$",
         ),
         (
             rewritten(errors=with_column("shard_id", [1, 2])),
-            "rows", errors_name(0), "^2 rows say that they are of another shard, the first of 1",
+            "rows", errors_name(0), "^shard_id is not 0 in 2 of 2 rows: 1 \\(row 2\\), 2 \\(row 5\\)",
         ),
         (
             rewritten(with_column("row_in_shard", [0, 3, 1, 4])),
@@ -401,11 +414,11 @@ def nothing_in(store: Store, commit: Commit) -> Commit:
         (
             rewritten(with_column("embedding", [[0.5] * DIMENSION] * 4)),
             "vectors", shard_name(0),
-            r"embedding has no unit norm in 4 rows: 'item 0-0' \(row 0\), .* 'item 0-3' \(row 3\) and 1 more",
+            r"embedding has no unit norm in 4 of 4 rows: 'item 0-0' \(row 0\), .* 'item 0-3' \(row 3\) and 1 more",
         ),
         (
             rewritten(with_column("embedding_bits", [[0, 0]] * 4)),
-            "vectors", shard_name(0), "embedding_bits is not what embedding gives in 4 rows",
+            "vectors", shard_name(0), "embedding_bits is not what embedding gives in 4 of 4 rows",
         ),
     ],
 )  # fmt: skip
@@ -420,8 +433,7 @@ def test_each_damage_is_one_finding(
 
 def test_rows_that_were_not_committed_are_counted(disk: Store) -> None:
     commit = sound_shard(disk)
-    other = Commit.from_json(commit.to_json().replace('"rows": 4', '"rows": 5'), 0, 0)
-    (finding,) = look(disk, other).findings
+    (finding,) = look(disk, dataclasses.replace(commit, rows=5)).findings
     assert finding == Finding("counts", shard_name(0), "it has 4 rows, but 5 were committed")
 
 
