@@ -15,7 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.commits import Commit, errors_name
-from pipelines.corpus import Corpus, Plan, corpus_of, read_plan, rows_changed, write_plan
+from pipelines.corpus import (
+    Corpus,
+    Plan,
+    corpus_of,
+    read_plan,
+    require_same_plan,
+    rows_changed,
+    write_plan,
+)
 from pipelines.embedding.calibration import CALIBRATION, measured_ranges, sample_shards
 from pipelines.embedding.canary import write_canary
 from pipelines.embedding.card import CARD, card
@@ -86,7 +94,7 @@ def embed(recipe: Recipe, *, retry_errors: bool = False, models: str = MODELS) -
                 ledger.store.remove(MANIFEST)  # it would count wrongly until the end
             _run(recipe, ledger, plan, todo, configs, models)
         if not retry_errors:
-            require_resting(corpus, plan, digest)
+            require_same_plan(corpus, plan)
         commits = ledger.require_complete(len(plan))
         require_planned_rows(plan, commits)
         _finish(recipe, ledger, commits, identity)
@@ -190,22 +198,6 @@ def _with_ranges(flow: Flow, ledger: Ledger, num_shards: int) -> Flow:
     return replace(flow, calibration=json.loads(ledger.store.read(CALIBRATION)))
 
 
-def require_resting(corpus: Corpus, plan: Plan, digest: str) -> None:
-    """Refuse a corpus that is not what it was when the run began.
-
-    Raises:
-        DataError: A file was added, removed or written to; it and its shard are named.
-    """
-    if corpus.digest() == digest:
-        return
-    for shard in plan:
-        corpus.require_unchanged(shard)
-    raise DataError(
-        f"the corpus changed while it was read: files were added to {corpus.location} that are of no shard; "
-        "let it rest and embed it into another storage.dir"
-    )
-
-
 def require_planned_rows(plan: Plan, commits: Mapping[int, Commit]) -> None:
     """Check that each shard accounts for every planned row.
 
@@ -232,7 +224,6 @@ def _finish(
             f"{bad} of {rows + bad} items ({share:.1%}) were quarantined, more than "
             f"embed.max_error_share allows ({recipe.embed.max_error_share:.1%}); see {errors}"
         )
-    ledger.sweep()
     write_canary(ledger, commits)
     counts = {"num_shards": len(commits), "num_rows": rows, "num_quarantined": bad}
     manifest = {**identity, **counts, "adapter": str(recipe.storage.adapter)}

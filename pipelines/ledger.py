@@ -14,35 +14,32 @@ or the one before is whole.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipelines.commits import (
-    COMMITS,
     ERRORS,
     PIECES,
     SHARDS,
     Commit,
     attempt_name,
     new_attempt,
-    parse_record,
     record_name,
-    shard_name,
     stale_files,
 )
 from pipelines.failpoints import reach
-from pipelines.storage import RETRY_S, concurrently, open_store
+from pipelines.ledger_reader import MANIFEST, RUN, LedgerReader, remake
+from pipelines.storage import RETRY_S, concurrently
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 
-MANIFEST = "manifest.json"
-RUN = "run.json"
+__all__ = ["LOCK", "MANIFEST", "RUN", "Ledger"]
 LOCK = "run.lock"
 
 
-class Ledger:
-    """The files of one embedding data set; as a context manager it lets its lock go at the end.
+class Ledger(LedgerReader):
+    """A driver's side of one embedding data set; as a context manager it lets its lock go at the end.
 
     Args:
         root: Its folder, or `scheme://bucket/prefix`.
@@ -50,7 +47,7 @@ class Ledger:
     """
 
     def __init__(self, root: str | Path, retry_s: float = RETRY_S) -> None:
-        self.store = open_store(root, retry_s)
+        super().__init__(root, retry_s)
         self._lock = self.store.lock(LOCK)
 
     def __enter__(self) -> "Ledger":
@@ -88,12 +85,12 @@ class Ledger:
 
     def _require_same(self, identity: dict[str, Any]) -> None:
         text = json.dumps(identity, indent=2, sort_keys=True)
-        before = self._read_json(RUN)
+        before = self.identity()
         if before is None:
             self._require_exclusive_create()
             if self.store.create(RUN, text.encode()):
                 return
-            before = self._read_json(RUN) or {}
+            before = self.identity() or {}
         now = json.loads(text)  # as it would be read: no tuples
         changed = [
             f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
@@ -120,13 +117,15 @@ class Ledger:
 
     def _recover(self, *, alone: bool) -> None:
         """Complete commits that a killed driver left half done, or drop them, then remove files nobody will use."""
-        while (lost := self._lost(self.commits().values())) and alone:
-            for commit in lost:  # and look again: the generation before may be whole
+        commits = self.commits()
+        while (lost := self._lost(commits.values())) and alone:
+            for commit in lost:
                 self.store.remove(record_name(commit.shard_id, commit.generation))
+            commits = self.commits()  # the generation before may be whole
         if alone:
             self.store.remove_partials()
             self.store.remove_folder(PIECES)
-        self._sweep(alone=alone)
+        self._sweep(commits, alone=alone)
 
     def _lost(self, commits: Iterable[Commit]) -> list[Commit]:
         """The commits whose files are not there; those whose files wait for their names are helped along."""
@@ -151,59 +150,23 @@ class Ledger:
             present &= moved or self.store.exists(final)
         return present
 
-    def _holds(self, file: tuple[str, str]) -> bool:
-        """Whether a file of this name and sha256 is there."""
-        name, sha256 = file
-        try:
-            return self.store.sha256(name) == sha256
-        except FileNotFoundError:
-            return False
-
     def sweep(self) -> None:
         """Remove what nobody will read any more: attempts that lost, and files of older generations.
 
         A worker that still writes an attempt notices nothing, and its commit loses; see `commit`. Attempts at shards,
         or at generations, that are not committed stay: another driver may be about to commit them.
         """
-        self._sweep(alone=False)
+        self._sweep(self.commits(), alone=False)
 
-    def _sweep(self, *, alone: bool) -> None:
-        commits = self.commits()  # first: a file that comes later may be of a later commit
-        for _ in concurrently(
-            self._remove_swept, stale_files(self._listed(), commits, alone=alone)
-        ):
+    def _sweep(self, commits: Mapping[int, Commit], *, alone: bool) -> None:
+        # listed after the commits were read: what came in between is of a later commit, and stays
+        stale = stale_files(self._listed(), commits, alone=alone)
+        for _ in concurrently(self._remove_swept, stale):
             pass
 
     def _remove_swept(self, name: str) -> None:
         reach("sweep")
         self.store.remove(name)
-
-    def commits(self) -> dict[int, Commit]:
-        """The commit of the highest generation of each shard, by shard id.
-
-        Raises:
-            ArtifactError: A record is damaged; it is named.
-            StorageError: The store cannot be read.
-        """
-        latest: dict[int, int] = {}
-        for file in self.store.files(COMMITS):
-            found = parse_record(file.name)
-            if found is not None:
-                latest[found[0]] = max(found[1], latest.get(found[0], 0))
-        records = concurrently(self._commit_of, sorted(latest.items()))
-        return {record.shard_id: record for record in records if record is not None}
-
-    def _commit_of(self, shard: tuple[int, int]) -> Commit | None:
-        """The record of a shard and a generation; None where there is none, or no longer."""
-        name = record_name(*shard)
-        try:
-            return Commit.from_json(self.store.read(name).decode(), *shard)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise ArtifactError(
-                f"commit record {self.store.url(name)} is damaged: {error}; {_remake(shard[0])}"
-            ) from None
 
     def commit(self, commit: Commit) -> bool:
         """Record a finished shard and give its files their names; False, and they are gone, if another was first.
@@ -256,17 +219,7 @@ class Ledger:
         if lost:
             raise ArtifactError(
                 f"{self.store.location}: the files of shards {lost[:10]} are gone, though they were committed; while "
-                f"no other run is at work, {_remake(lost[0])}"
-            )
-        return commits
-
-    def _require_records(self, num_shards: int) -> dict[int, Commit]:
-        commits = self.commits()
-        if commits.keys() != set(range(num_shards)):
-            missing = [n for n in range(num_shards) if n not in commits]
-            raise ArtifactError(
-                f"{self.store.location} has {len(commits)} commit records for {num_shards} shards, and shards "
-                f"{missing[:10]} are missing; run the same command again while no other run is at work"
+                f"no other run is at work, {remake(lost[0])}"
             )
         return commits
 
@@ -280,66 +233,9 @@ class Ledger:
             ArtifactError: It would claim shards that are not there.
             StorageError: The store cannot be written.
         """
-        self.require_complete(manifest["num_shards"])
-        self.sweep()
+        commits = self.require_complete(manifest["num_shards"])
+        self._sweep(commits, alone=False)
         self.store.remove_folder(PIECES)
         reach("manifest_before")
         self.store.write(MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
         reach("manifest_after")
-
-    def identity(self) -> dict[str, Any] | None:
-        """What the data set was begun with, or None.
-
-        Raises:
-            ArtifactError: It is damaged.
-            StorageError: The store cannot be read.
-        """
-        return self._read_json(RUN)
-
-    def manifest(self) -> dict[str, Any] | None:
-        """The manifest of a finished data set, or None.
-
-        Raises:
-            ArtifactError: It is damaged.
-            StorageError: The store cannot be read.
-        """
-        return self._read_json(MANIFEST)
-
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        try:
-            found = dict(json.loads(self.store.read(name)))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise ArtifactError(
-                f"{self.store.url(name)} is damaged: {error}; delete it and run `slq embed` again"
-            ) from None
-        return found
-
-    def verified_shards(self) -> list[str]:
-        """Names of the data files in the order of the shards, each checked against its commit record.
-
-        Raises:
-            ArtifactError: The data set is unfinished, or a shard is missing or damaged; the shard is named.
-            StorageError: The store cannot be read.
-        """
-        manifest = self.manifest()
-        if manifest is None:
-            raise ArtifactError(
-                f"{self.store.location} is no finished embedding data set; run `slq embed` first"
-            )
-        commits = self._require_records(manifest["num_shards"])
-        latest = [commits[shard_id] for shard_id in sorted(commits)]
-        files = [(shard_name(c.shard_id, c.generation), c.sha256) for c in latest]
-        for commit, whole in zip(latest, concurrently(self._holds, files), strict=True):
-            if not whole:
-                name = shard_name(commit.shard_id, commit.generation)
-                raise ArtifactError(
-                    f"shard {self.store.url(name)} does not match its commit record; {_remake(commit.shard_id)}"
-                )
-        return [name for name, _ in files]
-
-
-def _remake(shard_id: int) -> str:
-    """The way out of a shard whose record or file is damaged: all its generations go."""
-    return f"delete {COMMITS}/{shard_id:06d}*.json and {MANIFEST}, and run `slq embed` again"

@@ -30,7 +30,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class FaultyStore:
-    """The middleware; `share` and `faults` may be changed while it serves.
+    """The middleware; `share` may be changed while it serves.
 
     Requests are applied one after the other, so that conditional puts are as exclusive as in S3; moto's own are not.
 
@@ -39,13 +39,16 @@ class FaultyStore:
         share: Of requests that fail; 1 is an outage.
         faults: Which ways to fail.
         seed: Of the schedule.
+        most: Faults after which all requests are answered; None for no end.
     """
 
-    def __init__(self, app: Any, share: float, faults: tuple[str, ...], seed: int) -> None:
+    def __init__(
+        self, app: Any, share: float, faults: tuple[str, ...], seed: int, most: int | None
+    ) -> None:
         self.bucket = (
             f"bucket-{secrets.token_hex(4)}"  # moto keeps its buckets from server to server
         )
-        self.share, self.faults = share, faults
+        self.share, self.faults, self.most = share, faults, most
         self.count: Counter[str] = Counter()
         self._app, self._random = app, random.Random(seed)
         self._one_by_one = threading.Lock()
@@ -54,7 +57,8 @@ class FaultyStore:
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterator[bytes]:
         with self._one_by_one:
-            broken = self._random.random() < self.share
+            over = self.most is not None and self.count.total() - self.count["none"] >= self.most
+            broken = not over and self._random.random() < self.share
             fault = self._random.choice(self.faults) if broken else "none"
             self.count[fault] += 1
             if fault == RESET:
@@ -95,10 +99,10 @@ class _Handler(MotoRequestHandler):
 
 @contextmanager
 def faulty_store(
-    share: float = 0.2, faults: tuple[str, ...] = FAULTS, seed: int = 0
+    share: float = 0.2, faults: tuple[str, ...] = FAULTS, seed: int = 0, most: int | None = None
 ) -> Iterator[FaultyStore]:
     """A server with an empty bucket; the environment says where it is and with which key, also to subprocesses."""
-    store = FaultyStore(DomainDispatcherApplication(create_backend_app), 0.0, faults, seed)
+    store = FaultyStore(DomainDispatcherApplication(create_backend_app), 0.0, faults, seed, most)
     server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=_Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

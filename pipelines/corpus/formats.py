@@ -102,19 +102,24 @@ def find_source(location: str | Path, wanted: Format | Literal["auto"], retry_s:
     if _is_folder(store):
         return _of_folder(store, wanted)
     folder, name = split_location(store.location)
-    if not name or folder.endswith(":/"):
+    if not name or folder.endswith(":/"):  # a bucket without files
         raise ConfigError(f"corpus {store.location} is empty, or does not exist")
-    store = open_store(folder, retry_s)
+    return _of_file(open_store(folder, retry_s), name, wanted)
+
+
+def _of_file(store: Store, name: str, wanted: Format | Literal["auto"]) -> Source:
     _file(store, name)
-    found = format_of(name)
-    if wanted == "images" or found == "images":
-        raise ConfigError(f"corpus {store.url(name)} is one file; images are read from a folder")
-    if wanted == "auto" and found is None:
+    url = store.url(name)
+    told = format_of(name)  # also refuses what is compressed
+    found = told if wanted == "auto" else wanted
+    if found is None:
         raise ConfigError(
-            f"corpus {store.url(name)} is neither a folder nor a file that ends with {_suffixes('images')}; set "
+            f"corpus {url} is neither a folder nor a file that ends with {_suffixes('images')}; set "
             "data.corpus_format"
         )
-    return Source(store, name, wanted if wanted != "auto" else found or "text")
+    if found == "images":
+        raise ConfigError(f"corpus {url} is one file; images are read from a folder")
+    return Source(store, name, found)
 
 
 def _of_folder(store: Store, wanted: Format | Literal["auto"]) -> Source:
@@ -146,8 +151,10 @@ def _is_folder(store: Store) -> bool:
 
 
 def _checked(file: StoredFile) -> StoredFile:
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in file.name):
-        raise DataError(f"the file name {file.name!r} is no UTF-8; rename the file")
+    try:
+        file.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the file name {file.name!r} is no UTF-8; rename the file") from None
     return file
 
 

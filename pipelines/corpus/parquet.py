@@ -54,6 +54,8 @@ class ParquetCorpus(TableCorpus):
     def _ours(self, name: str, schema: pa.Schema) -> dict[str, str]:
         """Our columns of a file: our name -> the file's."""
         where = f"corpus {self.store.url(name)}"
+        if len(set(schema.names)) < len(schema.names):
+            raise DataError(f"{where} has a column twice: {schema.names}; rename one of them")
         ours = self._columns.find(schema.names, where)
         if "id" not in ours:
             raise needs_columns(where, "a column `id`", schema.names)

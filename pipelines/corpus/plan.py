@@ -190,30 +190,16 @@ def read_plan(store: Store, name: str) -> Plan:
     return Plan(store, name)
 
 
-def require_same_plan(
-    corpus: Corpus, shard_rows: int, digest: str, plan: Plan | None = None
-) -> None:
-    """Check that a corpus would be planned as it was: nothing was added, removed or written to.
+def require_same_plan(corpus: Corpus, plan: Plan) -> None:
+    """Check that a corpus would be planned as it was: no file was added, removed or written to.
 
-    Args:
-        corpus: The corpus.
-        shard_rows: As it was planned with.
-        digest: Of the plan that was made of it.
-        plan: That plan. With it the corpus' files are only listed, and what changed is named; without it the corpus
-            is planned again, which reads manifests and texts as a whole.
+    Files that are there are listed and held against those of the plan, which come in the same order; none is read but
+    those without rows, which are in no plan.
 
     Raises:
-        DataError: It is another one now.
+        DataError: It is another one now; a file and its shard are named.
         StorageError: The store cannot be read.
     """
-    if plan is not None:
-        _require_same_files(corpus, plan)
-    elif summarise(corpus.shards(shard_rows)).digest != digest:
-        raise corpus_changed("files were added, removed or written to")
-
-
-def _require_same_files(corpus: Corpus, plan: Plan) -> None:
-    """Walk through the plan's files and those that are there, which come in the same order."""
     planned = _files(plan)
     old = next(planned, None)
     for file in corpus.files():

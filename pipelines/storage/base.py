@@ -159,9 +159,11 @@ class Store(ABC):
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def concurrently(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results of `call` for all items, in order; up to 16 calls are under way at once."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+def concurrently(
+    call: Callable[[T], R], items: Iterable[T], num_threads: int = _NUM_THREADS
+) -> Iterator[R]:
+    """Results of `call` for all items, in their order; up to `num_threads` calls are under way at once."""
+    with ThreadPoolExecutor(num_threads) as pool:
         yield from pool.map(call, items)
 
 

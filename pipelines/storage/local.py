@@ -66,6 +66,8 @@ class LocalStore(Store):
             found = self.path(name).stat()
         except (OSError, ValueError):  # a link that leads nowhere is listed, too
             return StoredFile(name, 0, "unreadable") if os.path.lexists(self.path(name)) else None
+        if stat.S_ISDIR(found.st_mode):
+            return None
         return StoredFile(name, found.st_size, str(found.st_mtime_ns))
 
     def write(self, name: str, data: bytes) -> None:

@@ -3,6 +3,7 @@
 import errno
 import io
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -15,6 +16,7 @@ from tenacity import (
 )
 
 from pipelines.storage.base import Store, StoredFile
+from pipelines.storage.multipart import PART_BYTES, upload_parts
 from slq.errors import ConfigError, StorageError
 
 RETRY_S = 60.0
@@ -39,6 +41,7 @@ class ObjectStore(Store):
         super().__init__(location)
         self._retry_s = retry_s
         self._fs, self._root = _file_system(location, retry_s)
+        self._is_s3 = hasattr(self._fs, "call_s3")
 
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
         return type(self), (
@@ -145,14 +148,26 @@ class ObjectStore(Store):
     def upload(self, file: Path, name: str) -> None:
         """See `Store.upload`; the size that arrived is checked."""
         wanted = file.stat().st_size
+        if self._is_s3 and wanted >= 2 * PART_BYTES:
+            self._upload_parts(file, name)
+        else:
+            self._try_write(name, lambda: self._fs.put_file(str(file), self._key(name)))
+        found = self.size(name)
+        if found != wanted:
+            raise StorageError(
+                f"{self.url(name)} cannot be written: {found or 0} of {wanted} bytes arrived; "
+                "run the same command again"
+            )
 
-        def call() -> None:
-            self._fs.put_file(str(file), self._key(name))
-            found = self._fs.info(self._key(name))["size"]
-            if found != wanted:
-                raise TimeoutError(f"{found} of {wanted} bytes arrived")  # tried again
+    def _upload_parts(self, file: Path, name: str) -> None:
+        def patiently(operation: str, **arguments: Any) -> Any:
+            return self._try(name, "written", lambda: self._fs.call_s3(operation, **arguments))
 
-        self._try_write(name, call)
+        bucket, _, key = self._key(name).partition("/")
+        try:
+            upload_parts(self._fs.call_s3, patiently, file, bucket, key)
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url(name)} cannot be written: {error}") from None
 
     def move(self, name: str, target: str) -> bool:
         """See `Store.move`: a copy inside the store, then the old name goes."""
@@ -184,7 +199,7 @@ class ObjectStore(Store):
 
     def files(self, folder: str = "") -> Iterator[StoredFile]:
         """See `Store.files`: in the order of the keys; S3 is read page by page."""
-        pages = self._s3_pages if hasattr(self._fs, "call_s3") else self._all
+        pages = self._s3_pages if self._is_s3 else self._all
         for key, size, state in pages(folder):
             name = key.strip("/").removeprefix(self._root.strip("/")).lstrip("/")
             if name and not name.endswith("/"):
@@ -221,7 +236,9 @@ class ObjectStore(Store):
 def _state(entry: dict[str, Any]) -> str:
     """What changes with the content of a file, of its entry as fsspec gives it."""
     names = ("ETag", "etag", "mtime", "created")
-    return str(next((entry[name] for name in names if entry.get(name)), "")).strip('"')
+    state = next((entry[name] for name in names if entry.get(name)), "")
+    # listings of fsspec's memory give seconds, where its entries of single files give dates
+    return str(state.timestamp() if isinstance(state, datetime) else state).strip('"')
 
 
 class _Ranges(io.RawIOBase):

@@ -573,8 +573,7 @@ def test_a_folder_that_changes_during_the_run_fails_it_and_gets_no_manifest(
 
     without_cluster(monkeypatch, meanwhile)
     recipe = with_untrained_adapter(changed(tiny_run, data={"corpus": str(corpus)}))
-    wanted = "files were added" if change == "added" else f"{name} of shard 0 is "
-    with pytest.raises(DataError, match=f"the corpus changed while it was read: {wanted}"):
+    with pytest.raises(DataError, match=rf"the corpus changed while it was read: .*{name}"):
         embed(recipe)
     assert Ledger(recipe.storage.embeddings).manifest() is None
 

@@ -52,11 +52,18 @@ def committed_bytes(recipe: Recipe) -> dict[str, str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clean")
+
+
 @pytest.fixture
-def clean(tiny_run: Recipe) -> Recipe:
-    """The same corpus embedded without any fault."""
-    recipe = with_untrained_adapter(changed(tiny_run, embed={"shard_rows": 2}))
-    embed(recipe)
+def clean(tiny_run: Recipe, storage: Path) -> Recipe:
+    """The same corpus embedded without any fault; the first test that asks pays for it."""
+    recipe = changed(tiny_run, embed={"shard_rows": 2}, storage={"dir": storage / "run"})
+    if not recipe.storage.adapter.is_dir():
+        with_untrained_adapter(recipe)
+        embed(recipe)
     return recipe
 
 
@@ -245,8 +252,13 @@ def test_quarantined_rows_are_embedded_again_and_only_those(
     names = sorted(path.name for path in corpus.iterdir())
     for number in (3, 12, 13):
         (corpus / names[number]).write_bytes(b"broken")
-    recipe = changed(clean, data={"corpus": str(corpus)}, embed={"shard_rows": 8, "batch_size": 8})
-    recipe = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "run"}))
+    recipe = changed(
+        clean,
+        data={"corpus": str(corpus)},
+        embed={"shard_rows": 8, "batch_size": 8},
+        storage={"dir": tmp_path / "run"},
+    )
+    recipe = with_untrained_adapter(recipe)
     embed(recipe)
     first = committed_bytes(recipe)
     assert Ledger(recipe.storage.embeddings).manifest()["num_quarantined"] == 3  # type: ignore[index]

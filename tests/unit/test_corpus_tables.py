@@ -117,6 +117,13 @@ def test_an_empty_or_damaged_parquet_file_says_so(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["x"], ["y"]], names=["id", "text", "text"])
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"has a column twice: \['id', 'text', 'text'\]; rename"):
+        read(tmp_path / "c.parquet")
+
+
 def test_files_of_a_folder_must_have_one_schema(tmp_path: Path) -> None:
     for name, tag in (("a", [1]), ("b", ["x"])):
         pq.write_table(
@@ -324,9 +331,12 @@ def test_a_dangling_link_in_a_folder_does_not_stop_the_plan(tmp_path: Path) -> N
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "named-like-an-image.png").mkdir()
-    first, second = read(tmp_path)
+    corpus = open_corpus(tmp_path)
+    (shard,) = corpus.shards(10)
+    first, second = corpus.records(shard)
     assert first.image == png(1)
     assert (second.image, second.reason) == (None, "unreadable")
+    corpus.require_unchanged(shard)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""The reader's side of an embedding data set: what is committed, and whether it is whole.
+
+Readers follow commit records, never a listing: a folder may hold what lost, and what is not committed yet.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.commits import COMMITS, Commit, parse_record, record_name, shard_name
+from pipelines.storage import RETRY_S, concurrently, open_store
+from slq.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+RUN = "run.json"
+
+
+class LedgerReader:
+    """The committed files of one embedding data set.
+
+    Args:
+        root: Its folder, or `scheme://bucket/prefix`.
+        retry_s: How long failures of an object store are tried again.
+    """
+
+    def __init__(self, root: str | Path, retry_s: float = RETRY_S) -> None:
+        self.store = open_store(root, retry_s)
+
+    def commits(self) -> dict[int, Commit]:
+        """The commit of the highest generation of each shard, by shard id.
+
+        Raises:
+            ArtifactError: A record is damaged; it is named.
+            StorageError: The store cannot be read.
+        """
+        latest: dict[int, int] = {}
+        for file in self.store.files(COMMITS):
+            found = parse_record(file.name)
+            if found is not None:
+                latest[found[0]] = max(found[1], latest.get(found[0], 0))
+        records = concurrently(self._commit_of, sorted(latest.items()))
+        return {record.shard_id: record for record in records if record is not None}
+
+    def _commit_of(self, shard: tuple[int, int]) -> Commit | None:
+        """The record of a shard and a generation; None where there is none, or no longer."""
+        name = record_name(*shard)
+        try:
+            return Commit.from_json(self.store.read(name).decode(), *shard)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ArtifactError(
+                f"commit record {self.store.url(name)} is damaged: {error}; {remake(shard[0])}"
+            ) from None
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the data set was begun with, or None.
+
+        Raises:
+            ArtifactError: It is damaged.
+            StorageError: The store cannot be read.
+        """
+        return self._read_json(RUN)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a finished data set, or None.
+
+        Raises:
+            ArtifactError: It is damaged.
+            StorageError: The store cannot be read.
+        """
+        return self._read_json(MANIFEST)
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = dict(json.loads(self.store.read(name)))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{self.store.url(name)} is damaged: {error}; delete it and run `slq embed` again"
+            ) from None
+        return found
+
+    def verified_shards(self) -> list[str]:
+        """Names of the data files in the order of the shards, each checked against its commit record.
+
+        Raises:
+            ArtifactError: The data set is unfinished, or a shard is missing or damaged; the shard is named.
+            StorageError: The store cannot be read.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise ArtifactError(
+                f"{self.store.location} is no finished embedding data set; run `slq embed` first"
+            )
+        commits = self._require_records(manifest["num_shards"])
+        latest = [commits[shard_id] for shard_id in sorted(commits)]
+        files = [(shard_name(c.shard_id, c.generation), c.sha256) for c in latest]
+        for commit, whole in zip(latest, concurrently(self._holds, files), strict=True):
+            if not whole:
+                name = shard_name(commit.shard_id, commit.generation)
+                raise ArtifactError(
+                    f"shard {self.store.url(name)} does not match its commit record; {remake(commit.shard_id)}"
+                )
+        return [name for name, _ in files]
+
+    def _require_records(self, num_shards: int) -> dict[int, Commit]:
+        commits = self.commits()
+        if commits.keys() != set(range(num_shards)):
+            missing = [n for n in range(num_shards) if n not in commits]
+            raise ArtifactError(
+                f"{self.store.location} has {len(commits)} commit records for {num_shards} shards, and shards "
+                f"{missing[:10]} are missing; run `slq embed` again while no other run is at work"
+            )
+        return commits
+
+    def _holds(self, file: tuple[str, str]) -> bool:
+        """Whether a file of this name and sha256 is there."""
+        name, sha256 = file
+        try:
+            return self.store.sha256(name) == sha256
+        except FileNotFoundError:
+            return False
+
+
+def remake(shard_id: int) -> str:
+    """The way out of a shard whose record or file is damaged: all its generations go."""
+    return f"delete {COMMITS}/{shard_id:06d}*.json and {MANIFEST}, and run `slq embed` again"
