@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.console import AsJson, DryRun, Overrides, RecipePath, err, friendly_errors, out, run_stage
@@ -103,6 +104,64 @@ def embed(
         return {"plan": {"shards": planned.num_shards, "rows": planned.num_rows}}
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
+
+
+@app.command(epilog="Example: slq plan jobs/recipes/hub.yaml --seconds 60 --price 2.50")
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="how long to measure; loading comes on top")
+    ] = 60,
+    price: Annotated[float, typer.Option(min=0, help="of one encoder (GPU) for one hour")] = 2.5,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what `slq embed` will cost, from a minute of its own work: hours, bytes, shards, workers, ETA."""
+    from jobs.planning import estimate_table
+    from pipelines.estimate import estimate
+
+    def stage(resolved: Recipe) -> dict[str, Any]:
+        found = estimate(resolved, seconds=seconds, price=price)
+        if not as_json:
+            out.print(estimate_table(found))
+            for problem in found.problems:
+                out.print(f"[red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+        return found.to_json()
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
+
+
+@app.command(epilog="Example: slq verify runs/demo/embeddings --sample 100")
+def verify(
+    location: Annotated[
+        str, typer.Argument(help="an embedding data set: a folder or s3://bucket/prefix")
+    ],
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="adapter that made it (repeatable); the manifest's by default"),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=0, help="items embedded anew and compared; 0 needs no adapter")
+    ] = 32,
+    device: Annotated[str, typer.Option(help="where they are embedded: cpu or cuda")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Check an embedding data set: hashes, counts, columns, rows, vectors, ids, and a sample embedded anew."""
+    from jobs.verifying import checked, checks_table, finding_lines
+    from slq import log
+
+    log.configure()
+    with friendly_errors():
+        report = checked(location, adapter or (), sample, device)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        out.print(checks_table(report))
+        for line in (*finding_lines(report.findings), *map(escape, report.notes)):
+            out.print(line, highlight=False, soft_wrap=True)
+    if not report.is_sound:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: slq index jobs/recipes/demo.yaml --set index.kind=ivf")

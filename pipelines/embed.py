@@ -27,6 +27,7 @@ from pipelines.corpus import (
 from pipelines.embedding.calibration import CALIBRATION, measured_ranges, sample_shards
 from pipelines.embedding.canary import write_canary
 from pipelines.embedding.card import CARD, card
+from pipelines.embedding.costs import with_estimate
 from pipelines.embedding.driver import Totals, run
 from pipelines.embedding.flow import MODELS, PLAN, Flow
 from pipelines.embedding.interruption import stoppable
@@ -171,7 +172,9 @@ def _run(
         flow = _with_ranges(flow, ledger, len(plan))
     totals = Totals(len(plan), plan.summary.num_rows, ledger.commits(), workers)
     run(flow, ledger, todo, totals)
-    ledger.store.write(REPORT, json.dumps(totals.report(), indent=2).encode())
+    output_bytes = sum(commit.bytes for commit in ledger.commits().values())
+    report = with_estimate(totals.report(), recipe, configs[0].fingerprint, output_bytes)
+    ledger.store.write(REPORT, json.dumps(report, indent=2).encode())
     log.info(
         "embedded %d rows at %.1f rows/s; encoders were busy for %.0f%% of the time, %.1f%% of tokens were padding",
         totals.rows,

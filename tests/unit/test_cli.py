@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 SHIPPED = sorted(p for p in RECIPES.glob("*.yaml") if not p.name.startswith("pretrain_"))
 DEMO = RECIPES / "demo.yaml"
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-STAGES = ("train", "mine", "embed", "index", "eval", "serve")
+STAGES = ("train", "mine", "embed", "plan", "index", "eval", "serve")
 
 
 def slq(*arguments: str | Path) -> Any:
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def test_the_commands_are_those_that_the_documentation_names() -> None:
-    assert set(COMMANDS) >= {*STAGES, "search", "demo", "pretrain", "doctor"}
+    assert set(COMMANDS) >= {*STAGES, "search", "verify", "demo", "pretrain", "doctor"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -198,6 +198,21 @@ def test_a_search_with_a_missing_picture_or_index_says_so(tmp_path: Path) -> Non
     assert f"image {tmp_path}/x.png does not exist" in text
     text = refusal("search", "a fox", "--index", tmp_path)
     assert "holds no index; build one with `slq index`" in text
+
+
+def test_what_is_no_data_set_is_not_verified(tmp_path: Path) -> None:
+    text = refusal("verify", tmp_path)
+    assert (
+        f"ArtifactError: {tmp_path} is no finished embedding data set: it has no manifest" in text
+    )
+    assert len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [("verify", "x", "--sample", "-1"), ("plan", DEMO, "--seconds", "0")]
+)
+def test_numbers_out_of_range_are_usage_errors(options: tuple[str, ...]) -> None:
+    assert slq(*options).exit_code == 2
 
 
 def test_the_fine_stage_needs_a_service(tmp_path: Path) -> None:
