@@ -1,15 +1,17 @@
 """The driver's side: Ray Data from shard ids to written pieces, sealing, commits, and how far the run is."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipelines.commits import Commit
 from pipelines.embedding.arrivals import Arrivals
 from pipelines.embedding.encode import THREADS, EncodePieces
 from pipelines.embedding.flow import Flow
+from pipelines.embedding.journal import start_journal
 from pipelines.embedding.metrics import count
 from pipelines.embedding.pieces import FAILURE, Work, failure_text, raise_failure
 from pipelines.embedding.prepare import prepare
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 _MOST_SEALING = 8  # shards whose files are being written at once
 _BLOCK_BYTES = 128  # below any piece and above any shard id: every row is a block of its own
 _SHOW_EVERY_S = 2.0
+_LIBRARY_BYTES = 2**30
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Totals:
     bad: int = 0
     work: Work = field(default_factory=Work)
     started: float = field(default_factory=time.monotonic)
-    first_piece: float | None = None
+    encoding_since: float = math.inf
+    last_piece: float = 0.0
     shown: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,13 +56,12 @@ class Totals:
 
     def add(self, piece: Written) -> None:
         """Note a written piece."""
-        if self.first_piece is None:  # the models are loaded, so from here on rates mean something
-            self.first_piece = time.monotonic()
-            self.first_rows, self.first_busy = piece.good + piece.bad, piece.work.busy_s
+        began = piece.work.began or time.time()
+        self.encoding_since = min(self.encoding_since, began)
+        self.last_piece = time.time()
         self.good += piece.good
         self.bad += piece.bad
         self.work.add(piece.work)
-        self.last_piece = time.monotonic()
 
     @property
     def rows(self) -> int:
@@ -67,21 +70,17 @@ class Totals:
 
     @property
     def rows_per_s(self) -> float:
-        """Since the first piece came, without it; 0 before there is a second one."""
-        return (self.rows - self.first_rows) / self._steady_s if self._steady_s else 0.0
+        """From the first batch to the last written piece: loading the models is left out. 0 before there is one."""
+        return self.rows / self._encoding_s if self.rows else 0.0
 
     @property
     def busy_share(self) -> float:
-        """Share of the encoders' time that their models worked, since the first piece came."""
-        if not self._steady_s:
-            return 0.0
-        return (self.work.busy_s - self.first_busy) / (self._steady_s * self.workers)
+        """Share of the encoders' time that their models worked, over the same span."""
+        return self.work.busy_s / (self._encoding_s * self.workers) if self.rows else 0.0
 
     @property
-    def _steady_s(self) -> float:
-        if self.first_piece is None or self.rows == self.first_rows:
-            return 0.0
-        return self.last_piece - self.first_piece
+    def _encoding_s(self) -> float:
+        return max(1e-3, self.last_piece - self.encoding_since)
 
     @property
     def padding_share(self) -> float:
@@ -150,6 +149,7 @@ def run(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) 
     Raises:
         SlqError: What ended the run; committed shards stay.
     """
+    flow = replace(flow, journal=start_journal())
     again = {one["shard_id"]: totals.committed[one["shard_id"]] for one in todo if one["rows"]}
     arrivals, sealing = Arrivals(), Sealing(flow)
     for piece in written_pieces(dataset(flow, todo, totals.workers).iter_rows()):
@@ -174,6 +174,7 @@ def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     resources = flow.recipe.resources
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     preparing = resources.prepare_workers
@@ -185,9 +186,9 @@ def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
             fn_kwargs={"flow": flow},
             compute=TaskPoolStrategy(size=preparing) if preparing else None,
             num_cpus=1,
-            # A piece and its packed form. It also keeps Ray Data from fusing this stage into the encoders, as it does
-            # with stages of equal options: then the model would wait for decoding.
-            memory=2 * flow.recipe.embed.piece_bytes,
+            # A piece, its packed form and the libraries. It also keeps Ray Data from fusing this stage into the
+            # encoders, as it does with stages of equal options: then the model would wait for decoding.
+            memory=2 * flow.recipe.embed.piece_bytes + _LIBRARY_BYTES,
         )
         .map_batches(
             EncodePieces,

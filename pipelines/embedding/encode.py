@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipelines.embedding.batches import padded, unpack_prompts
 from pipelines.embedding.flow import Flow
+from pipelines.embedding.journal import KILLED_WORKER, Announcer, message
 from pipelines.embedding.metrics import count_work
 from pipelines.embedding.pieces import (
     Piece,
@@ -45,6 +46,7 @@ class EncodePieces:
         use_threads(1 if section.deterministic else section.num_threads)
         torch.use_deterministic_algorithms(section.deterministic)
         self._turn = threading.Lock()
+        self._announcer = Announcer(flow.journal)
         self._refusal: SlqError | None = None
         try:
             self._encoders = flow.encoders()
@@ -74,15 +76,35 @@ class EncodePieces:
         found: Found = []
         refused: Refusals = {}
         work = piece.work
-        for data in piece.batches:
-            prompts, rows = unpack_prompts(data)
-            found += self._encode(list(zip(rows, prompts, strict=True)), refused, work)
+        work.began = time.time()
+        with self._announcer.announced(f"encode {piece.name}") as careful:
+            for number, data in enumerate(piece.batches):
+                prompts, rows = unpack_prompts(data)
+                batch = list(zip(rows, prompts, strict=True))
+                if careful:
+                    found += self._with_care(f"{piece.name} {number}", batch, refused, work)
+                else:
+                    found += self._encode(batch, refused, work)
         piece.rows = with_refusals(piece.rows, refused)
         piece.vectors = _in_order(found)
         work.busy_s = self._timer.total_s()
         piece.batches = []
         count_work(work)
         return piece
+
+    def _with_care(self, name: str, batch: Sequence[Row], refused: Refusals, work: Work) -> Found:
+        """As `_encode`, of a piece that has killed workers: a batch that killed some is encoded item by item."""
+        with self._announcer.announced(f"encode {name}") as careful:
+            if not careful:
+                return self._encode(batch, refused, work)
+            found: Found = []
+            for one in batch:
+                with self._announcer.announced(f"encode {name} {one[0]}") as deadly:
+                    if deadly:
+                        refused[one[0]] = (KILLED_WORKER, message("encoded"))
+                    else:
+                        found += self._encode([one], refused, work)
+            return found
 
     def _encode(self, batch: Sequence[Row], refused: Refusals, work: Work) -> Found:
         """Vectors of a batch; a row that the model refuses is found by halving, and noted."""
@@ -131,8 +153,8 @@ def with_refusals(rows: pa.Table, refused: Refusals) -> pa.Table:
     if not refused:
         return rows
     records = rows.to_pylist()
-    for number, (reason, message) in refused.items():
-        records[number].update(error=reason, message=message, stage="encode")
+    for number, (reason, text) in refused.items():
+        records[number].update(error=reason, message=text, stage="encode")
     return pa.Table.from_pylist(records, schema=rows.schema)
 
 

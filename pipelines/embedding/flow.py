@@ -37,6 +37,7 @@ class Flow:
         user_schema: The user's own columns, serialised.
         models: The module whose `builder` and `encoders` give the models; a benchmark may name another.
         calibration: Ranges of int8 and binary vectors, as JSON; None where they are not asked for.
+        journal: Handle of the run's `Journal`.
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Flow:
     user_schema: bytes
     models: str = MODELS
     calibration: dict[str, Any] | None = None
+    journal: Any = None
 
     @cached_property
     def user_fields(self) -> list[pa.Field]:

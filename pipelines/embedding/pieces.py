@@ -63,6 +63,7 @@ class Work:
         tokens: Of their sequences.
         padded_tokens: Of the batches, padding included.
         busy_s: Time in the model.
+        began: When the encoder took the first of them, as `time.time`; 0 where none did.
     """
 
     input_bytes: int = 0
@@ -70,11 +71,14 @@ class Work:
     tokens: int = 0
     padded_tokens: int = 0
     busy_s: float = 0.0
+    began: float = 0.0
 
     def add(self, other: "Work") -> None:
         """Add another's numbers to these."""
+        began = min((one for one in (self.began, other.began) if one), default=0.0)
         for one in fields(self):
             setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        self.began = began
 
 
 @dataclass(slots=True)

@@ -5,7 +5,9 @@ needs is complete here, so that an encoder has nothing to do but forward passes.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ import pyarrow as pa
 from pipelines.corpus import Record, Shard, rows_changed
 from pipelines.embedding.batches import batches_by_tokens, pack_prompts
 from pipelines.embedding.flow import Flow
+from pipelines.embedding.journal import KILLED_WORKER, Announcer, message
 from pipelines.embedding.pieces import Piece, Work, failure_block, rows_schema
 from slq.backbones.prompting import Prompt, PromptBuilder
 from slq.errors import DataError, MediaError, SlqError
@@ -52,21 +55,26 @@ def prepared_pieces(flow: Flow, shard_id: int, only: list[int] | None = None) ->
         DataError: The corpus changed after it was planned.
         StorageError: It cannot be reached.
     """
-    shard = flow.plan().shard(shard_id)
-    corpus, chosen = flow.corpus(), None if only is None else frozenset(only)
-    draft, count, end = _Draft(flow, shard_id), 0, None if only is None else max(only)
-    for row, record in enumerate(corpus.records(shard)):
+    shard, draft, count = flow.plan().shard(shard_id), _Draft(flow, shard_id), 0
+    for row, record in _chosen(flow.corpus().records(shard), only):
         count += 1
-        if chosen is not None and row not in chosen:
-            if end is not None and row > end:
-                break
-            continue
         if draft.is_full:
             yield draft.finished(last=False)
         draft.add(row, record)
     if only is None:
         _require_unchanged(flow, shard, count)  # who reads rows again may have mended their files
     yield draft.finished(last=True)
+
+
+def _chosen(records: Iterable[Record], only: list[int] | None) -> Iterator[tuple[int, Record]]:
+    """Records with their row numbers: all, or those that are asked for."""
+    if only is None:
+        yield from enumerate(records)
+        return
+    wanted = frozenset(only)
+    yield from (
+        (n, record) for n, record in enumerate(islice(records, max(only) + 1)) if n in wanted
+    )
 
 
 def _require_unchanged(flow: Flow, shard: Shard, count: int) -> None:
@@ -91,9 +99,13 @@ class _Draft:
         self._schema = rows_schema(flow.user_fields)
         self._user = [field.name for field in flow.user_fields]
         self._shard_id, self._number = shard_id, 0
+        self._announcer = Announcer(flow.journal)
         self._start()
 
     def _start(self) -> None:
+        self._open = ExitStack()
+        self._name = f"prepare {self._shard_id} {self._number}"
+        self._careful = self._open.enter_context(self._announcer.announced(self._name))
         self._rows: list[Row] = []
         self._prompts: dict[int, Prompt] = {}  # by position in `_rows`
         self._num_bytes = 0
@@ -109,7 +121,7 @@ class _Draft:
 
     def add(self, row: int, record: Record) -> None:
         """Take one record of the corpus."""
-        values, prompt = prepared_row(self._builder, record)
+        values, prompt = self._prepared(row, record)
         values["row"] = row
         self._work.input_bytes += len(record.image or b"") + len(
             (record.text or "").encode("utf-8", "replace")
@@ -119,6 +131,16 @@ class _Draft:
             self._prompts[len(self._rows)] = prompt
             self._num_bytes += sum(tensor.nbytes for tensor in prompt.vision.values())
         self._rows.append(values)
+
+    def _prepared(self, row: int, record: Record) -> tuple[Row, Prompt | None]:
+        """The row; of a piece that has killed workers, each is announced."""
+        if not self._careful:
+            return prepared_row(self._builder, record)
+        with self._announcer.announced(f"{self._name} {row}") as deadly:
+            if not deadly:
+                return prepared_row(self._builder, record)
+        refusal = {"error": KILLED_WORKER, "message": message("prepared")}
+        return stored_row(record) | refusal, None
 
     def finished(self, *, last: bool) -> Piece:
         """The piece as it is; what comes after goes into the next one."""
@@ -137,7 +159,9 @@ class _Draft:
         rows = pa.Table.from_pylist(self._rows, schema=self._schema)
         piece = Piece(self._shard_id, self._number, last, rows, packed, work=self._work)
         self._number += 1
-        self._start()
+        self._open.close()
+        if not last:
+            self._start()
         return piece
 
 
@@ -149,13 +173,7 @@ def _dtype_of(flow: Flow) -> Any:
 
 def prepared_row(builder: PromptBuilder, record: Record) -> tuple[Row, Prompt | None]:
     """What is stored of a record, and its token sequence; a refused one has a reason instead."""
-    row: Row = {
-        "id": record.id,
-        "uri": record.uri,
-        "text": record.text,
-        "content_hash": content_hash(record),
-        "stage": "decode",
-    }
+    row = stored_row(record)
     if record.problem is not None:
         return row | {"error": record.reason, "message": record.problem}, None
     try:
@@ -169,6 +187,17 @@ def prepared_row(builder: PromptBuilder, record: Record) -> tuple[Row, Prompt | 
     except (ValueError, RuntimeError, DataError) as error:  # of processors and tokenizers
         return row | {"error": "model_refused", "message": str(error), "stage": "prepare"}, None
     return row, prompt
+
+
+def stored_row(record: Record) -> Row:
+    """What is stored of a record whatever becomes of it."""
+    return {
+        "id": record.id,
+        "uri": record.uri,
+        "text": record.text,
+        "content_hash": content_hash(record),
+        "stage": "decode",
+    }
 
 
 def _item(record: Record) -> Item:

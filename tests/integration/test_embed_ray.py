@@ -504,6 +504,7 @@ def without_cluster(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{}])
     monkeypatch.setattr(driver, "Sealing", SealingHere)
+    monkeypatch.setattr(driver, "start_journal", lambda: None)
     return recorders
 
 

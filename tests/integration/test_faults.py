@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from jobs.bench.embedding.stand_in import KILLS_ENCODE, KILLS_PREPARE
 from pipelines.commits import Commit, shard_name
 from pipelines.embed import embed
 from pipelines.embedding import driver
@@ -282,3 +283,40 @@ def test_quarantined_rows_are_embedded_again_and_only_those(
     ours, theirs = (read_embeddings(r.storage.embeddings) for r in (recipe, whole))
     assert ours[0]["id"].to_pylist() == theirs[0]["id"].to_pylist()
     np.testing.assert_allclose(ours[1], theirs[1], rtol=0, atol=1e-3)
+
+
+def test_an_item_that_kills_its_worker_is_found_and_set_aside(
+    tiny_run: Recipe, tmp_path: Path
+) -> None:
+    """As one that needs more memory than there is: Ray would start its work again for ever."""
+    rows = [{"id": f"t{n}", "text": f"a fox {n}"} for n in range(60)]
+    rows[17]["text"], rows[41]["text"] = KILLS_PREPARE, KILLS_ENCODE
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    recipe = changed(
+        tiny_run,
+        data={"corpus": str(tmp_path / "c.parquet")},
+        embed={"shard_rows": 30, "piece_rows": 10, "batch_size": 4},
+        resources={"embed_workers": 1},
+    )
+    recipe = with_untrained_adapter(recipe)
+    embed(recipe, models="jobs.bench.embedding.stand_in")
+    found, _, _ = read_embeddings(recipe.storage.embeddings)
+    assert found["id"].to_pylist() == [row["id"] for row in rows if row["id"] not in ("t17", "t41")]
+    bad = pa.concat_tables(
+        [pq.read_table(path) for path in sorted((folder(recipe) / "errors").glob("part-*"))]
+    )
+    assert {row["id"]: (row["stage"], row["error"]) for row in bad.to_pylist()} == {
+        "t17": ("decode", "killed_worker"),
+        "t41": ("encode", "killed_worker"),
+    }
+    clean = with_untrained_adapter(changed(recipe, storage={"dir": tmp_path / "clean"}))
+    harmless = [{**row, "text": row["text"].replace("slq: kill", "a dog")} for row in rows]
+    pq.write_table(pa.Table.from_pylist(harmless), tmp_path / "d.parquet")
+    clean = changed(clean, data={"corpus": str(tmp_path / "d.parquet")})
+    embed(clean, models="jobs.bench.embedding.stand_in")
+    ours, theirs = (
+        dict(zip(t["id"].to_pylist(), v, strict=True))
+        for t, v, _ in (read_embeddings(r.storage.embeddings) for r in (recipe, clean))
+    )
+    for name, vector in ours.items():
+        np.testing.assert_array_equal(vector, theirs[name])
