@@ -10,6 +10,8 @@ import numpy as np
 from pipelines.progress import show
 from slq.errors import SlqError
 
+_SHOW_EVERY_S = 1.0
+
 
 def parts(count: int, number: int = 8) -> list[slice]:
     """`number` slices of nearly equal length that cover `count` rows; fewer where there are fewer rows."""
@@ -25,14 +27,15 @@ def collect(tasks: list[Any], what: str) -> list[Any]:
     """
     import ray
 
-    waiting, started = list(tasks), time.monotonic()
+    waiting, started, shown = list(tasks), time.monotonic(), -_SHOW_EVERY_S
     try:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
             ray.get(ready)  # raises what ended it
-            ended = len(tasks) - len(waiting)
-            eta = (time.monotonic() - started) / ended * len(waiting)
-            show(f"{what} {ended}/{len(tasks)}  ETA {eta:.0f} s")
+            ended, now = len(tasks) - len(waiting), time.monotonic()
+            if now - shown >= _SHOW_EVERY_S or not waiting:
+                shown, eta = now, (now - started) / ended * len(waiting)
+                show(f"{what} {ended}/{len(tasks)}  ETA {eta:.0f} s")
         results: list[Any] = ray.get(tasks)
     except ray.exceptions.RayTaskError as error:
         for task in waiting:  # they would only fail too, one after the other

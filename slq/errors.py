@@ -54,6 +54,10 @@ class StorageError(SlqError):
     """The output cannot be written: no space, no permission, or the store failed."""
 
 
+class ClusterError(SlqError):
+    """Workers or nodes were lost, and Ray gave up."""
+
+
 class InterruptedRunError(SlqError):
     """A signal ended a run that can go on later."""
 

@@ -19,7 +19,7 @@ from pipelines.embedding.seal import remove_pieces, seal
 from pipelines.embedding.write import Written, write_piece
 from pipelines.ledger import Ledger
 from pipelines.progress import show
-from slq.errors import ArtifactError, SlqError
+from slq.errors import ArtifactError, ClusterError, SlqError
 
 log = logging.getLogger(__name__)
 _MOST_SEALING = 8  # shards whose files are being written at once
@@ -147,8 +147,24 @@ def run(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) 
         totals: Counts what is done.
 
     Raises:
+        ClusterError: Ray gave up on lost workers.
         SlqError: What ended the run; committed shards stay.
     """
+    import ray
+
+    try:
+        _run(flow, ledger, todo, totals)
+    except ray.exceptions.RayTaskError:
+        raise  # a mistake of ours, with its traceback
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClusterError(
+            f"Ray gave up: {reason}; committed shards stay, and the same command goes on from there"
+        ) from None
+
+
+def _run(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) -> None:
+    """See `run`."""
     flow = replace(flow, journal=start_journal())
     again = {one["shard_id"]: totals.committed[one["shard_id"]] for one in todo if one["rows"]}
     arrivals, sealing = Arrivals(), Sealing(flow)

@@ -109,9 +109,10 @@ def test_a_dry_run_of_mining_knows_the_pairs_or_who_makes_them(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if path.stem == "hub":
+    own = {"hub": "/data/coco", "corpus": "/data/corpus"}.get(path.stem)
+    if own:
         text = refusal("mine", path, "--dry-run")
-        assert "ConfigError: data.train: /data/coco/train.parquet does not exist" in text
+        assert f"ConfigError: data.train: {own}/train.parquet does not exist" in text
         return
     shown = json.loads(slq("mine", path, "--dry-run", "--json").stdout)
     assert shown["plan"]["pairs"] == (3072 if path.stem == "demo" else "generated first")
