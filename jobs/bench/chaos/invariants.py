@@ -79,8 +79,8 @@ def violations(folder: Path, clean: Path, ids: list[str]) -> list[str]:
         One sentence per finding; none if each id of the corpus came out exactly once or was quarantined, all files are
         what their commit records say, they have the bytes of the clean run's, and there is no other file.
     """
-    found = [*_wrong_names(folder, clean), *_wrong_bytes(folder)]
-    if found:  # what cannot be trusted is not read
+    found = [*_wrong_names(folder, clean)] or [*_wrong_bytes(folder)]
+    if found:  # what is not there, or cannot be trusted, is not read
         return found
     return [*_wrong_ids(folder, ids), *_other_bytes(folder, clean)]
 
