@@ -1,6 +1,8 @@
 """Named points at which a run can be made to die, for tests and `slq bench chaos`.
 
 `SLQ_FAILPOINT=commit_after` kills the first process that gets there, `commit_after:3` when it does for the third time.
+Ray starts a new worker where one died, and it inherits the environment: with `SLQ_FAILPOINT_MARK=FILE` only the process
+that creates the file dies, so one of all does, once.
 """
 
 import difflib
@@ -12,6 +14,7 @@ from collections import Counter
 from slq.errors import ConfigError
 
 VARIABLE = "SLQ_FAILPOINT"
+MARK = "SLQ_FAILPOINT_MARK"
 FAILPOINTS = (
     "plan_written",
     "piece_before_write",
@@ -27,6 +30,10 @@ FAILPOINTS = (
     "manifest_after",
 )
 """In the order of a run. `publish_*` come once per file of a shard, `sweep` before each file that is removed."""
+IN_WORKERS = frozenset(
+    {"piece_before_write", "piece_after_write", "shard_before_write", "shard_after_write"}
+)
+"""Those that tasks get to; the others are the driver's."""
 
 _reached: Counter[str] = Counter()
 _counting = threading.Lock()
@@ -47,8 +54,20 @@ def reach(name: str) -> None:
     wanted, count = _parse(text)
     with _counting:
         _reached[name] += 1
-        if name == wanted and _reached[name] == count:
+        if name == wanted and _reached[name] == count and _is_first():
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_first() -> bool:
+    """Whether no process that shares the mark has died before."""
+    path = os.environ.get(MARK)
+    if not path:
+        return True
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _parse(text: str) -> tuple[str, int]:

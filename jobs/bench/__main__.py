@@ -7,7 +7,11 @@ from typing import Any
 
 from slq.errors import ConfigError, SlqError
 
-BENCHES = {"train": "jobs.bench.train", "embed": "jobs.bench.embedding"}
+BENCHES = {
+    "train": "jobs.bench.train",
+    "embed": "jobs.bench.embedding",
+    "chaos": "jobs.bench.chaos",
+}
 """Modules by name, imported when they are asked for: `train` runs with torch and transformers alone."""
 
 

@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from pipelines.failpoints import FAILPOINTS, VARIABLE, reach
+from pipelines.failpoints import FAILPOINTS, IN_WORKERS, MARK, VARIABLE, reach
 from slq.errors import ConfigError
 
 _LOOP = """
@@ -19,6 +20,16 @@ for step in range(3):
 """
 
 
+def run_loop(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _LOOP],
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(
     ("failpoint", "steps"),
     [("sweep", 1), ("sweep:1", 1), ("sweep:3", 3), ("piece_after_write:2", 2), ("commit_after", 3)],
@@ -26,15 +37,19 @@ for step in range(3):
 def test_a_process_dies_when_it_gets_to_its_point_for_the_nth_time(
     failpoint: str, steps: int
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _LOOP],
-        env={**os.environ, VARIABLE: failpoint, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_loop({VARIABLE: failpoint})
     assert done.stdout.split() == [str(step) for step in range(steps)]
     assert done.returncode == (0 if failpoint == "commit_after" else -signal.SIGKILL)
+
+
+def test_of_the_processes_that_share_a_mark_one_dies(tmp_path: Path) -> None:
+    environment = {VARIABLE: "sweep:2", MARK: str(tmp_path / "died")}
+    codes = [run_loop(environment).returncode for _ in range(3)]
+    assert codes == [-signal.SIGKILL, 0, 0]
+
+
+def test_points_of_workers_are_points() -> None:
+    assert set(FAILPOINTS) > IN_WORKERS
 
 
 def test_without_the_variable_no_point_does_anything(monkeypatch: pytest.MonkeyPatch) -> None:
