@@ -219,7 +219,8 @@ def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
             num_cpus=0 if resources.gpus_per_worker else 1,
             num_gpus=resources.gpus_per_worker or None,
         )
-        .map_batches(write_piece, **whole, fn_kwargs={"flow": flow}, num_cpus=0.5)
+        # No CPU of its own: where encoders and a waiting preparation hold all of them, nothing would ever be written.
+        .map_batches(write_piece, **whole, fn_kwargs={"flow": flow}, num_cpus=0)
     )
 
 

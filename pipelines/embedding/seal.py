@@ -17,7 +17,7 @@ from pipelines.failpoints import reach
 from pipelines.ledger import Ledger
 from pipelines.storage import LocalStore, Store
 from slq.arrow import ERRORS
-from slq.errors import ArtifactError, StorageError
+from slq.errors import ArtifactError, DataError, StorageError
 
 _GROUP_ROWS = 16_384  # some 30 MB of float16 vectors: enough to read fast, little enough to hold
 
@@ -43,9 +43,10 @@ def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
     data: Iterator[pa.Table] = _tables(ledger.store, flow.run, pieces, "data")
     errors = list(_tables(ledger.store, flow.run, pieces, "errors"))
     if before is not None:
+        new = pa.concat_tables([flow.shard_schema.empty_table(), *data])
+        require_same_items(_read(ledger, errors_name(shard_id, before.generation)), [new, *errors])
         old = _read(ledger, shard_name(shard_id, before.generation))
-        again = pa.concat_tables([old, *data]) if pieces else old
-        data = iter([again.sort_by("row_in_shard")])
+        data = iter([pa.concat_tables([old, new]).sort_by("row_in_shard")])
     reach("shard_before_write")
     name = attempt_name(shard_name(shard_id, generation), attempt)
     sha256, size, rows = _write(
@@ -66,6 +67,25 @@ def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
         errors_sha256=errors_sha256,
         generation=generation,
     )
+
+
+def require_same_items(quarantined: pa.Table, found: list[pa.Table]) -> None:
+    """Rows that are read again must be the items that were quarantined: a mended corpus may not be another one.
+
+    Raises:
+        DataError: A row holds another item.
+    """
+    names = dict(
+        zip(*(quarantined[name].to_pylist() for name in ("row_in_shard", "id")), strict=True)
+    )
+    for table in found:
+        rows, ids = (table[name].to_pylist() for name in ("row_in_shard", "id"))
+        for row, name in zip(rows, ids, strict=True):
+            if names[row] != name:
+                raise DataError(
+                    f"row {row} of shard {quarantined['shard_id'][0]} was item {names[row]!r} and is now {name!r}: the "
+                    "corpus has other rows than before; embed it into another storage.dir"
+                )
 
 
 def remove_pieces(store: Store, run: str, pieces: list[Written]) -> None:

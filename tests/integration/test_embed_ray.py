@@ -34,6 +34,7 @@ from slq.artifacts import load_adapter_config
 from slq.errors import (
     ArtifactError,
     ArtifactMismatchError,
+    ClusterError,
     ConfigError,
     DataError,
     HardwareError,
@@ -614,3 +615,19 @@ def test_shards_that_never_came_back_are_named_and_no_manifest_claims_them(
     monkeypatch.setattr(Recorder, "lost_pieces", 0)
     embed(recipe)
     assert len(stored(recipe)) == 32
+
+
+def test_a_cluster_that_is_lost_ends_in_words(
+    tiny_run: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def lost(_: Any) -> Any:
+        raise ray.exceptions.NodeDiedError("the node is gone\nand more")
+
+    without_cluster(monkeypatch)
+    monkeypatch.setattr(driver, "written_pieces", lost)
+    with pytest.raises(
+        ClusterError, match=r"^Ray gave up: .*; committed shards stay, and the same"
+    ):
+        embed(with_untrained_adapter(tiny_run))

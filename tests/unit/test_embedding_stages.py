@@ -20,6 +20,7 @@ from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.models import adapter_configs, new_flow
 from pipelines.embedding.pieces import Piece, is_failure, raise_failure
 from pipelines.embedding.prepare import prepare, prepared_pieces
+from pipelines.embedding.seal import require_same_items
 from pipelines.embedding.write import data_table, errors_table
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe
@@ -431,3 +432,15 @@ def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def test_rows_that_are_read_again_must_be_the_same_items() -> None:
+    def table(*rows: tuple[int, str]) -> pa.Table:
+        columns = [[row for row, _ in rows], [name for _, name in rows]]
+        return pa.table([*columns, [3] * len(rows)], names=["row_in_shard", "id", "shard_id"])
+
+    before = table((2, "a"), (5, "b"))
+    require_same_items(before, [table((2, "a")), table((5, "b"))])
+    require_same_items(before, [table((5, "b"))])
+    with pytest.raises(DataError, match=r"row 5 of shard 3 was item 'b' and is now 'c'"):
+        require_same_items(before, [table((2, "a")), table((5, "c"))])
