@@ -62,10 +62,10 @@ class Announcer:
 
 
 def start_journal() -> Any:
-    """A journal for one run."""
+    """A journal for one run. Where its node is lost it begins anew elsewhere, and has forgotten some deaths."""
     import ray
 
-    return ray.remote(num_cpus=0)(Journal).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Journal).remote()
 
 
 def message(stage: str) -> str:

@@ -192,10 +192,10 @@ def test_a_run_that_is_told_to_stop_ends_within_seconds_in_words_and_goes_on(
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A Ray of one node of two CPUs, and a second node that may be lost."""
+    """A Ray of one node of three CPUs, and a second node that may be lost; two encoders and a reader fit into one."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "object_store_memory": 128 * 2**20, "include_dashboard": False}
+    node = {"num_cpus": 3, "object_store_memory": 128 * 2**20, "include_dashboard": False}
     found = Cluster(initialize_head=True, head_node_args=node)
     found.add_node(num_cpus=2, object_store_memory=128 * 2**20)
     found.wait_for_nodes()
