@@ -34,6 +34,7 @@ from pipelines.embedding.interruption import stoppable
 from pipelines.embedding.models import adapter_configs, new_flow, stored_dimension
 from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
+from pipelines.embedding.shortage import shortage_told
 from pipelines.failpoints import reach
 from pipelines.ledger import MANIFEST, Ledger
 from pipelines.recipe import Recipe
@@ -171,7 +172,8 @@ def _run(
     if {"int8", "binary"} & set(recipe.embed.outputs):
         flow = _with_ranges(flow, ledger, len(plan))
     totals = Totals(len(plan), plan.summary.num_rows, ledger.commits(), workers)
-    run(flow, ledger, todo, totals)
+    with shortage_told(recipe, ray.cluster_resources):
+        run(flow, ledger, todo, totals)
     output_bytes = sum(commit.bytes for commit in ledger.commits().values())
     report = with_estimate(totals.report(), recipe, configs[0].fingerprint, output_bytes)
     ledger.store.write(REPORT, json.dumps(report, indent=2).encode())
