@@ -373,7 +373,7 @@ def doctor() -> None:
 )
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="which one: train, embed")],
+    name: Annotated[str, typer.Argument(help="which one: train, embed, chaos")],
 ) -> None:
     """Measure ratios of fast path to slow path; the benchmark's own options follow its name."""
     from jobs.bench.__main__ import run
