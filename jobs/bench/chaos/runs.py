@@ -16,7 +16,7 @@ from jobs.bench.chaos.invariants import BrokenInvariantError
 
 _MARK = "SLQ_CHAOS_RUN"
 _POLL_S = 0.05
-_LEAVE_S = 30.0  # Ray's processes notice that their driver is gone within a second or two
+_LEAVE_S = 120.0  # workers leave within two seconds; Ray's agents call their dead head node for a minute before
 _SHOWN_LINES = 15
 
 

@@ -23,6 +23,7 @@ from pipelines.progress import show
 _KILLS_PER_DATA_SET = (
     5  # each leaves half of what it met, so that later ones would only meet the last shard
 )
+_SHARE_STARTING = 0.25
 _OFTEN = {"piece": 3, "commit": None, "publish": None}
 """How often a process gets at least to points of this kind; None: once per shard. Once where nothing stands here."""
 _STEPS = {
@@ -65,17 +66,24 @@ def kill_drivers(stand: Stand, rng: random.Random, kills: int) -> dict[str, Any]
 
 
 def _kill_driver(stand: Stand, rng: random.Random, folder: Path) -> dict[str, Any] | None:
-    """Start a run and kill it; None if it ended before."""
-    before = Snapshot.of(folder)
+    """Start a run and kill it, mostly at work; None if nothing was left for it, or it ended before."""
+    before, stale = Snapshot.of(folder), _pieces(folder)
     left = 1 - len(before.shards) / stand.num_shards
+    starting, whole = rng.random() < _SHARE_STARTING, rng.random() < 0.5
     working_s = left * (stand.seconds - stand.first_commit_s)
-    moment = rng.uniform(stand.first_commit_s / 2, stand.first_commit_s + working_s)
-    whole = rng.random() < 0.5
+    pause_s = rng.uniform(0, stand.first_commit_s if starting else working_s)
+    if not left:
+        return None
     with stand.start(folder) as run:
-        code = run.wait(moment)
+        if (
+            not starting
+        ):  # an event, as how long a start takes depends on what else the machine does
+            run.wait_for(lambda: _pieces(folder) - stale, LIMIT_S)
+        code = run.wait(pause_s)
         if code is not None:
             run.require_success(code)
             return None
+        seconds = run.seconds
         run.kill(whole=whole)
         run.require_gone()  # workers of a driver that died alone leave by themselves
     touched = before.touched(folder)
@@ -83,10 +91,15 @@ def _kill_driver(stand: Stand, rng: random.Random, folder: Path) -> dict[str, An
         raise BrokenInvariantError(f"{folder}: {touched} were committed, and were touched")
     return {
         "killed": "machine" if whole else "driver",
-        "after_s": round(moment, 1),
+        "while": "starting" if starting else "working",
+        "after_s": round(seconds, 1),
         "shards_before": len(before.shards),
         "shards_after": len(Snapshot.of(folder).shards),
     }
+
+
+def _pieces(folder: Path) -> set[Path]:
+    return set(folder.glob("pieces/*/*.arrow"))
 
 
 def die_at(stand: Stand, rng: random.Random, point: str) -> dict[str, Any]:
