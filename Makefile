@@ -15,9 +15,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)  ## train, embed, index, evaluate, serve and query; writes $(OUT)/report.html
 	$(BIN)/slq demo --out $(OUT)
 
-test: $(STAMP)  ## all tests: those without Ray on all cores, then the others beside each other on two local Rays
+test: $(STAMP)  ## all tests: those without Ray on all cores, then the others one by one, as many start Rays of their own
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not ray"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ray
+	$(BIN)/python -m pytest -m ray
 
 check: $(STAMP)  ## format, lint, import direction, types
 	$(BIN)/ruff format --check .

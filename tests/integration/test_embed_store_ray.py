@@ -173,7 +173,7 @@ def test_a_run_that_is_told_to_stop_ends_within_seconds_in_words_and_goes_on(
     with start(recipe, tmp_path) as run:
         assert run.wait_for(lambda: num_committed(recipe) >= 2, LIMIT_S)
         os.kill(run.pid, signal.SIGTERM)
-        code = run.wait(10)
+        code = run.wait(60)  # some 3 s on an idle machine, and tests have others beside them
         assert code == 1
         run.require_gone()
     require_one_red_line(

@@ -159,7 +159,7 @@ def test_unreadable_items_are_left_out_and_counted(
     rows = pq.read_table(recipe.data.path("corpus")).to_pylist()
     rows[2]["image"] = b"no image"
     pq.write_table(pa.Table.from_pylist(rows, schema=ITEMS), tmp_path / "corpus.parquet")
-    found = load_benchmark(changed(recipe, data={"corpus": tmp_path / "corpus.parquet"}))
+    found = load_benchmark(changed(recipe, data={"corpus": str(tmp_path / "corpus.parquet")}))
     assert len(found.items) == whole["num_items"] - 1
     assert rows[2]["id"] not in {item.id for item in found.items}
     assert not any(query.id.startswith(f"{rows[2]['id']}-") for query in found.queries)

@@ -66,7 +66,7 @@ def recipe_of(scenes_dir: Path, folder: Path) -> Recipe:
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "corpus.parquet")
     return changed(
         Recipe(),
-        data={"dir": scenes_dir, "corpus": folder / "corpus.parquet"},
+        data={"dir": scenes_dir, "corpus": str(folder / "corpus.parquet")},
         adapter={"num_latents": 4},
         embed={"shard_rows": 40},
         rerank={"depth": DEPTH},
