@@ -14,6 +14,7 @@ from typing import IO
 from pipelines.storage.base import Store, StoredFile, WriterLock, unwritable
 from slq.errors import StorageError
 
+_TRIES = 5
 _COPY_BYTES = 4 * 2**20
 _PARTIAL = ".partial"  # ends the names of files that are being written; no listing shows them
 
@@ -98,6 +99,16 @@ class LocalStore(Store):
             return False
 
     def _put(self, name: str, data: bytes, put: Callable[[Path, Path], object]) -> None:
+        for attempt in range(_TRIES):
+            try:
+                self._put_once(name, data, put)
+            except FileNotFoundError:  # another driver removed the folder between two of our steps
+                if attempt + 1 == _TRIES:
+                    raise
+            else:
+                return
+
+    def _put_once(self, name: str, data: bytes, put: Callable[[Path, Path], object]) -> None:
         path = self.path(name)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
         try:

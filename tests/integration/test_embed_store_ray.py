@@ -25,7 +25,7 @@ from slq.arrow import ITEMS
 from tests.faulty_store import FaultyStore, faulty_store
 from tests.integration.runs import changed, with_untrained_adapter
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 LIMIT_S = 300.0
 RETRY_S = 4.0
 

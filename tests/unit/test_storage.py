@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import pickle
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -494,3 +495,23 @@ def test_in_an_object_store_nobody_is_alone() -> None:
     assert not lock.take()
     lock.share()
     lock.close()
+
+
+def test_a_folder_that_goes_away_while_a_file_is_written_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another driver finishes, and removes all pieces."""
+    store, left = LocalStore(tmp_path), [2]
+    genuine = os.fsync
+
+    def removed_meanwhile(handle: int) -> None:
+        genuine(handle)
+        if left[0]:
+            left[0] -= 1
+            shutil.rmtree(tmp_path / "pieces")
+
+    monkeypatch.setattr(os, "fsync", removed_meanwhile)
+    store.write("pieces/run/a", b"content")
+    assert left == [0]
+    assert store.read("pieces/run/a") == b"content"
+    assert [file.name for file in store.files()] == ["pieces/run/a"]
