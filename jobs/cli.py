@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jobs.console import AsJson, DryRun, Overrides, RecipePath, err, friendly_errors, out, run_stage
 from jobs.results import results_table
+from pipelines.progress import duration
 from pipelines.recipe import Recipe
 
 app = typer.Typer(
@@ -386,7 +387,7 @@ def pretrain_line(metrics: dict[str, float], num_steps: int) -> str:
     """One line of progress."""
     known = ("caption", "match", "restate", "match_accuracy", "caption_accuracy")
     shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in known if name in metrics)
-    return f"step {metrics['step']:.0f}/{num_steps}  {shown}  ETA {metrics['eta_s'] / 60:.0f} min"
+    return f"step {metrics['step']:.0f}/{num_steps}  {shown}  ETA {duration(metrics['eta_s'])}"
 
 
 if __name__ == "__main__":

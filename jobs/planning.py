@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from pipelines.embedding.costs import Estimate
-from pipelines.embedding.driver import clock
+from pipelines.progress import duration
 
 _BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -40,7 +40,7 @@ def _lines(found: Estimate) -> list[tuple[str, str, str]]:
         ("cost", f"{found.cost:,.2f}", f"at {found.price_per_encoder_hour:.2f} per encoder-hour"),
         (
             "ETA",
-            clock(found.eta_s),
+            duration(found.eta_s),
             f"at {found.rows_per_s:.1f} rows/s, after the models are loaded",
         ),
     ]

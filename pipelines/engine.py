@@ -6,6 +6,8 @@ safetensors file: each trained tensor in float32 with its two moments, and the n
 
 import hashlib
 import os
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -255,3 +257,11 @@ def _set_part(engine: Any, parameter: Any, moment: str | None, value: Tensor) ->
         safe_set_local_fp32_param(parameter, part)
     else:
         safe_set_local_optimizer_state(parameter, part, moment)
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """The most memory that this process has held so far: torch's on a GPU, else all that was resident."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -47,11 +47,6 @@ def read_embeddings(location: str) -> tuple[pa.Table, NDArray[np.float32], str]:
     return table.drop_columns(others), vectors, str(manifest["fingerprint"])
 
 
-def _read(ledger: Ledger, name: str) -> pa.Table:
-    with ledger.store.open(name) as file:
-        return pq.read_table(file)
-
-
 def index(recipe: Recipe) -> Path:
     """Build and publish an index version; does nothing when the current one already holds these vectors.
 

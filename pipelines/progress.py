@@ -69,3 +69,12 @@ def progress_sink() -> Iterator[Any]:
 def show(line: str) -> None:
     """Print one progress line where a person looks and a pipe does not."""
     print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A duration as people read it: `45 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for limit, size, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            value = seconds / size
+            return f"{value:.1f} {name}" if name == "h" else f"{value:.0f} {name}"
+    return f"{seconds / 86_400:.1f} days"

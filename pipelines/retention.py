@@ -5,8 +5,8 @@ from typing import Any
 
 from pipelines.loading import backbone_of, use_threads
 from pipelines.recipe import Recipe
+from pipelines.tasks import collect
 from slq.artifacts import load_adapter
-from slq.errors import SlqError
 from slq.pretraining.config import PretrainConfig
 from slq.pretraining.evaluation import accuracies_of
 
@@ -32,13 +32,9 @@ def retention(recipe: Recipe, adapter: Path | None, *, num_scenes: int) -> dict[
 
     # max_calls: the next adapter gets a new process, so neither memory nor a changed model is left behind
     task = ray.remote(num_cpus=1, max_calls=1)(measure)
-    try:
-        found: dict[str, Any] = ray.get(task.remote(recipe.model_dump_json(), adapter, num_scenes))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, SlqError):
-            raise error.cause from None
-        raise
-    return found
+    asked = task.remote(recipe.model_dump_json(), adapter, num_scenes)
+    found: list[dict[str, Any]] = collect([asked], "retention")
+    return found[0]
 
 
 def measure(recipe_json: str, adapter: Path | None, num_scenes: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.progress import show
+from pipelines.progress import duration, show
 from slq.errors import SlqError
 
 _SHOW_EVERY_S = 1.0
@@ -35,7 +35,7 @@ def collect(tasks: list[Any], what: str) -> list[Any]:
             ended, now = len(tasks) - len(waiting), time.monotonic()
             if now - shown >= _SHOW_EVERY_S or not waiting:
                 shown, eta = now, (now - started) / ended * len(waiting)
-                show(f"{what} {ended}/{len(tasks)}  ETA {eta:.0f} s")
+                show(f"{what} {ended}/{len(tasks)}  ETA {duration(eta)}")
         results: list[Any] = ray.get(tasks)
     except ray.exceptions.RayTaskError as error:
         for task in waiting:  # they would only fail too, one after the other

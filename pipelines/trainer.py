@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -25,27 +23,31 @@ from pipelines.engine import (
     gradient_norm,
     load_training_state,
     make_engine,
+    peak_memory_bytes,
     training_state,
 )
 from pipelines.loading import backbone_of, untrained_adapter, untrained_latents
 from pipelines.negatives import MinedNegatives
 from pipelines.recipe import VARIANTS, Recipe
-from pipelines.training_log import HISTORY, TrainingLog, read_history, write_history
-from slq.artifacts import fingerprint, load_trained, save_adapter, vision_fingerprint
-from slq.backbones import Backbone
-from slq.backbones.vision import VisionStore
+from pipelines.training_log import (
+    HISTORY,
+    TrainingLog,
+    progress_line,
+    read_history,
+    write_history,
+)
+from pipelines.training_source import training_source
+from slq.artifacts import load_trained, save_adapter
 from slq.collectives import all_agree, gather_rows, union
 from slq.diagnostics import diagnose
 from slq.errors import StorageError, TrainingError, UnusablePairError
 from slq.files import read_json, write_json
 from slq.latent_queries import LatentQueries
-from slq.prefix_store import PrefixStore
 from slq.training import (
     MinedRows,
     PairReader,
     PairSampler,
     PrefixSource,
-    PromptSource,
     finite,
     learning_rate_scale,
     rank_slice,
@@ -106,48 +108,16 @@ class Trainer:
             order=self._config.order,
             block_batches=self._config.block_batches,
         )
-        self._source = self._make_source(pairs)
-        self._held_out = self._make_source(held_out, cache_bytes=_HELD_OUT_BYTES)
+        self._source = training_source(recipe, self._backbone, pairs, world)
+        self._held_out = training_source(
+            recipe, self._backbone, held_out, world, cache_bytes=_HELD_OUT_BYTES
+        )
         self._held_rows = np.arange(len(held_out.image_keys))
         self.steps: list[dict[str, float]] = []
         self._bad: set[int] = set()
         self._reasons: dict[int, str] = {}
         self._skipped = 0
         self._engine: Any = None
-
-    def _make_source(
-        self, pairs: PairReader, cache_bytes: int | None = None
-    ) -> PrefixSource | PromptSource:
-        config = self._config
-        if self._recipe.adapter.method != "slq":
-            return PromptSource(self._backbone, pairs, chunk_rows=config.chunk_rows)
-        # ZeRO-3 gathers weights layer by layer, so all workers must make the same passes: none may skip one.
-        keep = config.zero_stage < 3
-        store = vision_store = None
-        if config.disk_cache is not None and keep:
-            store = PrefixStore(
-                config.disk_cache,
-                prefix_fingerprint(self._backbone),
-                config.disk_cache_bytes,
-                shared_by=self._world,
-            )
-        if config.vision_cache is not None and keep:
-            vision_store = VisionStore(
-                config.vision_cache,
-                vision_fingerprint(self._backbone),
-                config.vision_cache_bytes,
-                shared_by=self._world,
-            )
-        return PrefixSource(
-            self._backbone,
-            pairs,
-            cache_bytes=(cache_bytes or config.cache_bytes) if keep else 0,
-            text_cache_bytes=(cache_bytes or config.text_cache_bytes) if keep else 0,
-            store=store,
-            vision_store=vision_store,
-            frozen_rows=config.frozen_rows,
-            chunk_rows=config.chunk_rows,
-        )
 
     def run(self, checkpoint: Path | None, report: "Report") -> None:
         """Train from a checkpoint, or from the start, to the last step.
@@ -435,29 +405,3 @@ def _digest(keys: list[str]) -> str:
     for key in keys:
         digest.update(key.encode() + b"\x00")
     return digest.hexdigest()
-
-
-def peak_memory_bytes(device: torch.device) -> float:
-    """The most memory that this process has held so far: torch's on a GPU, else all that was resident."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def prefix_fingerprint(backbone: Backbone) -> str:
-    """What a stored prefix depends on: the backbone with its settings and type, and no adapter."""
-    return fingerprint(backbone, None)
-
-
-def progress_line(metrics: dict[str, float], num_steps: int, eta_s: float) -> str:
-    """What a person reads every ten steps."""
-    left_out = f"  steps left out {metrics['skipped']:.0f}" if metrics["skipped"] else ""
-    unusable = f"  unusable pairs {metrics['unusable']:.0f}" if metrics["unusable"] else ""
-    hit = metrics.get("text_to_image/hit@1")
-    measured = "" if hit is None else f"  held-out hit@1 {hit:.1%}"
-    return (
-        f"train step {metrics['step']:.0f}/{num_steps}  loss {metrics['loss']:.3f}  "
-        f"temperature {metrics['temperature']:.3f}{measured}  {metrics['pairs_per_s']:.0f} pairs/s  "
-        f"prefixes cached {metrics['cached_share']:.0%}{left_out}{unusable}  ETA {eta_s:.0f} s"
-    )

@@ -14,9 +14,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from pipelines.progress import duration
 from slq.errors import ArtifactError, StorageError, TrainingError
 
 log = logging.getLogger(__name__)
@@ -107,12 +107,7 @@ class TrainingLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _unwritable(self, error: OSError) -> StorageError:
@@ -202,3 +197,16 @@ def _cut(path: Path, last_step: int) -> None:
             path,
             last_step,
         )
+
+
+def progress_line(metrics: dict[str, float], num_steps: int, eta_s: float) -> str:
+    """What a person reads every ten steps."""
+    left_out = f"  steps left out {metrics['skipped']:.0f}" if metrics["skipped"] else ""
+    unusable = f"  unusable pairs {metrics['unusable']:.0f}" if metrics["unusable"] else ""
+    hit = metrics.get("text_to_image/hit@1")
+    measured = "" if hit is None else f"  held-out hit@1 {hit:.1%}"
+    return (
+        f"train step {metrics['step']:.0f}/{num_steps}  loss {metrics['loss']:.3f}  "
+        f"temperature {metrics['temperature']:.3f}{measured}  {metrics['pairs_per_s']:.0f} pairs/s  "
+        f"prefixes cached {metrics['cached_share']:.0%}{left_out}{unusable}  ETA {duration(eta_s)}"
+    )

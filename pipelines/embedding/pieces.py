@@ -25,6 +25,7 @@ _BLOCK = pa.schema(
         ("rows", pa.large_binary()),
         ("batches", pa.list_(pa.large_binary())),
         ("vectors", pa.large_binary()),
+        ("shape", pa.list_(pa.int64())),
         ("work", pa.string()),
         (FAILURE, pa.string()),
     ]
@@ -116,6 +117,7 @@ class Piece:
             "rows": table_to_bytes(self.rows),
             "batches": self.batches,
             "vectors": vectors,
+            "shape": None if self.vectors is None else list(self.vectors.shape),
             "work": json.dumps({one.name: getattr(self.work, one.name) for one in fields(Work)}),
             FAILURE: None,
         }
@@ -134,6 +136,7 @@ class Piece:
         vectors = None
         if found.is_valid:
             vectors = np.frombuffer(found.as_buffer(), dtype=np.float32)
+            vectors = vectors.reshape(one["shape"].as_py())
         return cls(
             shard_id=one["shard_id"].as_py(),
             number=one["number"].as_py(),

@@ -10,13 +10,12 @@ import numpy as np
 
 from pipelines.corpus import Shard, write_plan
 from pipelines.embedding.costs import Sample
-from pipelines.embedding.driver import written_pieces
 from pipelines.embedding.encode import EncodePieces
 from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.pieces import FAILURE, Piece, Work, failure_text, raise_failure
 from pipelines.embedding.prepare import prepared_pieces
 from pipelines.embedding.seal import seal
-from pipelines.embedding.write import Written, write_piece
+from pipelines.embedding.write import Written, write_piece, written_pieces
 from slq.errors import DataError, SlqError
 from slq.quantization import calibrate, cut
 
@@ -139,11 +138,7 @@ class _Measurement:
         flow = self._flow
         if not {"int8", "binary"} & set(flow.recipe.embed.outputs):
             return flow
-        vectors = [
-            one.vectors.reshape(len(flow.fingerprints), one.rows["error"].null_count, -1)[0]
-            for one in pieces
-            if one.vectors is not None
-        ]
+        vectors = [one.vectors[0] for one in pieces if one.vectors is not None]
         return replace(
             flow, calibration=calibrate(cut(np.concatenate(vectors), flow.dimension)).to_json()
         )

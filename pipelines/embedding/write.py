@@ -3,6 +3,7 @@
 What the driver hears of it is one small record.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipelines.embedding.pieces import (
     Work,
     failure_block,
     is_failure,
+    raise_failure,
     table_to_bytes,
 )
 from pipelines.failpoints import reach
@@ -104,9 +106,8 @@ def data_table(piece: Piece, flow: Flow) -> pa.Table:
     found: dict[str, Any] = {}
     if rows.num_rows:
         assert piece.vectors is not None
-        vectors = piece.vectors.reshape(len(flow.fingerprints), rows.num_rows, -1)
-        _require_finite(vectors, rows)
-        found = vector_columns(vectors, flow)
+        _require_finite(piece.vectors, rows)
+        found = vector_columns(piece.vectors, flow)
     for name in ("id", "modality", "uri", "text", "width", "height", "content_hash"):
         found[name] = rows[name]
     found["shard_id"] = pa.array(np.full(rows.num_rows, piece.shard_id, np.int32))
@@ -156,3 +157,10 @@ def errors_table(piece: Piece) -> pa.Table:
     found["shard_id"] = pa.array(np.full(rows.num_rows, piece.shard_id, np.int32))
     found["row_in_shard"] = rows["row"].cast(pa.int32())
     return pa.table(found, schema=ERRORS)
+
+
+def written_pieces(records: Iterable[dict[str, Any]]) -> Iterator[Written]:
+    """The records of written pieces; an error of ours among them is raised."""
+    for record in records:
+        raise_failure(record)
+        yield Written.from_record({k: value for k, value in record.items() if k != FAILURE})

@@ -23,6 +23,7 @@ from pipelines.embedding.encode import EncodePieces
 from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.prepare import prepare
+from pipelines.embedding.sealing import Sealing, sealed
 from pipelines.embedding.write import write_piece
 from pipelines.index import index, read_embeddings
 from pipelines.ledger import MANIFEST, Ledger
@@ -470,7 +471,7 @@ class Recorder:
             yield from table.to_pylist()
 
 
-class SealingHere(driver.Sealing):
+class SealingHere(Sealing):
     """Seals in this process."""
 
     def __init__(self, flow: Flow) -> None:
@@ -478,7 +479,7 @@ class SealingHere(driver.Sealing):
         self._done: list[tuple[Any, list[Any]]] = []
 
     def submit(self, pieces: list[Any], before: Commit | None) -> None:
-        self._done.append((driver.sealed(self._flow, pieces, before), pieces))
+        self._done.append((sealed(self._flow, pieces, before), pieces))
 
     def finished(self, *, wait: bool = False) -> Iterator[tuple[Commit, list[Any]]]:
         while self._done:

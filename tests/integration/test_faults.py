@@ -18,13 +18,14 @@ import ray
 from jobs.bench.embedding.stand_in import KILLS_ENCODE, KILLS_PREPARE
 from pipelines.commits import Commit, shard_name
 from pipelines.embed import embed
-from pipelines.embedding import driver
+from pipelines.embedding import sealing
 from pipelines.embedding.encode import EncodePieces
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.models import adapter_configs, new_flow
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import seal
-from pipelines.embedding.write import Written, write_piece
+from pipelines.embedding.sealing import sealed
+from pipelines.embedding.write import Written, write_piece, written_pieces
 from pipelines.index import index, read_embeddings
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
@@ -176,8 +177,6 @@ def sealed_with_bytes_of_its_own(
     """`sealed`, but no two attempts at a shard give the same bytes."""
     import secrets
 
-    from pipelines.embedding.driver import sealed
-
     mark = {"attempt": secrets.token_hex(8)}
     flow.__dict__["shard_schema"] = flow.shard_schema.with_metadata(mark)
     return sealed(flow, pieces, before)
@@ -193,7 +192,7 @@ def test_two_runs_at_once_end_in_one_data_set(
 
     # by value: a worker cannot import the tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(driver, "sealed", sealed_with_bytes_of_its_own)
+    monkeypatch.setattr(sealing, "sealed", sealed_with_bytes_of_its_own)
 
     def run() -> None:
         try:
@@ -222,7 +221,7 @@ def pieces_of(flow: Flow, shard_id: int) -> list[Written]:
     stage = EncodePieces(flow)
     asked = pa.table({"shard_id": [shard_id], "rows": pa.nulls(1)})
     blocks = [write_piece(stage(block), flow) for block in prepare(asked, flow)]
-    return list(driver.written_pieces(row for block in blocks for row in block.to_pylist()))
+    return list(written_pieces(row for block in blocks for row in block.to_pylist()))
 
 
 def test_a_zombie_attempt_after_the_end_changes_no_committed_byte(clean: Recipe) -> None:

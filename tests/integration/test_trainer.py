@@ -15,11 +15,12 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines.engine import peak_memory_bytes
 from pipelines.negatives import MinedNegatives
 from pipelines.pairs import Pairs
 from pipelines.recipe import Recipe
 from pipelines.selection import ChosenPairs
-from pipelines.trainer import Trainer, peak_memory_bytes
+from pipelines.trainer import Trainer
 from slq.backbones.base import Backbone, Prompts
 from slq.backbones.vision import VisionFeatures
 from slq.errors import MediaError, TrainingError

@@ -79,8 +79,7 @@ def vectors_of(flow: Flow) -> dict[str, NDArray[np.float32]]:
         good = [row["id"] for row in piece.rows.to_pylist() if row["error"] is None]
         if good:
             assert piece.vectors is not None
-            block = piece.vectors.reshape(len(flow.fingerprints), len(good), -1)
-            found |= {name: block[:, n] for n, name in enumerate(good)}
+            found |= {name: piece.vectors[:, n] for n, name in enumerate(good)}
     return found
 
 

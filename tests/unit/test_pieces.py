@@ -107,7 +107,7 @@ def rows(count: int) -> pa.Table:
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_piece_travels_as_one_row(count: int) -> None:
-    vectors = np.arange(count * 6, dtype=np.float32) if count else None
+    vectors = np.arange(count * 6, dtype=np.float32).reshape(2, count, 3) if count else None
     piece = Piece(3, 2, count > 0, rows(count), [b"x" * 9, b""], vectors, Work(1, 2, 3, 0.5))
     block = piece.to_block()
     assert block.num_rows == 1

@@ -1,7 +1,6 @@
 """The most memory that this process and all its children hold at once."""
 
 import threading
-from types import TracebackType
 
 import psutil
 
@@ -28,12 +27,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
 
