@@ -376,7 +376,10 @@ def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="which one: train, embed, chaos")],
 ) -> None:
-    """Measure ratios of fast path to slow path; the benchmark's own options follow its name."""
+    """Measure fast path against slow path (train, embed), or embed while processes are killed (chaos).
+
+    The benchmark's own options follow its name; `python -m jobs.bench NAME --help` lists them.
+    """
     from jobs.bench.__main__ import run
 
     with friendly_errors():

@@ -123,19 +123,28 @@ def stale_files(names: set[str], commits: Mapping[int, Commit], *, alone: bool) 
     finals = [(name, parse_final(name)) for name in names]
     attempts = [(name, parse_attempt(name)) for name in names]
     return sorted(
-        {name for name, found in finals if found and _is_outdated(name, *found, commits, whole)}
+        {
+            name
+            for name, found in finals
+            if found and _is_outdated(name, *found, commits, whole, alone)
+        }
         | {name for name, found in attempts if found and _has_lost(*found, commits, whole, alone)}
     )
 
 
 def _is_outdated(
-    name: str, shard_id: int, generation: int, commits: Mapping[int, Commit], whole: set[int]
+    name: str,
+    shard_id: int,
+    generation: int,
+    commits: Mapping[int, Commit],
+    whole: set[int],
+    alone: bool,
 ) -> bool:
-    """Whether a final file is not of the latest generation, and that one is whole."""
-    if shard_id not in whole:
-        return False
-    latest = commits[shard_id]
-    return generation <= latest.generation and name not in dict(latest.files())
+    """Whether a final file is not of the latest generation and that one is whole, or its record is gone for good."""
+    latest = commits.get(shard_id)
+    if generation > (latest.generation if latest else 0):
+        return alone
+    return latest is not None and shard_id in whole and name not in dict(latest.files())
 
 
 def _has_lost(

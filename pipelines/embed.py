@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from pipelines.commits import Commit, errors_name
+from pipelines.commits import ERRORS, Commit
 from pipelines.corpus import (
     Corpus,
     Plan,
+    corpus_changed,
     corpus_of,
     read_plan,
     require_same_plan,
@@ -35,13 +34,12 @@ from pipelines.embedding.models import adapter_configs, new_flow, stored_dimensi
 from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.shortage import shortage_told
-from pipelines.embedding.totals import Totals
+from pipelines.embedding.totals import Totals, too_many_bad
 from pipelines.failpoints import reach
 from pipelines.ledger import MANIFEST, Ledger
 from pipelines.recipe import Recipe
-from pipelines.tasks import model_task
+from pipelines.tasks import cluster_errors, model_task
 from slq.artifacts import AdapterConfig
-from slq.errors import DataError
 
 log = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -85,8 +83,9 @@ def embed(recipe: Recipe, *, retry_errors: bool = False, models: str = MODELS) -
         identity = identity_of(recipe, configs, digest)
         if retry_errors:  # whoever mended a file changed the corpus
             identity["corpus_digest"] = _digest_of(ledger, digest)
+        _require_same_files(ledger, corpus, identity)
         ledger.begin(identity)
-        plan = planned(ledger, corpus, recipe.embed.shard_rows)
+        plan = planned(ledger, corpus, recipe.embed.shard_rows, identity["corpus_digest"])
         todo = _quarantined(ledger) if retry_errors else _missing(ledger, len(plan))
         if not todo and ledger.manifest() is not None:
             log.info("%s is complete: %d shards, nothing to do", ledger.store.location, len(plan))
@@ -125,12 +124,32 @@ def _digest_of(ledger: Ledger, digest: str) -> str:
     return digest if before is None else str(before["corpus_digest"])
 
 
-def planned(ledger: Ledger, corpus: Corpus, shard_rows: int) -> Plan:
-    """The plan of the data set; made and stored by the first run."""
+def _require_same_files(ledger: Ledger, corpus: Corpus, identity: dict[str, Any]) -> None:
+    """Where nothing but the corpus is another one, name the file that is, which its digest cannot.
+
+    Raises:
+        DataError: The file was added, removed or written to since the data set was begun.
+    """
+    before = ledger.identity()
+    if before is None or before.get("corpus_digest") == identity["corpus_digest"]:
+        return
+    is_same_run = before == {**identity, "corpus_digest": before.get("corpus_digest")}
+    if is_same_run and ledger.store.exists(PLAN):
+        require_same_plan(corpus, read_plan(ledger.store, PLAN))
+
+
+def planned(ledger: Ledger, corpus: Corpus, shard_rows: int, digest: str) -> Plan:
+    """The plan of the data set; made and stored by the first run.
+
+    Raises:
+        DataError: The corpus has another digest than it had when the run began.
+    """
     if not ledger.store.exists(PLAN):
         with tempfile.TemporaryDirectory(prefix="slq-plan-") as folder:
             file = Path(folder) / PLAN
             summary = write_plan(corpus.shards(shard_rows), file)
+            if corpus.digest() != digest:
+                raise corpus_changed("files came, went or were written to meanwhile")
             ledger.store.upload(file, PLAN)
         rows = "an unknown number of" if summary.num_rows is None else f"{summary.num_rows:,}"
         log.info("%s: %s rows in %d shards", corpus.location, rows, summary.num_shards)
@@ -140,18 +159,16 @@ def planned(ledger: Ledger, corpus: Corpus, shard_rows: int) -> Plan:
 
 def _missing(ledger: Ledger, num_shards: int) -> list[dict[str, Any]]:
     done = ledger.commits()
-    return [{"shard_id": n, "rows": None} for n in range(num_shards) if n not in done]
+    return [{"shard_id": n, "generation": None} for n in range(num_shards) if n not in done]
 
 
 def _quarantined(ledger: Ledger) -> list[dict[str, Any]]:
-    """The quarantined rows of committed shards."""
-    todo = []
-    for shard_id, commit in ledger.commits().items():
-        if commit.quarantined:
-            with ledger.store.open(errors_name(shard_id, commit.generation)) as file:
-                rows = pq.read_table(file, columns=["row_in_shard"])["row_in_shard"]
-            todo.append({"shard_id": shard_id, "rows": sorted(rows.to_pylist())})
-    return todo
+    """Committed shards with quarantined rows."""
+    return [
+        {"shard_id": shard_id, "generation": commit.generation}
+        for shard_id, commit in ledger.commits().items()
+        if commit.quarantined
+    ]
 
 
 def _run(
@@ -194,7 +211,8 @@ def _with_ranges(flow: Flow, ledger: Ledger, num_shards: int) -> Flow:
     if not ledger.store.exists(CALIBRATION):
         log.info("measuring ranges on %d items", flow.recipe.embed.calibration_rows)
         task = model_task(measured_ranges, flow.recipe.resources.gpus_per_worker)
-        found = ray.get(task.remote(flow, sample_shards(num_shards)))
+        with cluster_errors():
+            found = ray.get(task.remote(flow, sample_shards(num_shards)))
         if isinstance(found, str):
             raise_failure({FAILURE: found})
         ledger.store.create(CALIBRATION, json.dumps(found).encode())  # two drivers: the first one's
@@ -220,13 +238,9 @@ def _finish(
     """Judge the share of quarantined items, then write canary, card and manifest."""
     rows = sum(commit.rows for commit in commits.values())
     bad = sum(commit.quarantined for commit in commits.values())
-    share = bad / max(1, rows + bad)
-    errors = ledger.store.url("errors")
-    if share > recipe.embed.max_error_share:
-        raise DataError(
-            f"{bad} of {rows + bad} items ({share:.1%}) were quarantined, more than "
-            f"embed.max_error_share allows ({recipe.embed.max_error_share:.1%}); see {errors}"
-        )
+    errors, max_share = ledger.store.url(ERRORS), recipe.embed.max_error_share
+    if bad > max_share * (rows + bad):
+        raise too_many_bad(bad, rows + bad, max_share, errors)
     write_canary(ledger, commits)
     counts = {"num_shards": len(commits), "num_rows": rows, "num_quarantined": bad}
     manifest = {**identity, **counts, "adapter": str(recipe.storage.adapter)}

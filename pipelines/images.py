@@ -4,6 +4,7 @@ A uri in a table comes from elsewhere and is read through `ImageReader`, which k
 of a stored embedding row is our own, and `fetch_image` leads back to what was embedded.
 """
 
+import errno
 import posixpath
 import re
 import stat
@@ -16,13 +17,25 @@ import pyarrow.parquet as pq
 
 from pipelines.storage import LocalStore, open_store, split_location
 from pipelines.storage.objects import RETRY_S
-from slq.errors import DataError, MediaError
+from slq.errors import DataError, MediaError, RefusedReadError, StorageError
 from slq.media import DEFAULT_LIMITS, check_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_BATCH_ROWS, _BUFFER_BYTES = 16, 2**20  # a row group may hold far more than fits into memory
 _HEAD_BYTES = 2**18  # nearly every picture's header, with its thumbnail and colour profile
 _FETCH_RETRY_S = 5.0  # a service rather shows no picture than keep its user waiting
-_S3_OBJECT = re.compile(r"s3://[^/]+/.+", re.DOTALL)
+_S3_OBJECT = re.compile(r"s3://[^/]+/(?P<key>.+)", re.DOTALL)
+_LONGEST_KEY_BYTES = 1024  # that S3 knows
+_OWN_FAULTS = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+"""Failures of a file itself; all others are the machine's, and may be gone a moment later."""
 _MARKS = ("#row=", "#bytes=", "#record=")
 _PLACE = re.compile(r"(?P<file>.+)#(?P<kind>row|bytes|record)=(?P<place>\d[^#/]*)", re.DOTALL)
 
@@ -71,7 +84,8 @@ class ImageReader:
             MediaError: With reason `path_refused`: it leads out of the folder, or is of a scheme that is not read.
         """
         if not is_ambiguous(uri):
-            if _S3_OBJECT.fullmatch(uri):
+            found = _S3_OBJECT.fullmatch(uri)
+            if found and len(found["key"].encode(errors="replace")) <= _LONGEST_KEY_BYTES:
                 return uri
             if "://" not in uri:
                 return self._below_the_folder(uri)
@@ -110,7 +124,10 @@ class ImageReader:
             MediaError: With reason `path_refused` as `locate`, `unreadable` or `too_many_bytes`.
             StorageError: The store cannot be reached.
         """
-        return read_image(self.locate(uri), self._retry_s)
+        try:
+            return read_image(self.locate(uri), self._retry_s)
+        except RefusedReadError as error:  # the uri came with the row, so it is the row's fault
+            raise MediaError("unreadable", str(error)) from None
 
     def check(self, uri: str) -> None:
         """Refuse an image whose header cannot be read or breaks the limits; of an object only its head is read.
@@ -123,7 +140,10 @@ class ImageReader:
         if "://" not in url:
             check_image(self.read(uri))
             return
-        head = _object_bytes(url, 0, _HEAD_BYTES, self._retry_s)
+        try:
+            head = _object_bytes(url, 0, _HEAD_BYTES, self._retry_s)
+        except RefusedReadError as error:
+            raise MediaError("unreadable", str(error)) from None
         try:
             check_image(head)
         except MediaError:
@@ -173,7 +193,10 @@ def _file_bytes(path: Path) -> bytes:
             if len(data) <= limit:
                 return data
     except OSError as error:
-        raise MediaError("unreadable", f"{path} cannot be read: {error.strerror}") from None
+        problem = f"{path} cannot be read: {error.strerror}"
+        if error.errno in _OWN_FAULTS:
+            raise MediaError("unreadable", problem) from None
+        raise StorageError(f"{problem}; run the same command again") from None
     raise _too_large(str(path), str(found.st_size))
 
 
@@ -229,13 +252,21 @@ def _cell(url: str, place: str, retry_s: float) -> bytes | None:
     row, column = int(number), unquote(column) or "image"
     folder, name = split_location(url)
     with open_store(folder, retry_s).open(name) as opened:
-        file = pq.ParquetFile(opened)
+        file = pq.ParquetFile(opened, buffer_size=_BUFFER_BYTES)
         if column not in file.schema_arrow.names:
             return None
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if row < rows:
-                values = file.read_row_group(group, columns=[column])[column]
-                return image_value(values[row].as_py())
+                return image_value(_value(file, group, column, row))
             row -= rows
     raise DataError(f"{url}#row={place} points past the end of its file")
+
+
+def _value(file: pq.ParquetFile, group: int, column: str, row: int) -> Any:
+    """One value of a row group, of which a few rows at a time are in memory."""
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column]):
+        if row < batch.num_rows:
+            return batch.column(0)[row].as_py()
+        row -= batch.num_rows
+    raise pa.ArrowException("the row group is shorter than its footer says")

@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.commits import COMMITS, Commit, parse_record, record_name, shard_name
+from pipelines.commits import (
+    COMMITS,
+    ERRORS,
+    SHARDS,
+    Commit,
+    parse_record,
+    record_name,
+    shard_name,
+)
 from pipelines.storage import RETRY_S, concurrently, open_store
 from slq.errors import ArtifactError
 
@@ -25,6 +33,7 @@ class LedgerReader:
 
     def __init__(self, root: str | Path, retry_s: float = RETRY_S) -> None:
         self.store = open_store(root, retry_s)
+        self.retry_s = retry_s
 
     def commits(self) -> dict[int, Commit]:
         """The commit of the highest generation of each shard, by shard id.
@@ -125,5 +134,8 @@ class LedgerReader:
 
 
 def remake(shard_id: int) -> str:
-    """The way out of a shard whose record or file is damaged: all its generations go."""
-    return f"delete {COMMITS}/{shard_id:06d}*.json and {MANIFEST}, and run `slq embed` again"
+    """The way out of a shard whose record or file is damaged: all its generations go, to be made anew."""
+    files = ", ".join(f"{folder}/part-{shard_id:06d}*.parquet" for folder in (SHARDS, ERRORS))
+    return (
+        f"delete {COMMITS}/{shard_id:06d}*.json, {files} and {MANIFEST}, and run `slq embed` again"
+    )

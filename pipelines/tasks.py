@@ -1,14 +1,15 @@
 """Work in Ray tasks: how it is cut, and waiting for the results with a line of progress."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from pipelines.progress import duration, show
-from slq.errors import SlqError
+from slq.errors import ClusterError, SlqError
 
 _SHOW_EVERY_S = 1.0
 
@@ -44,6 +45,26 @@ def collect(tasks: list[Any], what: str) -> list[Any]:
             raise error.cause from None  # ours say all in one line; Ray's wrapper adds a traceback
         raise
     return results
+
+
+@contextmanager
+def cluster_errors() -> Iterator[None]:
+    """Ray's own errors as one of ours; those of a task stay as they are, with their traceback.
+
+    Raises:
+        ClusterError: Ray gave up on lost workers.
+    """
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClusterError(
+            f"Ray gave up: {reason}; committed shards stay, and the same command goes on from there"
+        ) from None
 
 
 def model_task(function: Callable[..., Any], gpus: float, **options: Any) -> Any:

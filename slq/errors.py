@@ -54,6 +54,10 @@ class StorageError(SlqError):
     """The output cannot be written: no space, no permission, or the store failed."""
 
 
+class RefusedReadError(StorageError):
+    """A store will never give what was asked for: no permission, or no valid name."""
+
+
 class ClusterError(SlqError):
     """Workers or nodes were lost, and Ray gave up."""
 

@@ -19,6 +19,7 @@ from pydantic import Field
 from slq.config import Section
 from slq.errors import ArtifactError, ConfigError, StorageError
 from slq.files import file_sha256, read_json, write_json
+from slq.quantization import cut
 
 POINTER = "CURRENT"
 MANIFEST = "manifest.json"
@@ -162,9 +163,14 @@ class VectorIndex:
         """The best items for each query vector, best first.
 
         Args:
-            vectors: (queries, dimension) float32 unit vectors.
+            vectors: (queries, dimension) float32 unit vectors; longer ones are cut as the index's own were.
             top_k: Results per query; fewer come back when the index is smaller.
+
+        Raises:
+            DataError: They are shorter than the index's.
         """
+        if vectors.shape[1] != self._index.d:
+            vectors = cut(vectors, self._index.d)
         scores, rows = self._index.search(np.ascontiguousarray(vectors), min(top_k, len(self)))
         return [
             [

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pipelines.corpus.base import Corpus, Record, Shard, rows_changed
+from pipelines.corpus.base import Corpus, Record, Shard, corpus_changed, rows_changed
 from pipelines.corpus.columns import Columns
 from pipelines.corpus.csv_tables import CsvCorpus
 from pipelines.corpus.folder import ImageFolder
@@ -33,6 +33,7 @@ __all__ = [
     "PlanSummary",
     "Record",
     "Shard",
+    "corpus_changed",
     "corpus_of",
     "fetch_image",
     "open_corpus",

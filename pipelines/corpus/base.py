@@ -92,7 +92,10 @@ class Corpus(ABC):
         location: Where it is, as users write it.
         format: Of its files.
         store: Their folder.
+        keeps_places: Whether rows stay where they were when others of their file are mended.
     """
+
+    keeps_places = True
 
     def __init__(self, source: Source, columns: Columns, retry_s: float) -> None:
         self.location = source.location
@@ -175,6 +178,19 @@ class Corpus(ABC):
         return "".join(
             file_state(name, found) for name, found in ahead(self.store.stat, shard.files)
         )
+
+    def require_mendable(self, shard: Shard) -> None:
+        """Check that rows of a shard can be read again by the plan, though some of them may have been mended.
+
+        Raises:
+            DataError: Other rows may have moved to their places; the file is named.
+            StorageError: The store cannot be read.
+        """
+        if not self.keeps_places and self.state(shard) != shard.state:
+            raise DataError(
+                f"{self.store.url(shard.source)} was written to since it was planned, and rows of its format may have "
+                "moved, so none of them can be read again; embed the corpus into another storage.dir"
+            )
 
     def require_unchanged(self, shard: Shard) -> None:
         """Check that what was planned is what is there now.

@@ -110,6 +110,8 @@ class LineCorpus(TableCorpus):
     A subclass says what a row is, once for the plan and for reading, so both always count the same rows.
     """
 
+    keeps_places = False
+
     @abstractmethod
     def _raw_rows(self, lines: Lines) -> Iterator[Any]:
         """Rows, not understood yet, or a BadRowError each; when one comes, `lines.position` is its end."""

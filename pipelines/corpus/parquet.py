@@ -82,20 +82,52 @@ class ParquetCorpus(TableCorpus):
     def _rows(self, file: pq.ParquetFile, shard: Shard, ours: dict[str, str]) -> Iterator[Row]:
         number = shard.start
         for batch in _batches(file, shard.start, shard.stop):
-            for values in batch.to_pylist():
-                yield self._row(values, ours, shard.source, number)
+            for values, problem in _values(batch):
+                yield self._row(values, problem, ours, shard.source, number)
                 number += 1
         if number != shard.stop:
             raise rows_changed(shard, number - shard.start)
 
-    def _row(self, values: dict[str, Any], ours: dict[str, str], name: str, number: int) -> Row:
+    def _row(
+        self,
+        values: dict[str, Any],
+        problem: str | None,
+        ours: dict[str, str],
+        name: str,
+        number: int,
+    ) -> Row:
         own = {own: values.pop(column) for own, column in ours.items()}
         uri = row_uri(self.store.url(name), number, ours.get("image", "image"))
         if own["id"] is None:
-            problem = f"row {number} of {name} has no id"
-            return Record(f"{name}:{number}", uri, None, None, values, problem, "bad_row"), None
+            problem = problem or "it has no id"
+        if problem is not None:
+            item_id = f"{name}:{number}" if own["id"] is None else str(own["id"])
+            problem = f"row {number} of {name}: {problem}"
+            return Record(item_id, uri, None, None, values, problem, "bad_row"), None
         image, link = image_value(own.get("image")), own.get("uri") or None
         return Record(str(own["id"]), uri, image, own.get("text"), values), link
+
+
+def _values(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Each row, and what is wrong with it: writers do not check that strings are UTF-8."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(batch.num_rows):
+            yield _readable(batch.slice(number, 1))
+    else:
+        yield from ((row, None) for row in rows)
+
+
+def _readable(row: pa.RecordBatch) -> tuple[dict[str, Any], str | None]:
+    values: dict[str, Any] = {}
+    problem = None
+    for name in row.schema.names:
+        try:
+            values[name] = row[name][0].as_py()
+        except UnicodeDecodeError as error:
+            values[name], problem = None, f"column {name} is no UTF-8: {error}"
+    return values, problem
 
 
 def _batches(file: pq.ParquetFile, start: int, stop: int) -> Iterator[pa.RecordBatch]:

@@ -38,6 +38,8 @@ class WebDatasetCorpus(Corpus):
     webp is its image, txt or caption its text, json the user's column `json`. Its id is `tar:key`.
     """
 
+    keeps_places = False
+
     def user_schema(self) -> pa.Schema:
         """See `Corpus.user_schema`."""
         return pa.schema([("json", pa.string())])

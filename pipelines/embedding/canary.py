@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pipelines.commits import Commit, shard_name
 from pipelines.corpus import fetch_image
 from pipelines.ledger import Ledger
-from slq.errors import DataError, StorageError
+from slq.errors import DataError
 
 CANARY = "canary.parquet"
 _ROWS = 16
@@ -29,7 +29,10 @@ _COLUMNS = (
 def write_canary(ledger: Ledger, commits: Mapping[int, Commit]) -> None:
     """Store up to 16 items from all over the data set, the first good ones of evenly spread shards.
 
-    An item whose image can no longer be read is left out: the vectors are complete all the same.
+    An item whose image is gone or is another's is left out: the vectors are complete all the same.
+
+    Raises:
+        StorageError: A store cannot be read or written.
     """
     filled = [n for n, commit in sorted(commits.items()) if commit.rows]
     chosen = sorted({int(n) for n in np.linspace(0, len(filled) - 1, _ROWS)}) if filled else []
@@ -50,13 +53,13 @@ def _rows(ledger: Ledger, commit: Commit, count: int) -> Iterator[pa.Table]:
     for row in range(first.num_rows):
         one = pa.Table.from_batches([first.slice(row, 1)])
         try:
-            image = _image(one)
-        except (DataError, StorageError):
+            image = _image(one, ledger.retry_s)
+        except DataError:
             continue
         yield one.append_column("image", pa.array([image], pa.binary()))
 
 
-def _image(row: pa.Table) -> Any:
+def _image(row: pa.Table, retry_s: float) -> Any:
     if row["modality"][0].as_py() == "text":
         return None
-    return fetch_image(row["uri"][0].as_py())
+    return fetch_image(row["uri"][0].as_py(), retry_s)

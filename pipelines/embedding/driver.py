@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from pipelines.commits import Commit
+from pipelines.commits import ERRORS, Commit
 from pipelines.embedding.arrivals import Arrivals
 from pipelines.embedding.encode import THREADS, EncodePieces
 from pipelines.embedding.flow import Flow
@@ -13,10 +13,10 @@ from pipelines.embedding.metrics import count
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import remove_pieces
 from pipelines.embedding.sealing import Sealing
-from pipelines.embedding.totals import Totals
+from pipelines.embedding.totals import Totals, too_many_bad
 from pipelines.embedding.write import Written, write_piece, written_pieces
 from pipelines.ledger import Ledger
-from slq.errors import ClusterError
+from pipelines.tasks import cluster_errors
 
 _BLOCK_BYTES = 128  # below any piece and above any shard id: every row is a block of its own
 _LIBRARY_BYTES = 2**30
@@ -28,30 +28,45 @@ def run(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) 
     Args:
         flow: What the workers know.
         ledger: The data set.
-        todo: `shard_id` and `rows` of each shard, as `prepare` takes them.
+        todo: `shard_id` and `generation` of each shard, as `prepare` takes them.
         totals: Counts what is done.
 
     Raises:
         ClusterError: Ray gave up on lost workers.
+        DataError: More rows are quarantined already than `embed.max_error_share` allows of all.
         SlqError: What ended the run; committed shards stay.
     """
-    import ray
-
-    try:
+    with cluster_errors():
         _run(flow, ledger, todo, totals)
-    except ray.exceptions.RayTaskError:
-        raise  # a mistake of ours, with its traceback
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ClusterError(
-            f"Ray gave up: {reason}; committed shards stay, and the same command goes on from there"
-        ) from None
 
 
 def _run(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) -> None:
     """See `run`."""
     flow = replace(flow, journal=start_journal())
-    again = {one["shard_id"]: totals.committed[one["shard_id"]] for one in todo if one["rows"]}
+    again = {
+        one["shard_id"]: totals.committed[one["shard_id"]]
+        for one in todo
+        if one["generation"] is not None
+    }
+    totals.bad_before = sum(
+        one.quarantined for one in totals.committed.values() if one.shard_id not in again
+    )
+    max_share = flow.recipe.embed.max_error_share
+    if not totals.has_too_many_bad(max_share):
+        _go_through(flow, ledger, todo, totals, again)
+    if totals.has_too_many_bad(max_share):
+        bad, rows = totals.bad_before + totals.bad, totals.num_rows or 0
+        raise too_many_bad(bad, rows, max_share, ledger.store.url(ERRORS), totals.problem)
+
+
+def _go_through(
+    flow: Flow,
+    ledger: Ledger,
+    todo: list[dict[str, Any]],
+    totals: Totals,
+    again: dict[int, Commit],
+) -> None:
+    """Embed shards and commit them, until all are done or too much is quarantined to go on."""
     arrivals, sealing = Arrivals(), Sealing(flow)
     for piece in written_pieces(dataset(flow, todo, totals.workers).iter_rows()):
         totals.add(piece)
@@ -61,6 +76,8 @@ def _run(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals)
         for commit, pieces in sealing.finished():
             settle(flow, ledger, commit, pieces, totals)
         totals.tell()
+        if totals.has_too_many_bad(flow.recipe.embed.max_error_share):
+            break
     for commit, pieces in sealing.finished(wait=True):
         settle(flow, ledger, commit, pieces, totals)
     totals.tell(now=True)

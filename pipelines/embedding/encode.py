@@ -45,7 +45,7 @@ class EncodePieces:
         section = flow.recipe.embed
         use_threads(1 if section.deterministic else section.num_threads)
         torch.use_deterministic_algorithms(section.deterministic)
-        self._turn = threading.Lock()
+        self._turn, self._care = threading.Lock(), threading.Lock()
         self._announcer = Announcer(flow.journal)
         self._refusal: SlqError | None = None
         try:
@@ -93,8 +93,11 @@ class EncodePieces:
         return piece
 
     def _with_care(self, name: str, batch: Sequence[Row], refused: Refusals, work: Work) -> Found:
-        """As `_encode`, of a piece that has killed workers: a batch that killed some is encoded item by item."""
-        with self._announcer.announced(f"encode {name}") as careful:
+        """As `_encode`, of a piece that has killed workers: a batch that killed some is encoded item by item.
+
+        One thread at a time, or a death would be laid at the door of what the other one does.
+        """
+        with self._care, self._announcer.announced(f"encode {name}") as careful:
             if not careful:
                 return self._encode(batch, refused, work)
             found: Found = []

@@ -1,8 +1,9 @@
 """Which work was begun and never ended: so an item that kills its worker is found, instead of killing it for ever.
 
 Ray starts the work of a dead worker again, as often as it dies. A first death may be anybody's fault. What has killed
-two workers is done with care: every part of it is announced before it begins, and a single item that kills two more
-workers is set aside. Where nothing dies twice, the work is done exactly as without this, to the last bit.
+two workers is done with care: every part of it (of a piece its batches, of a batch its items) is announced before it
+begins, and a single item that kills two more workers is set aside. Where nothing dies twice, the work is done exactly
+as without this, to the last bit.
 """
 
 from collections import Counter

@@ -11,36 +11,61 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from pipelines.commits import errors_name
 from pipelines.corpus import Record, Shard, rows_changed
 from pipelines.embedding.batches import batches_by_tokens, pack_prompts
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.journal import KILLED_WORKER, Announcer, message
 from pipelines.embedding.pieces import Piece, Work, failure_block, rows_schema
 from slq.backbones.prompting import Prompt, PromptBuilder
-from slq.errors import DataError, MediaError, SlqError
+from slq.errors import ArtifactError, DataError, MediaError, SlqError
 from slq.media import decode_image
 from slq.schema import Item
 
 Row = dict[str, Any]
+_TOKEN_BYTES = 8
 
 
 def prepare(block: pa.Table, flow: Flow) -> Iterator[pa.Table]:
     """Read one shard, piece by piece.
 
     Args:
-        block: One row: `shard_id`, and `rows`, the row numbers to read again, or null for all.
+        block: One row: `shard_id`, and `generation`, whose quarantined rows are read again, or null for all rows.
         flow: What the run knows.
 
     Yields:
         Pieces as blocks; or the error that ends the run.
     """
     (wanted,) = block.to_pylist()
+    shard_id, generation = wanted["shard_id"], wanted["generation"]
     try:
-        for piece in prepared_pieces(flow, wanted["shard_id"], wanted["rows"]):
+        only = None if generation is None else quarantined_rows(flow, shard_id, generation)
+        for piece in prepared_pieces(flow, shard_id, only):
             yield piece.to_block()
     except SlqError as error:
         yield failure_block(error)
+
+
+def quarantined_rows(flow: Flow, shard_id: int, generation: int) -> list[int]:
+    """Numbers of the rows of a shard that a generation of it set aside.
+
+    Raises:
+        ArtifactError: Another driver has read them again and removed the list.
+        DataError: They cannot be read again.
+        StorageError: The store cannot be read.
+    """
+    flow.corpus().require_mendable(flow.plan().shard(shard_id))
+    store, name = flow.ledger().store, errors_name(shard_id, generation)
+    try:
+        with store.open(name) as file:
+            rows = pq.read_table(file, columns=["row_in_shard"])["row_in_shard"]
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{store.url(name)} is gone: another run has read these rows again; run the same command again"
+        ) from None
+    return sorted(rows.to_pylist())
 
 
 def prepared_pieces(flow: Flow, shard_id: int, only: list[int] | None = None) -> Iterator[Piece]:
@@ -123,12 +148,13 @@ class _Draft:
         """Take one record of the corpus."""
         values, prompt = self._prepared(row, record)
         values["row"] = row
-        self._work.input_bytes += len(record.image or b"") + len(
-            (record.text or "").encode("utf-8", "replace")
-        )
+        text_bytes = size_of(record.text)
+        self._work.input_bytes += len(record.image or b"") + text_bytes
         values |= {f"user.{name}": record.columns.get(name) for name in self._user}
+        self._num_bytes += text_bytes + size_of(record.columns)
         if prompt is not None:
             self._prompts[len(self._rows)] = prompt
+            self._num_bytes += _TOKEN_BYTES * len(prompt)
             self._num_bytes += sum(tensor.nbytes for tensor in prompt.vision.values())
         self._rows.append(values)
 
@@ -224,3 +250,16 @@ def content_hash(record: Record) -> str:
     digest = hashlib.sha256(record.image or b"")
     digest.update(b"\x00" + (record.text or "").encode("utf-8", "replace"))
     return digest.hexdigest()
+
+
+def size_of(value: Any) -> int:
+    """Bytes that a value of a record takes in a piece, about."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(size_of(one) for one in value.values())
+    if isinstance(value, list | tuple):
+        return sum(size_of(one) for one in value)
+    return 0 if value is None else _TOKEN_BYTES

@@ -34,7 +34,8 @@ def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
         The record to commit. The pieces are left to be removed after it.
 
     Raises:
-        ArtifactError: A piece is gone: another driver has committed the shard and removed it.
+        ArtifactError: A piece or an older generation is gone: another driver has committed the shard and removed it.
+        DataError: Rows that were read again are not the quarantined ones, or have other columns.
         StorageError: The files cannot be written.
     """
     ledger = flow.ledger()
@@ -46,6 +47,11 @@ def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
         new = pa.concat_tables([flow.shard_schema.empty_table(), *data])
         require_same_items(_read(ledger, errors_name(shard_id, before.generation)), [new, *errors])
         old = _read(ledger, shard_name(shard_id, before.generation))
+        if old.schema != new.schema:
+            raise DataError(
+                f"the corpus' own columns are not those that shard {shard_id} was made with; embed it into another "
+                "storage.dir"
+            )
         data = iter([pa.concat_tables([old, new]).sort_by("row_in_shard")])
     reach("shard_before_write")
     name = attempt_name(shard_name(shard_id, generation), attempt)
@@ -73,19 +79,27 @@ def require_same_items(quarantined: pa.Table, found: list[pa.Table]) -> None:
     """Rows that are read again must be the items that were quarantined: a mended corpus may not be another one.
 
     Raises:
-        DataError: A row holds another item.
+        DataError: A row holds another item, or is gone.
     """
+    shard_id = quarantined["shard_id"][0]
     names = dict(
         zip(*(quarantined[name].to_pylist() for name in ("row_in_shard", "id")), strict=True)
     )
     for table in found:
         rows, ids = (table[name].to_pylist() for name in ("row_in_shard", "id"))
         for row, name in zip(rows, ids, strict=True):
-            if names[row] != name:
+            before = names.pop(row, None)
+            if before != name:
                 raise DataError(
-                    f"row {row} of shard {quarantined['shard_id'][0]} was item {names[row]!r} and is now {name!r}: the "
-                    "corpus has other rows than before; embed it into another storage.dir"
+                    f"row {row} of shard {shard_id} was item {before!r} and is now {name!r}: the corpus has other rows "
+                    "than before; embed it into another storage.dir"
                 )
+    if names:
+        row, name = next(iter(names.items()))
+        raise DataError(
+            f"row {row} of shard {shard_id} was item {name!r} and is gone: the corpus has other rows than before; "
+            "embed it into another storage.dir"
+        )
 
 
 def remove_pieces(store: Store, run: str, pieces: list[Written]) -> None:
@@ -109,8 +123,13 @@ def _tables(store: Store, run: str, pieces: list[Written], kind: str) -> Iterato
 
 
 def _read(ledger: Ledger, name: str) -> pa.Table:
-    with ledger.store.open(name) as file:
-        return pq.read_table(file)
+    try:
+        with ledger.store.open(name) as file:
+            return pq.read_table(file)
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{ledger.store.url(name)} is gone: another run has made it anew; run the same command again"
+        ) from None
 
 
 def _groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:

@@ -59,7 +59,7 @@ def sealed(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit |
     try:
         return seal(flow, pieces, before)
     except SlqError as error:
-        other = flow.ledger().commits().get(pieces[0].shard_id)
-        if isinstance(error, ArtifactError) and other is not None and other != before:
-            return other
-        return failure_text(error)
+        other = None
+        if isinstance(error, ArtifactError):
+            other = flow.ledger().commits().get(pieces[0].shard_id)
+        return failure_text(error) if other is None or other == before else other

@@ -9,6 +9,7 @@ from pipelines.commits import Commit
 from pipelines.embedding.pieces import Work
 from pipelines.embedding.write import Written
 from pipelines.progress import duration, show
+from slq.errors import DataError
 
 _SHOW_EVERY_S = 2.0
 
@@ -22,12 +23,14 @@ class Totals:
         num_rows: Of the whole data set; None where its corpus tells only when it is read.
         committed: Records of shards that earlier runs, or this one, have committed.
         workers: Encoders.
+        bad_before: Rows that earlier runs quarantined, and that this one does not read again.
     """
 
     num_shards: int
     num_rows: int | None
     committed: dict[int, Commit]
     workers: int
+    bad_before: int = 0
     good: int = 0
     bad: int = 0
     work: Work = field(default_factory=Work)
@@ -35,6 +38,7 @@ class Totals:
     encoding_since: float = math.inf
     last_piece: float = 0.0
     shown: float = 0.0
+    problem: str = ""
 
     def __post_init__(self) -> None:
         self.before = sum(one.rows + one.quarantined for one in self.committed.values())
@@ -46,6 +50,7 @@ class Totals:
         self.last_piece = time.time()
         self.good += piece.good
         self.bad += piece.bad
+        self.problem = piece.problem or self.problem
         self.work.add(piece.work)
 
     @property
@@ -71,6 +76,11 @@ class Totals:
     def padding_share(self) -> float:
         """Share of the batches' tokens that were padding."""
         return 1 - self.work.tokens / self.work.padded_tokens if self.work.padded_tokens else 0.0
+
+    def has_too_many_bad(self, max_share: float) -> bool:
+        """Whether more rows are quarantined already than may be of all, so that the run cannot end well."""
+        bad = self.bad_before + self.bad
+        return self.num_rows is not None and bad > max_share * self.num_rows
 
     def eta_s(self) -> float | None:
         """Seconds until the end at this pace; None while it is not known."""
@@ -111,3 +121,19 @@ class Totals:
         if now or time.monotonic() - self.shown > _SHOW_EVERY_S:
             self.shown = time.monotonic()
             show(self.line())
+
+
+def too_many_bad(bad: int, rows: int, max_share: float, errors: str, last: str = "") -> DataError:
+    """The error of a run that quarantines more than `embed.max_error_share`.
+
+    Args:
+        bad: Rows that were quarantined.
+        rows: Of the corpus.
+        max_share: That is allowed.
+        errors: Where their reasons are.
+        last: One of them, with its reason.
+    """
+    return DataError(
+        f"{bad} of {rows} items ({bad / max(1, rows):.1%}) were quarantined, more than embed.max_error_share allows "
+        f"({max_share:.1%}){last and f', the last one {last}'}; see {errors}"
+    )

@@ -38,6 +38,7 @@ class Written:
         good: Rows with vectors.
         bad: Quarantined rows.
         work: What it cost.
+        problem: Of the first quarantined row: its id and what is wrong with it.
     """
 
     shard_id: int
@@ -46,6 +47,7 @@ class Written:
     good: int
     bad: int
     work: Work = field(default_factory=Work)
+    problem: str = ""
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Written":
@@ -93,6 +95,7 @@ def _written(piece: Piece, flow: Flow) -> Written:
         good.num_rows,
         bad.num_rows,
         piece.work,
+        f"{bad['id'][0]}: {bad['message'][0]}" if bad.num_rows else "",
     )
 
 

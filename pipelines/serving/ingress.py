@@ -35,6 +35,7 @@ from pipelines.recipe import Recipe
 from pipelines.serving.replicas import Pinned
 from slq.errors import ArtifactMismatchError, DataError, MediaError, ServiceError, StorageError
 from slq.media import decode_image
+from slq.quantization import cut
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
@@ -179,8 +180,10 @@ class Ingress:
         return self._info or await self._describe()
 
     async def _embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
+        """Vectors of items, as long as those of the index."""
+        dimension = (await self._known())["dimension"]
         vectors: list[NDArray[np.float32]] = await answer_of(self._backbone.embed.remote(items))
-        return vectors
+        return [one if len(one) == dimension else cut(one[None], dimension)[0] for one in vectors]
 
     @app.post("/search")
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:

@@ -17,7 +17,7 @@ from tenacity import (
 
 from pipelines.storage.base import Store, StoredFile
 from pipelines.storage.multipart import PART_BYTES, upload_parts
-from slq.errors import ConfigError, StorageError
+from slq.errors import ConfigError, RefusedReadError, SlqError, StorageError
 
 RETRY_S = 60.0
 """How long a store may fail before the failure is ours."""
@@ -58,6 +58,8 @@ class ObjectStore(Store):
         Raises:
             FileNotFoundError: From `call`, unchanged.
             FileExistsError: From `call`, unchanged.
+            SlqError: From `call`, unchanged: a signal may raise one anywhere.
+            RefusedReadError: The store refuses, and will do so again.
             StorageError: Anything else.
         """
         waits = wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT_S)
@@ -74,10 +76,11 @@ class ObjectStore(Store):
             ):
                 with attempt:
                     return call()
-        except (FileNotFoundError, FileExistsError):
+        except (FileNotFoundError, FileExistsError, SlqError):
             raise
         except Exception as error:  # noqa: BLE001 - botocore's and aiohttp's errors share no base with OSError
-            raise StorageError(
+            kind = RefusedReadError if verb == "read" and _is_refused(error) else StorageError
+            raise kind(
                 f"{self.url(name)} cannot be {verb}: {error or type(error).__name__}; check the store, its endpoint "
                 "and the credentials in the environment, and run the same command again"
             ) from None
@@ -306,7 +309,7 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same call may work a moment later."""
     if isinstance(error, OSError) and error.errno in _FINAL_ERRNOS:
         return False
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | ConfigError):
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | SlqError):
         return False
     try:
         from botocore.exceptions import (  # type: ignore[import-untyped]
@@ -318,3 +321,12 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(
         error, NoCredentialsError | ParamValidationError | TypeError | ValueError
     )
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether it is the name that is refused, and not whoever asks for it."""
+    try:
+        from botocore.exceptions import ParamValidationError
+    except ImportError:
+        return isinstance(error, PermissionError)
+    return isinstance(error, PermissionError | ParamValidationError)

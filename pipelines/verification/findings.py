@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.commits import COMMITS
-from pipelines.ledger import MANIFEST
-
 CHECKS = ("files", "counts", "schema", "rows", "vectors", "ids", "embedding")
 """In the order in which they are told."""
 _NAMED = 3
@@ -55,11 +52,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain data for machines."""
         return {**asdict(self), "is_sound": self.is_sound}
-
-
-def remake(shard_id: int) -> str:
-    """The way out of a shard that is damaged: all its generations go, and the next run makes it anew."""
-    return f"delete {COMMITS}/{shard_id:06d}*.json and {MANIFEST}, and run `slq embed` again"
 
 
 def first_few(names: Sequence[Any]) -> str:

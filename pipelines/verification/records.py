@@ -21,9 +21,10 @@ from pipelines.embedding.canary import CANARY
 from pipelines.embedding.card import CARD
 from pipelines.embedding.flow import PLAN
 from pipelines.ledger import MANIFEST
+from pipelines.ledger_reader import remake
 from pipelines.storage import Store, concurrently
 from pipelines.verification.files import committed_files
-from pipelines.verification.findings import Finding, first_few, remake
+from pipelines.verification.findings import Finding, first_few
 from slq.errors import ArtifactError
 
 

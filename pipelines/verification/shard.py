@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.commits import Commit, errors_name, shard_name
+from pipelines.ledger_reader import remake
 from pipelines.storage import open_store
 from pipelines.verification.files import committed_files, read_once
-from pipelines.verification.findings import Finding, first_few, remake
+from pipelines.verification.findings import Finding, first_few
 from pipelines.verification.ids import Hashes, hashes_of
 from pipelines.verification.items import StoredItem, column_values, stored_item
 from pipelines.verification.vectors import wrong_vectors

@@ -267,6 +267,32 @@ def test_too_many_bad_items_fail_the_run_each_time_and_say_where_they_are(
     assert len(stored(recipe)) == 12
 
 
+def test_a_run_ends_as_soon_as_it_cannot_end_well_and_loses_no_finished_shard(
+    finished: Recipe, tmp_path: Path, scenes_dir: Path
+) -> None:
+    rows = gallery(scenes_dir)[:32]
+    for row in rows[:8]:
+        row["image"] = b"broken"
+    settings = {"shard_rows": 8, "piece_rows": 4, "max_error_share": 0.2}
+    recipe = changed(finished, storage={"dir": tmp_path / "run"}, embed=settings)
+    recipe = corpus_run(recipe, tmp_path / "c.parquet", rows)
+    words = (
+        r"8 of 32 items \(.*\) were quarantined, more than embed.max_error_share allows \(20.0%\)"
+    )
+    with pytest.raises(
+        DataError, match=words + f", the last one ({rows[0]['id']}|{rows[4]['id']}): .*errors"
+    ):
+        embed(recipe)
+    commits = Ledger(recipe.storage.embeddings).commits()
+    assert commits[0].quarantined == 8
+    with pytest.raises(DataError, match=words + "; see .*errors"):
+        embed(recipe)  # nothing of it can go well, so nothing is read
+    assert Ledger(recipe.storage.embeddings).commits() == commits
+    embed(changed(recipe, embed={"max_error_share": 0.25}))
+    assert len(stored(recipe)) == 24
+    assert Ledger(recipe.storage.embeddings).commits()[0] == commits[0]
+
+
 def test_texts_images_and_both_stand_in_one_corpus_with_their_own_columns(
     finished: Recipe, tmp_path: Path, scenes_dir: Path
 ) -> None:
@@ -579,6 +605,42 @@ def test_a_folder_that_changes_during_the_run_fails_it_and_gets_no_manifest(
     with pytest.raises(DataError, match=rf"the corpus changed while it was read: .*{name}"):
         embed(recipe)
     assert Ledger(recipe.storage.embeddings).manifest() is None
+
+
+def test_a_run_over_a_corpus_that_changed_since_names_the_file(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "pictures"
+    for n in range(12):
+        picture(corpus / f"{n:02d}.png", 20 * n)
+    without_cluster(monkeypatch)
+    recipe = with_untrained_adapter(changed(tiny_run, data={"corpus": str(corpus)}))
+    embed(recipe)
+    picture(corpus / "03.png", 255)
+    with pytest.raises(DataError, match=r"03\.png of shard 0 is another; .* another storage\.dir"):
+        embed(recipe)
+    with pytest.raises(ArtifactMismatchError, match=r"corpus_digest.*shard_rows: 8 -> 9"):
+        embed(changed(recipe, embed={"shard_rows": 9}))
+
+
+def test_a_corpus_that_changes_while_it_is_planned_is_never_begun_under_its_old_digest(
+    tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "pictures"
+    for n in range(4):
+        picture(corpus / f"{n:02d}.png", 20 * n)
+
+    def slowly(*arguments: Any) -> Any:
+        found = write_plan(*arguments)
+        picture(corpus / "01.png", 255)
+        return found
+
+    monkeypatch.setattr("pipelines.embed.write_plan", slowly)
+    without_cluster(monkeypatch)
+    recipe = with_untrained_adapter(changed(tiny_run, data={"corpus": str(corpus)}))
+    with pytest.raises(DataError, match="files came, went or were written to meanwhile"):
+        embed(recipe)
+    assert not (Path(recipe.storage.embeddings) / PLAN).exists()
 
 
 def test_a_table_that_shrinks_during_the_run_fails_it_and_names_the_shard(

@@ -219,7 +219,7 @@ def test_two_runs_at_once_end_in_one_data_set(
 def pieces_of(flow: Flow, shard_id: int) -> list[Written]:
     """A shard embedded in this process, up to the pieces beside the data set."""
     stage = EncodePieces(flow)
-    asked = pa.table({"shard_id": [shard_id], "rows": pa.nulls(1)})
+    asked = pa.table({"shard_id": [shard_id], "generation": pa.nulls(1)})
     blocks = [write_piece(stage(block), flow) for block in prepare(asked, flow)]
     return list(written_pieces(row for block in blocks for row in block.to_pylist()))
 

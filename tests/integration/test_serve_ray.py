@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -224,6 +225,29 @@ def test_health_asks_model_and_index_every_time_and_refuses_a_foreign_one(recipe
             await ingress.healthz()
 
     asyncio.run(scenario())
+
+
+def test_a_service_over_cut_vectors_embeds_at_the_length_of_its_index(recipe: Recipe) -> None:
+    whole = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
+
+    class Answers:
+        """A handle whose methods answer what they are given."""
+
+        def __init__(self, dimension: int) -> None:
+            self.describe = SimpleNamespace(
+                remote=lambda: given({"fingerprint": "a", "dimension": dimension})
+            )
+            self.embed = SimpleNamespace(remote=lambda _: given(list(whole)))
+
+    async def given(value: Any) -> Any:
+        return value
+
+    face = Ingress.func_or_class.__bases__[0]
+    parts = Answers(64), Answers(24)  # the model and the index
+    ingress = face(recipe.model_dump(mode="json"), Pinned("a", "v000001"), *parts)
+    found = np.stack(asyncio.run(ingress._embed([Item(text="x"), Item(text="y")])))
+    expected = whole[:, :24] / np.linalg.norm(whole[:, :24], axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_overload_leaves_our_routes_as_an_error_of_ours() -> None:

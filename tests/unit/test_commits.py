@@ -49,11 +49,6 @@ CASES = {
         {DATA1, ERRORS1},
         {ERRORS1},
     ),
-    "a generation that came after the commits were read stays": (
-        committed(1, errors=False),
-        {DATA1, DATA2},
-        set(),
-    ),
     "a shard that came after the commits were read stays": ({}, {DATA0, ERRORS0}, set()),
     "what is not ours stays": (committed(0, errors=False), {DATA0, OTHER}, set()),
 }
@@ -64,6 +59,19 @@ CASES = {
 def test_stale_files(case: str, alone: bool) -> None:
     commits, names, stale = CASES[case]
     assert stale_files(names, commits, alone=alone) == sorted(stale)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_generation_whose_record_was_removed_goes_with_the_next_run_that_is_alone(
+    alone: bool,
+) -> None:
+    later = {ERRORS1, DATA1}
+    for commits in ({}, committed(0, errors=False)):
+        found = stale_files({DATA0, *later}, commits, alone=alone)
+        assert found == (sorted(later) if alone else [])
+    assert stale_files({DATA1, DATA2}, committed(1, errors=False), alone=alone) == (
+        [DATA2] if alone else []
+    )
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -1,6 +1,5 @@
 """Plans: what is stored is what was planned, shard by shard, and a corpus that changes is noticed and named."""
 
-import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,17 @@ from pipelines.corpus import (
 )
 from pipelines.storage import open_store
 from slq.errors import ArtifactError, DataError, StorageError
-from tests.corpora import rows, upload, write_csv, write_images, write_jsonl, write_parquet
+from tests.corpora import (
+    members_of,
+    rows,
+    tar_bytes,
+    upload,
+    write_csv,
+    write_images,
+    write_jsonl,
+    write_parquet,
+)
+from tests.traced import with_peaks
 
 CHANGED = "the corpus changed while it was read: "
 
@@ -100,16 +109,16 @@ def test_errors_of_the_corpus_come_through(tmp_path: Path) -> None:
         write_plan(open_corpus(path).shards(4), tmp_path / "plan.parquet")
 
 
+def written_and_read(number: int, folder: Path) -> None:
+    write_plan(some_shards(number), folder / "plan.parquet")
+    for _ in read_plan(open_store(folder), "plan.parquet"):
+        pass
+
+
 def test_writing_and_reading_a_plan_takes_no_more_memory_than_its_footer(tmp_path: Path) -> None:
-    peaks = []
-    for number in (1_000, 20_000):
-        tracemalloc.start()
-        write_plan(some_shards(number), tmp_path / "plan.parquet")
-        for _ in read_plan(open_store(tmp_path), "plan.parquet"):
-            pass
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 12 * 19_000  # bytes per shard; the shards themselves take 800
+    runs = with_peaks(written_and_read, (1_000, tmp_path), (20_000, tmp_path))
+    (_, few), (_, many) = runs
+    assert many < few + 12 * 19_000  # bytes per shard; the shards themselves take 800
 
 
 def images(folder: Path) -> None:
@@ -175,6 +184,36 @@ def test_a_corpus_that_changed_is_named_with_its_file_and_shard(
     with pytest.raises(DataError, match=f"{CHANGED}{what}; let it rest"):
         require_same_plan(corpus, plan)
     assert summarise(corpus.shards(2)).digest != summary.digest  # planning again tells the same
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "csv", "webdataset", "images", "parquet"])
+def test_rows_are_read_again_only_where_a_mended_file_has_left_them_in_their_places(
+    tmp_path: Path, kind: str
+) -> None:
+    """Two bytes more in the first shard of a text, and each shard behind it would begin inside of another row."""
+    writers: dict[str, Callable[[Path], object]] = {
+        "text": lambda folder: (folder / "a.txt").write_bytes(b"r\xe9d\nfox\nbee\nowl\n"),
+        "jsonl": lambda folder: write_jsonl(folder / "a.jsonl", rows()),
+        "csv": lambda folder: write_csv(folder / "a.csv", rows()),
+        "webdataset": lambda folder: (folder / "a.tar").write_bytes(tar_bytes(members_of(rows()))),
+        "images": write_images,
+        "parquet": lambda folder: write_parquet(folder / "a.parquet", rows()),
+    }
+    (tmp_path / "c").mkdir()
+    writers[kind](tmp_path / "c")
+    corpus = open_corpus(tmp_path / "c", kind)  # type: ignore[arg-type]
+    shard = list(corpus.shards(2))[-1]
+    corpus.require_mendable(shard)
+    name = shard.files[-1]
+    file = tmp_path / "c" / name
+    file.write_bytes(file.read_bytes().replace(b"r\xe9d", b"r\xc3\xa9d") + b"\n")
+    if kind in ("images", "parquet"):
+        corpus.require_mendable(shard)
+        return
+    with pytest.raises(
+        DataError, match=rf"{name} was written to since it was planned, and rows .* may have moved"
+    ):
+        corpus.require_mendable(shard)
 
 
 def test_files_that_come_or_go_after_the_plan_shift_no_row(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """Tables as corpora: row groups, columns and their types, and images that rows name by uri."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpus import Record, fetch_image, open_corpus
 from pipelines.images import ImageReader
-from slq.errors import DataError, MediaError
+from slq.errors import DataError, MediaError, RefusedReadError, StorageError
 from slq.media import DEFAULT_LIMITS
 from tests.corpora import NUM_ROWS, png, rows, upload, write_images, write_parquet
 
@@ -77,7 +79,69 @@ def test_a_row_without_id_is_a_bad_row(tmp_path: Path) -> None:
     good, bad = read(tmp_path / "c.parquet")
     assert good.problem is None
     assert (bad.id, bad.reason) == ("c.parquet:1", "bad_row")
-    assert bad.problem == "row 1 of c.parquet has no id"
+    assert bad.problem == "row 1 of c.parquet: it has no id"
+
+
+def test_a_string_that_is_no_utf8_is_its_own_rows_problem(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 1, 3, 4], np.int32))
+    texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xff\xfeb"))
+    pq.write_table(pa.table({"id": ["x", "y", "z"], "text": texts}), tmp_path / "c.parquet")
+    first, bad, last = read(tmp_path / "c.parquet")
+    assert [(one.id, one.text, one.problem) for one in (first, last)] == [
+        ("x", "a", None),
+        ("z", "b", None),
+    ]
+    assert (bad.id, bad.text, bad.reason) == ("y", None, "bad_row")
+    assert (bad.problem or "").startswith(
+        "row 1 of c.parquet: column text is no UTF-8: 'utf-8' codec"
+    )
+
+
+def test_an_image_far_inside_of_a_row_group_is_found_without_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [png(n) for n in range(40)]
+    table = pa.table({"id": [str(n) for n in range(40)], "image": images})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=25)
+    monkeypatch.delattr(pq.ParquetFile, "read_row_group")
+    uris = [record.uri for record in read(tmp_path / "c.parquet")]
+    assert [fetch_image(uri) for uri in uris] == images
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_failure_of_the_machine_is_no_files_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write_images(tmp_path / "c")
+
+    def failing(self: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    corpus = open_corpus(str(tmp_path / "c"))
+    (shard,) = corpus.shards(1000)
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(StorageError, match=r"cannot be read: .*; run the same command again"):
+        list(corpus.records(shard))
+
+
+def test_a_uri_that_a_store_refuses_is_its_own_rows_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(url: str, *_: Any) -> bytes:
+        raise RefusedReadError(f"{url} cannot be read: Forbidden")
+
+    monkeypatch.setattr("pipelines.images._object_bytes", refused)
+    long = "s3://bucket/" + "k" * 1025
+    for n, uri in enumerate(("s3://other/secret.png", long)):
+        write_row(tmp_path / f"{n}.parquet", uri)
+    (forbidden,) = read(tmp_path / "0.parquet")
+    assert (forbidden.reason, forbidden.problem) == (
+        "unreadable",
+        "s3://other/secret.png cannot be read: Forbidden",
+    )
+    assert read(tmp_path / "1.parquet")[0].reason == "path_refused"
+    with pytest.raises(MediaError, match="Forbidden"):
+        ImageReader(tmp_path).check("s3://other/secret.png")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import io
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from pipelines.embedding.encode import EncodePieces
 from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.models import adapter_configs, new_flow
 from pipelines.embedding.pieces import Piece, is_failure, raise_failure
-from pipelines.embedding.prepare import prepare, prepared_pieces
+from pipelines.embedding.prepare import prepare, prepared_pieces, quarantined_rows, size_of
 from pipelines.embedding.seal import require_same_items
 from pipelines.embedding.write import data_table, errors_table
 from pipelines.loading import backbone_of, untrained_latents
@@ -28,7 +30,7 @@ from slq.arrow import ITEMS
 from slq.artifacts import save_adapter
 from slq.backbones import Backbone
 from slq.encoder import Encoder
-from slq.errors import ArtifactMismatchError, ConfigError, DataError, HardwareError
+from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError, HardwareError
 from slq.media import decode_image
 from slq.quantization import calibrate, cut, to_bits, to_int8
 from tests.integration.runs import changed, with_untrained_adapter
@@ -353,7 +355,51 @@ def test_an_adapter_of_another_type_of_weights_is_refused_by_the_actor(
 
 
 def _asked() -> pa.Table:
-    return pa.table({"shard_id": [0], "rows": pa.nulls(1)})
+    return pa.table({"shard_id": [0], "generation": pa.nulls(1)})
+
+
+def test_only_one_batch_at_a_time_is_encoded_with_care(
+    flow_over: Callable[..., Flow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the death of an actor would count against what its other thread had announced."""
+    flow = flow_over(texts(24), piece_rows=12, batch_size=4)
+    stage = EncodePieces(flow)
+    under_way: set[str] = set()
+    most = 0
+
+    class EverythingKills:
+        @contextmanager
+        def announced(self, work: str) -> Iterator[bool]:
+            nonlocal most
+            is_batch = len(work.split()) == 3
+            under_way.update({work} if is_batch else ())
+            most = max(most, len(under_way))
+            yield len(work.split()) < 4  # pieces and batches killed before, items did not
+            under_way.discard(work)
+
+    monkeypatch.setattr(stage, "_announcer", EverythingKills())
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(stage.encoded, prepared_pieces(flow, 0)))
+    assert most == 1
+    assert [piece.vectors is not None and piece.vectors.shape[1] for piece in found] == [12, 12]
+
+
+def test_long_texts_and_wide_columns_fill_a_piece_as_images_do(
+    flow_over: Callable[..., Flow],
+) -> None:
+    rows = [{"id": f"t{n}", "text": "fox " * 500} for n in range(10)]
+    sizes = [piece.rows.num_rows for piece in prepared_pieces(flow_over(rows, piece_bytes=1000), 0)]
+    assert sizes == [1] * 10  # of 2,000 bytes and more
+    assert size_of({"a": "äb", "b": [b"xyz", 1.5, None], "c": {"d": True}}) == 3 + 3 + 8 + 8
+
+
+def test_a_list_of_rows_that_another_run_has_removed_is_told_in_words(
+    flow_over: Callable[..., Flow],
+) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"part-000000\.1\.parquet is gone: another run has read"
+    ):
+        quarantined_rows(flow_over(texts(2)), 0, 1)
 
 
 # ---- what is stored ----
@@ -440,6 +486,9 @@ def test_rows_that_are_read_again_must_be_the_same_items() -> None:
 
     before = table((2, "a"), (5, "b"))
     require_same_items(before, [table((2, "a")), table((5, "b"))])
-    require_same_items(before, [table((5, "b"))])
+    with pytest.raises(DataError, match=r"row 2 of shard 3 was item 'a' and is gone"):
+        require_same_items(before, [table((5, "b"))])
+    with pytest.raises(DataError, match=r"row 7 of shard 3 was item None and is now 'x'"):
+        require_same_items(before, [table((2, "a"), (5, "b"), (7, "x"))])
     with pytest.raises(DataError, match=r"row 5 of shard 3 was item 'b' and is now 'c'"):
         require_same_items(before, [table((2, "a")), table((5, "c"))])

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 import slq.index
-from slq.errors import ArtifactError, ConfigError, StorageError
+from slq.errors import ArtifactError, ConfigError, DataError, StorageError
 from slq.index import (
     MANIFEST,
     POINTER,
@@ -58,6 +58,19 @@ def test_flat_search_equals_brute_force(tmp_path: Path) -> None:
         assert [hit.row for hit in found] == best.tolist()
         assert [hit.id for hit in found] == [f"item-{n}" for n in best]
         np.testing.assert_allclose([hit.score for hit in found], row[best], atol=1e-6)
+
+
+def test_queries_of_an_index_of_cut_vectors_are_cut_too(tmp_path: Path) -> None:
+    vectors, queries = unit_vectors(COUNT), unit_vectors(20, seed=1)
+    short = vectors[:, :6] / np.linalg.norm(vectors[:, :6], axis=1, keepdims=True)
+    publish(tmp_path, build(FLAT, short), rows(), fingerprint="3f2a", config=FLAT)
+    index = VectorIndex(tmp_path)
+    cosines = short @ queries[:, :6].T / np.linalg.norm(queries[:, :6], axis=1)
+    for found, column in zip(index.search(queries, 5), cosines.T, strict=True):
+        assert [hit.row for hit in found] == np.argsort(-column, kind="stable")[:5].tolist()
+        np.testing.assert_allclose([hit.score for hit in found], np.sort(column)[:-6:-1], atol=1e-6)
+    with pytest.raises(DataError, match="vectors of 5 values cannot be cut to 6"):
+        index.search(queries[:, :5], 3)
 
 
 def test_ivf_with_every_list_probed_equals_flat(tmp_path: Path) -> None:

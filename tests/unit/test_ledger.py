@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipelines.commits import (
 )
 from pipelines.failpoints import VARIABLE
 from pipelines.ledger import LOCK, MANIFEST, RUN, Ledger
-from pipelines.ledger_reader import LedgerReader
+from pipelines.ledger_reader import LedgerReader, remake
 from pipelines.storage import LocalStore, ObjectStore, Store, concurrently
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 from tests.faulty_store import faulty_store
@@ -315,7 +316,8 @@ def test_a_record_in_the_making_by_a_live_driver_is_not_dropped(ledger: Ledger, 
         with pytest.raises(
             ArtifactError,
             match=r"files of shards \[0\] are gone, though they were committed; while no other run is at work, "
-            r"delete commits/000000\*\.json and manifest\.json, and run `slq embed` again",
+            r"delete commits/000000\*\.json, shards/part-000000\*\.parquet, errors/part-000000\*\.parquet and "
+            r"manifest\.json, and run `slq embed` again",
         ):
             second.finish({"num_shards": 1})
 
@@ -449,6 +451,32 @@ def test_a_later_generation_takes_the_place_of_the_one_before(ledger: Ledger) ->
     ledger.finish({"num_shards": 2})
     assert names(ledger) == published(0, generation=1) | published(1) | {MANIFEST}
     assert ledger.verified_shards() == [shard_name(0, 1), shard_name(1)]
+
+
+def test_a_shard_that_is_made_anew_leaves_no_file_of_its_later_generations(root: str) -> None:
+    """Whoever reads `shards/*.parquet` would find its rows twice."""
+    drive(root, 2)
+    ledger = Ledger(root)
+    assert ledger.commit(written(ledger, 0, 1))
+    ledger.finish({"num_shards": 2})
+    to_delete, _, _ = remake(0).removeprefix("delete ").partition(", and run")
+    patterns = to_delete.replace(" and ", ", ").split(", ")
+    for name in list(files(ledger.store)):
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            ledger.store.remove(name)
+    drive(root, 2)
+    assert names(ledger) == published(0) | published(1) | {MANIFEST}
+
+
+def test_a_later_generation_whose_records_alone_were_deleted_goes_too(tmp_path: Path) -> None:
+    drive(str(tmp_path), 1)
+    ledger = Ledger(tmp_path)
+    assert ledger.commit(written(ledger, 0, 1))
+    ledger.finish({"num_shards": 1})
+    for generation in range(2):
+        ledger.store.remove(record_name(0, generation))
+    drive(str(tmp_path), 1)
+    assert names(ledger) == published(0) | {MANIFEST}
 
 
 def test_a_generation_is_committed_once_also_when_a_later_one_is_there(ledger: Ledger) -> None:
@@ -593,8 +621,8 @@ def test_a_damaged_shard_is_named(ledger: Ledger, damage: str) -> None:
         ledger.store.write(shard_name(1), data[:-1] + tail)
     with pytest.raises(
         ArtifactError,
-        match=r"shard .*/part-000001\.parquet does not match its commit record; delete commits/000001\*\.json and "
-        r"manifest\.json, and run `slq embed` again",
+        match=r"shard .*/part-000001\.parquet does not match its commit record; delete commits/000001\*\.json, "
+        r"shards/part-000001\*\.parquet, errors/part-000001\*\.parquet and manifest\.json, and run `slq embed` again",
     ):
         ledger.verified_shards()
 
@@ -630,7 +658,8 @@ def test_a_damaged_record_is_named(ledger: Ledger, record: bytes, problem: str) 
     with pytest.raises(
         ArtifactError,
         match=rf"commit record .*/embeddings/commits/000001\.json is damaged: .*{problem}.*; "
-        r"delete commits/000001\*\.json and manifest\.json, and run `slq embed` again",
+        r"delete commits/000001\*\.json, shards/part-000001\*\.parquet, errors/part-000001\*\.parquet and "
+        r"manifest\.json, and run `slq embed` again",
     ):
         ledger.commits()
 

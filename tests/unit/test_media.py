@@ -3,7 +3,6 @@
 import io
 import pickle
 import struct
-import tracemalloc
 import warnings
 import zlib
 
@@ -16,6 +15,7 @@ from slq.backbones.random_weights import INTERN_TOKENS, QWEN_TOKENS, byte_level_
 from slq.errors import DataError, MediaError
 from slq.media import MediaLimits, check_image, decode_image, sanitise_text
 from tests.families import BUILDERS
+from tests.traced import with_peaks
 
 LEFT, RIGHT = (200, 30, 30), (30, 30, 200)
 
@@ -116,15 +116,11 @@ def test_damaged_pixels_are_corrupt() -> None:
     assert reason_of(bytes(data)) == "corrupt"
 
 
-@pytest.mark.parametrize("side", [7_100, 10_000, 13_000, 100_000, 2**31 - 1])
-def test_a_decompression_bomb_is_refused_from_its_header_with_little_memory(side: int) -> None:
-    data = png_header(side, side)
-    tracemalloc.start()
-    reason = reason_of(data)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert reason == "too_many_pixels"
-    assert peak < 2**21
+def test_a_decompression_bomb_is_refused_from_its_header_with_little_memory() -> None:
+    sides = (7_100, 10_000, 13_000, 100_000, 2**31 - 1)
+    for reason, peak in with_peaks(reason_of, *((png_header(side, side),) for side in sides)):
+        assert reason == "too_many_pixels"
+        assert peak < 2**21
 
 
 def test_a_bomb_is_refused_without_a_warning_of_pillow() -> None:
@@ -174,10 +170,7 @@ def test_the_header_check_refuses_for_the_reason_that_decoding_has(
 
 def test_the_header_check_decodes_no_pixel() -> None:
     data = png_header(7_000, 7_000)  # promises 147 MB, holds 64 bytes
-    tracemalloc.start()
-    check_image(data)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    ((_, peak),) = with_peaks(check_image, (data,))
     assert peak < 2**21
     assert reason_of(data) == "corrupt"
 

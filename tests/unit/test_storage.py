@@ -26,7 +26,7 @@ from pipelines.storage import (
     open_store,
     split_location,
 )
-from slq.errors import ConfigError, StorageError
+from slq.errors import ConfigError, InterruptedRunError, RefusedReadError, StorageError
 from tests.faulty_store import FAULTS, LOST, RESET, UNAVAILABLE, faulty_store
 
 
@@ -39,6 +39,36 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     else:
         with faulty_store(share=0 if request.param == "s3" else 0.2) as server:
             yield open_store(f"s3://{server.bucket}/store", retry_s=30)
+
+
+def test_an_error_of_ours_inside_of_a_call_ends_it_and_is_never_tried_again() -> None:
+    """A signal raises one wherever the driver is, which with an object store is in some call for the most part."""
+    calls = 0
+
+    def stopped() -> bytes:
+        nonlocal calls
+        calls += 1
+        raise InterruptedRunError("stopped by SIGTERM")
+
+    store = objects.ObjectStore("memory://bucket/x", retry_s=20)
+    with pytest.raises(InterruptedRunError, match=r"^stopped by SIGTERM$"):
+        store._try("name", "read", stopped)
+    assert calls == 1
+
+
+def test_a_name_that_a_store_refuses_to_read_is_told_apart_from_a_failure() -> None:
+    store = objects.ObjectStore("memory://bucket/x", retry_s=0.01)
+    for error, kind in (
+        (PermissionError("Forbidden"), RefusedReadError),
+        (OSError("reset"), StorageError),
+    ):
+
+        def call(error: Exception = error) -> bytes:
+            raise error
+
+        with pytest.raises(StorageError) as caught:
+            store._try("name", "read", call)
+        assert type(caught.value) is kind
 
 
 def names(store: Store, folder: str = "") -> list[str]:

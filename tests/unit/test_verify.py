@@ -531,8 +531,8 @@ def test_a_damaged_record_is_one_finding_and_the_others_are_read(two_shards: Sto
     (finding,) = records.findings
     assert (finding.check, finding.place) == ("files", "commits/000001.json")
     assert (
-        "delete commits/000001*.json and manifest.json, and run `slq embed` again"
-        in finding.message
+        "delete commits/000001*.json, shards/part-000001*.parquet, errors/part-000001*.parquet and manifest.json, "
+        "and run `slq embed` again" in finding.message
     )
     assert counts(two_shards, whole(), records) == []
     assert list(stray_files(two_shards, records)) == []

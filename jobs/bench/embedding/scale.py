@@ -52,13 +52,13 @@ def _measured(folder: Path, size: int) -> dict[str, float]:
     shutil.rmtree(recipe.storage.embeddings, ignore_errors=True)
     with PeakMemory() as memory, connect(recipe.resources):
         embed(recipe, models=STAND_IN)
-    us_per_row = 1e6 * _s_per_row(recipe)
+    us_per_row = 1e6 * s_per_row(recipe)
     shutil.rmtree(recipe.storage.embeddings)
     return {"us_per_row": us_per_row, "peak_mib": memory.peak_bytes / 2**20}
 
 
-def _s_per_row(recipe: Recipe) -> float:
-    """Seconds per row of all shards but the first one that was committed: its time holds every process' start."""
+def s_per_row(recipe: Recipe) -> float:
+    """Seconds per row of a run, without the first shard that was committed: its time holds every process' start."""
     commits = Ledger(recipe.storage.embeddings).commits()
     folder = Path(recipe.storage.embeddings)
     made = sorted(

@@ -1,0 +1,24 @@
+"""What the embedding benchmarks compute from a run's files."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jobs.bench.embedding.inputs import recipe_for, write_texts
+from jobs.bench.embedding.scale import s_per_row
+from pipelines.commits import Commit, record_name
+
+
+def test_time_per_row_leaves_out_the_first_commit_in_time_whatever_its_number(
+    tmp_path: Path,
+) -> None:
+    recipe = recipe_for(tmp_path, write_texts(tmp_path, 3), "run")
+    folder = Path(recipe.storage.embeddings)
+    (folder / "commits").mkdir(parents=True)
+    for shard_id, rows, at_s in ((0, 500, 110.0), (1, 900, 100.0), (2, 300, 104.0)):
+        commit = Commit(shard_id, rows, 0, sha256="0" * 64, bytes=1, attempt="a")
+        path = folder / record_name(shard_id)
+        path.write_text(commit.to_json())
+        os.utime(path, (at_s, at_s))
+    assert s_per_row(recipe) == pytest.approx(10.0 / (500 + 300))
