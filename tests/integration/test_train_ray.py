@@ -237,20 +237,23 @@ def kill_a_worker_when(
     """SIGKILL one of the training workers at the first moment that `ready` says so, and note which."""
     import psutil
 
-    def watch() -> None:
-        deadline = time.monotonic() + 120
-        while not ready():
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.002)
-        victims = []
+    def workers() -> list[int]:
+        found = []
         for process in psutil.Process().children(recursive=True):  # of this session's own Ray
             with suppress(psutil.Error):
                 if "RayTrainWorker" in " ".join(process.cmdline()):
-                    victims.append(process.pid)
-        if victims:
-            killed.append(rng.choice(sorted(victims)))
-            os.kill(killed[-1], signal.SIGKILL)
+                    found.append(process.pid)
+        return sorted(found)
+
+    def watch() -> None:
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline:
+            if ready() and (victims := workers()):  # none are there while Ray starts new ones
+                victim = rng.choice(victims)
+                os.kill(victim, signal.SIGKILL)
+                killed.append(victim)
+                return
+            time.sleep(0.002)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
