@@ -1,13 +1,32 @@
 """What the embedding benchmarks compute from a run's files."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from jobs.bench.embedding.inputs import recipe_for, write_texts
+from jobs.bench.embedding.memory import PeakMemory, tree_bytes
 from jobs.bench.embedding.scale import s_per_row
 from pipelines.commits import Commit, record_name
+
+
+def test_the_peak_of_memory_is_that_of_all_processes() -> None:
+    holding = "import time; data = b'x' * 2**27; print('ready', flush=True); time.sleep(60)"
+    with PeakMemory() as memory:
+        before = tree_bytes()
+        child = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        grown = tree_bytes() - before
+        time.sleep(1.2)  # two samples
+        child.kill()
+        child.communicate()
+    assert 2**27 <= grown < 2**27 + 2**25
+    assert memory.peak_bytes >= before + 2**27
 
 
 def test_time_per_row_leaves_out_the_first_commit_in_time_whatever_its_number(
