@@ -391,6 +391,13 @@ def picture(path: Path, shade: int) -> None:
     path.write_bytes(buffer.getvalue())
 
 
+def pictures(folder: Path, count: int) -> Path:
+    """A folder of pictures `00.png`, `01.png`, ..."""
+    for n in range(count):
+        picture(folder / "pictures" / f"{n:02d}.png", 20 * n)
+    return folder / "pictures"
+
+
 def test_a_folder_of_images_is_embedded_and_a_file_that_cannot_be_read_is_set_aside(
     finished: Recipe, tmp_path: Path
 ) -> None:
@@ -591,9 +598,7 @@ def test_the_schemas_of_shards_and_quarantined_rows_are_the_public_ones(
 def test_a_folder_that_changes_during_the_run_fails_it_and_gets_no_manifest(
     tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    corpus = tmp_path / "pictures"
-    for n in range(12):
-        picture(corpus / f"{n:02d}.png", 20 * n)
+    corpus = pictures(tmp_path, 12)
     name = "00a.png" if change == "added" else "03.png"
 
     def meanwhile() -> None:
@@ -612,9 +617,7 @@ def test_a_folder_that_changes_during_the_run_fails_it_and_gets_no_manifest(
 def test_a_run_over_a_corpus_that_changed_since_names_the_file(
     tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = tmp_path / "pictures"
-    for n in range(12):
-        picture(corpus / f"{n:02d}.png", 20 * n)
+    corpus = pictures(tmp_path, 12)
     without_cluster(monkeypatch)
     recipe = with_untrained_adapter(changed(tiny_run, data={"corpus": str(corpus)}))
     embed(recipe)
@@ -628,9 +631,7 @@ def test_a_run_over_a_corpus_that_changed_since_names_the_file(
 def test_a_corpus_that_changes_while_it_is_planned_is_never_begun_under_its_old_digest(
     tiny_run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = tmp_path / "pictures"
-    for n in range(4):
-        picture(corpus / f"{n:02d}.png", 20 * n)
+    corpus = pictures(tmp_path, 4)
 
     def slowly(*arguments: Any) -> Any:
         found = write_plan(*arguments)
