@@ -33,6 +33,8 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Without this Ray hides GPUs from workers that ask for none, and warns that a later version will not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray ends idle processes beyond one per CPU after a second, and to start one that loads torch takes several.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     options = (
         {} if address else {"num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     )

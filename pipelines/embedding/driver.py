@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.commits import ERRORS, Commit
 from pipelines.embedding.arrivals import Arrivals
-from pipelines.embedding.encode import THREADS, EncodePieces
+from pipelines.embedding.encode import EncodePieces
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.journal import start_journal
 from pipelines.embedding.metrics import count
@@ -14,7 +14,7 @@ from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import remove_pieces
 from pipelines.embedding.sealing import Sealing
 from pipelines.embedding.totals import Totals, too_many_bad
-from pipelines.embedding.write import Written, write_piece, written_pieces
+from pipelines.embedding.write import WritePieces, Written, written_pieces
 from pipelines.ledger import Ledger
 from pipelines.tasks import cluster_errors
 
@@ -67,7 +67,7 @@ def _go_through(
     again: dict[int, Commit],
 ) -> None:
     """Embed shards and commit them, until all are done or too much is quarantined to go on."""
-    arrivals, sealing = Arrivals(), Sealing(flow)
+    arrivals, sealing = Arrivals(), Sealing(flow, totals.workers)
     for piece in written_pieces(dataset(flow, todo, totals.workers).iter_rows()):
         totals.add(piece)
         complete = arrivals.add(piece)
@@ -86,7 +86,7 @@ def _go_through(
 def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
     """The flow on Ray Data: the only place that says `map_batches`."""
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data import DataContext, TaskPoolStrategy
 
     context = DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES
@@ -112,17 +112,30 @@ def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
             EncodePieces,
             **whole,
             fn_constructor_kwargs={"flow": flow},
-            compute=ActorPoolStrategy(
-                size=workers,
-                max_concurrent_calls_per_actor=THREADS,
-                max_tasks_in_flight_per_actor=2 * THREADS,
-                enable_true_multi_threading=True,
-            ),
+            compute=_actors(workers, EncodePieces.threads),
             num_cpus=0 if resources.gpus_per_worker else 1,
             num_gpus=resources.gpus_per_worker or None,
         )
         # No CPU of its own: where encoders and a waiting preparation hold all of them, nothing would ever be written.
-        .map_batches(write_piece, **whole, fn_kwargs={"flow": flow}, num_cpus=0)
+        .map_batches(
+            WritePieces,
+            **whole,
+            fn_constructor_kwargs={"flow": flow},
+            compute=_actors(-(-workers // WritePieces.threads), WritePieces.threads),
+            num_cpus=0,
+        )
+    )
+
+
+def _actors(size: int, threads: int) -> Any:
+    """A pool of actors that stay, each of which works on `threads` pieces at once and has as many waiting."""
+    from ray.data import ActorPoolStrategy
+
+    return ActorPoolStrategy(
+        size=size,
+        max_concurrent_calls_per_actor=threads,
+        max_tasks_in_flight_per_actor=2 * threads,
+        enable_true_multi_threading=True,
     )
 
 

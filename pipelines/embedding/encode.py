@@ -28,7 +28,6 @@ from pipelines.loading import use_threads
 from slq.backbones.prompting import Prompt, Prompts
 from slq.errors import DataError, HardwareError, MediaError, SlqError
 
-THREADS = 2
 Row = tuple[int, Prompt]
 Refusals = dict[int, tuple[str, str]]
 Found = list[tuple[list[int], Tensor]]
@@ -39,7 +38,12 @@ class EncodePieces:
 
     Args:
         flow: What the run knows.
+
+    Attributes:
+        threads: That take turns at the model.
     """
+
+    threads = 2
 
     def __init__(self, flow: Flow) -> None:
         section = flow.recipe.embed

@@ -15,7 +15,7 @@ from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.pieces import FAILURE, Piece, Work, failure_text, raise_failure
 from pipelines.embedding.prepare import prepared_pieces
 from pipelines.embedding.seal import seal
-from pipelines.embedding.write import Written, write_piece, written_pieces
+from pipelines.embedding.write import WritePieces, Written, written_pieces
 from slq.errors import DataError, SlqError
 from slq.quantization import calibrate, cut
 
@@ -125,11 +125,12 @@ class _Measurement:
     def _write(self, pieces: list[Piece]) -> tuple[float, int, int]:
         """Seconds, bytes and rows of one shard that is written of all pieces as the run writes its own."""
         flow = self._with_ranges(pieces)
+        write = WritePieces(flow)
         started = time.perf_counter()
         written: list[Written] = []
         for number, piece in enumerate(pieces):
             one = replace(piece, shard_id=0, number=number)
-            written += written_pieces(write_piece(one.to_block(), flow).to_pylist())
+            written += written_pieces(write(one.to_block()).to_pylist())
         commit = seal(flow, written, None)
         return time.perf_counter() - started, commit.bytes, commit.rows
 

@@ -1,6 +1,7 @@
-"""Shards whose pieces are all there: tasks join them into files beside the run."""
+"""Shards whose pieces are all there: actors join them into files beside the run."""
 
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 from pipelines.commits import Commit
@@ -10,26 +11,45 @@ from pipelines.embedding.seal import seal
 from pipelines.embedding.write import Written
 from slq.errors import ArtifactError, SlqError
 
-_MOST_SEALING = 8  # shards whose files are being written at once
+_THREADS = 2  # shards that one sealer writes at once
+_ENCODERS_EACH = 4  # that one sealer keeps up with: it only copies, compresses and hashes
+_TRIES = 4  # a shard whose sealer dies so often ends the run
+
+
+class Sealer:
+    """An actor that stays: tasks would start a process for nearly every shard, as Ray ends idle ones after a second."""
+
+    def sealed(self, flow: Flow, pieces: list[Written], before: Commit | None) -> Commit | str:
+        """See `sealed`."""
+        return sealed(flow, pieces, before)
 
 
 class Sealing:
-    """Shards whose files are being written by tasks.
+    """Shards whose files are being written by actors.
 
     Args:
         flow: What the run knows.
+        workers: Encoders, whose pieces are joined.
     """
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, workers: int) -> None:
         import ray
 
         self._flow = flow
-        self._task = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(sealed)
+        actor = ray.remote(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=_TRIES - 1,
+            max_concurrency=_THREADS,
+            scheduling_strategy="SPREAD",
+        )(Sealer)
+        self._sealers = [actor.remote() for _ in range(-(-workers // _ENCODERS_EACH))]
+        self._next = cycle(self._sealers)
         self._pieces: dict[Any, list[Written]] = {}
 
     def submit(self, pieces: list[Written], before: Commit | None) -> None:
         """Begin with a shard."""
-        self._pieces[self._task.remote(self._flow, pieces, before)] = pieces
+        self._pieces[next(self._next).sealed.remote(self._flow, pieces, before)] = pieces
 
     def finished(self, *, wait: bool = False) -> Iterator[tuple[Commit, list[Written]]]:
         """Shards that are done; with `wait` all of them, and otherwise so many that few enough are left.
@@ -40,7 +60,7 @@ class Sealing:
         import ray
 
         while self._pieces:
-            patient = wait or len(self._pieces) > _MOST_SEALING
+            patient = wait or len(self._pieces) > _THREADS * len(self._sealers)
             ready, _ = ray.wait(list(self._pieces), num_returns=1, timeout=None if patient else 0)
             if not ready:
                 return
@@ -52,7 +72,7 @@ class Sealing:
 
 
 def sealed(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit | str:
-    """`seal` as a task: the commit record, or the error that ends the run as text.
+    """`seal` in an actor: the commit record, or the error that ends the run as text.
 
     Another driver may have committed the shard and removed all pieces meanwhile: then its record is the answer.
     """

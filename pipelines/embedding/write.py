@@ -60,20 +60,34 @@ def piece_name(run: str, shard_id: int, number: int, kind: str) -> str:
     return f"pieces/{run}/{shard_id:06d}-{number:06d}.{kind}.arrow"
 
 
-def write_piece(block: pa.Table, flow: Flow) -> pa.Table:
-    """Write the rows of one encoded piece, and the quarantined ones apart.
+class WritePieces:
+    """A writer: an actor that stays, for the sake of its connections to the store and of what a process costs to start.
 
-    Returns:
-        One row: a `Written`, or the error that ends the run.
+    Args:
+        flow: What the run knows.
+
+    Attributes:
+        threads: Pieces that one writer lays down at once; it mostly waits.
     """
-    if is_failure(block):
-        return block.select([FAILURE])
-    try:
-        return pa.Table.from_pylist(
-            [{**asdict(_written(Piece.from_block(block), flow)), FAILURE: None}]
-        )
-    except SlqError as error:
-        return failure_block(error).select([FAILURE])
+
+    threads = 4
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Write the rows of one encoded piece, and the quarantined ones apart.
+
+        Returns:
+            One row: a `Written`, or the error that ends the run.
+        """
+        if is_failure(block):
+            return block.select([FAILURE])
+        try:
+            written = _written(Piece.from_block(block), self._flow)
+            return pa.Table.from_pylist([{**asdict(written), FAILURE: None}])
+        except SlqError as error:
+            return failure_block(error).select([FAILURE])
 
 
 def _written(piece: Piece, flow: Flow) -> Written:

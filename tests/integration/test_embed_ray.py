@@ -24,7 +24,7 @@ from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.sealing import Sealing, sealed
-from pipelines.embedding.write import write_piece
+from pipelines.embedding.write import WritePieces
 from pipelines.index import index, read_embeddings
 from pipelines.ledger import MANIFEST, Ledger
 from pipelines.loading import encoder_of
@@ -509,7 +509,7 @@ class Recorder:
 class SealingHere(Sealing):
     """Seals in this process."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, workers: int) -> None:
         self._flow = flow
         self._done: list[tuple[Any, list[Any]]] = []
 
@@ -553,13 +553,15 @@ def test_the_flow_asks_ray_for_three_stages_that_it_cannot_fuse_split_or_join(
     embed(recipe)
     assert len(stored(recipe)) == 32
     (prepared, encode, written) = recorders[0].steps
-    assert (prepared[0], encode[0], written[0]) == (prepare, EncodePieces, write_piece)
+    assert (prepared[0], encode[0], written[0]) == (prepare, EncodePieces, WritePieces)
     assert len(recorders[0].tables) == 12  # four shards of eight rows in pieces of 3, 3 and 2
     assert all(table.num_rows == 1 for table in recorders[0].tables)
     for _, options in recorders[0].steps:
         assert (options["batch_size"], options["batch_format"]) == (None, "pyarrow")
-    strategy = encode[1]["compute"]
-    assert strategy.max_size == strategy.min_size == 2
+    for (stage, options), size in ((encode, 2), (written, 1)):
+        strategy = options["compute"]
+        assert strategy.max_size == strategy.min_size == size
+        assert strategy.max_concurrent_calls_per_actor == stage.threads
     assert (encode[1]["num_cpus"], encode[1]["num_gpus"]) == (1, None)
     requests = [
         {name: one.get(name) for name in ("num_cpus", "num_gpus", "memory")}

@@ -25,7 +25,7 @@ from pipelines.embedding.models import adapter_configs, new_flow
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import seal
 from pipelines.embedding.sealing import sealed
-from pipelines.embedding.write import Written, write_piece, written_pieces
+from pipelines.embedding.write import WritePieces, Written, written_pieces
 from pipelines.index import index, read_embeddings
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
@@ -171,15 +171,15 @@ def leftovers(recipe: Recipe) -> list[str]:
     return [name for name in names if name.startswith(".") or name.endswith(".partial")]
 
 
-def sealed_with_bytes_of_its_own(
-    flow: Flow, pieces: list[Written], before: Commit | None
-) -> Commit | str:
-    """`sealed`, but no two attempts at a shard give the same bytes."""
-    import secrets
+class MarkingSealer:
+    """A `Sealer`, but no two attempts at a shard give the same bytes."""
 
-    mark = {"attempt": secrets.token_hex(8)}
-    flow.__dict__["shard_schema"] = flow.shard_schema.with_metadata(mark)
-    return sealed(flow, pieces, before)
+    def sealed(self, flow: Flow, pieces: list[Written], before: Commit | None) -> Commit | str:
+        import secrets
+
+        mark = {"attempt": secrets.token_hex(8)}
+        flow.__dict__["shard_schema"] = flow.shard_schema.with_metadata(mark)
+        return sealed(flow, pieces, before)
 
 
 def test_two_runs_at_once_end_in_one_data_set(
@@ -192,7 +192,7 @@ def test_two_runs_at_once_end_in_one_data_set(
 
     # by value: a worker cannot import the tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(sealing, "sealed", sealed_with_bytes_of_its_own)
+    monkeypatch.setattr(sealing, "Sealer", MarkingSealer)
 
     def run() -> None:
         try:
@@ -218,9 +218,9 @@ def test_two_runs_at_once_end_in_one_data_set(
 
 def pieces_of(flow: Flow, shard_id: int) -> list[Written]:
     """A shard embedded in this process, up to the pieces beside the data set."""
-    stage = EncodePieces(flow)
+    encode, write = EncodePieces(flow), WritePieces(flow)
     asked = pa.table({"shard_id": [shard_id], "generation": pa.nulls(1)})
-    blocks = [write_piece(stage(block), flow) for block in prepare(asked, flow)]
+    blocks = [write(encode(block)) for block in prepare(asked, flow)]
     return list(written_pieces(row for block in blocks for row in block.to_pylist()))
 
 

@@ -29,15 +29,25 @@ def test_the_peak_of_memory_is_that_of_all_processes() -> None:
     assert memory.peak_bytes >= before + 2**27
 
 
-def test_time_per_row_leaves_out_the_first_commit_in_time_whatever_its_number(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ([(0, 500, 110.0), (1, 900, 100.0), (2, 300, 104.0)], 10.0 / (500 + 300)),
+        (
+            [(0, 7, 10.0), (1, 20, 60.0), (2, 30, 50.0), (3, 40, 70.0), (4, 9, 1000.0)],
+            20.0 / (20 + 40),  # the first to be committed and the last are left out
+        ),
+    ],
+)
+def test_time_per_row_counts_the_middle_of_a_run_in_the_order_of_commits(
+    tmp_path: Path, made: list[tuple[int, int, float]], expected: float
 ) -> None:
     recipe = recipe_for(tmp_path, write_texts(tmp_path, 3), "run")
     folder = Path(recipe.storage.embeddings)
     (folder / "commits").mkdir(parents=True)
-    for shard_id, rows, at_s in ((0, 500, 110.0), (1, 900, 100.0), (2, 300, 104.0)):
+    for shard_id, rows, at_s in made:
         commit = Commit(shard_id, rows, 0, sha256="0" * 64, bytes=1, attempt="a")
         path = folder / record_name(shard_id)
         path.write_text(commit.to_json())
         os.utime(path, (at_s, at_s))
-    assert s_per_row(recipe) == pytest.approx(10.0 / (500 + 300))
+    assert s_per_row(recipe) == pytest.approx(expected)

@@ -16,7 +16,7 @@ from jobs.bench.chaos.notes import ENCODED, NOTES, PREPARED, counted
 from jobs.bench.chaos.runs import Run
 from jobs.bench.chaos.stand import LIMIT_S, PIECE_ROWS, SHARD_ROWS, Stand
 from pipelines.commits import attempt_name, shard_name
-from pipelines.embedding.encode import THREADS
+from pipelines.embedding.encode import EncodePieces
 from pipelines.failpoints import IN_WORKERS, MARK, VARIABLE
 from pipelines.progress import show
 
@@ -29,10 +29,13 @@ _OFTEN = {"piece": 3, "commit": None, "publish": None}
 _STEPS = {
     "prepare": "MapBatches(prepare)",
     "encode": "MapWorker(MapBatches(EncodePieces))",
-    "write": "MapBatches(write_piece)",
+    "write": "MapWorker(MapBatches(WritePieces))",
 }
 """Names of processes by the step that they are at."""
-_MOST_AGAIN = {PREPARED: {"prepare": SHARD_ROWS}, ENCODED: {"encode": 2 * THREADS * PIECE_ROWS}}
+_MOST_AGAIN = {
+    PREPARED: {"prepare": SHARD_ROWS},
+    ENCODED: {"encode": 2 * EncodePieces.threads * PIECE_ROWS},
+}
 """Rows that one kill at a step may cost: the shard that was read, the pieces that the encoder had been given."""
 _LOOK_S = 0.01  # writing a piece takes some milliseconds
 _PATIENCE_S = 2.0  # reading may be over long before encoding is
