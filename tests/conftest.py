@@ -36,6 +36,14 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             yield
 
 
+@pytest.fixture(autouse=True)
+def priorities(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What this process asks its priority to be: it could never take it back, and later tests would wait for others."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "setpriority", lambda *priority: asked.append(priority))
+    return asked
+
+
 @pytest.fixture(scope="session")
 def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated scenes; tests read them and never write there."""

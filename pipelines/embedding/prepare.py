@@ -5,6 +5,7 @@ needs is complete here, so that an encoder has nothing to do but forward passes.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -26,6 +27,7 @@ from slq.schema import Item
 
 Row = dict[str, Any]
 _TOKEN_BYTES = 8
+_LOWEST_PRIORITY = 19
 
 
 def prepare(block: pa.Table, flow: Flow) -> Iterator[pa.Table]:
@@ -38,6 +40,8 @@ def prepare(block: pa.Table, flow: Flow) -> Iterator[pa.Table]:
     Yields:
         Pieces as blocks; or the error that ends the run.
     """
+    # An encoder that shares its core with decoding waits, though its next pieces lie ready.
+    os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
     (wanted,) = block.to_pylist()
     shard_id, generation = wanted["shard_id"], wanted["generation"]
     try:

@@ -1,6 +1,7 @@
 """The stages of embedding in this process: what is read, refused, encoded and stored, item by item."""
 
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -352,6 +353,13 @@ def test_an_adapter_of_another_type_of_weights_is_refused_by_the_actor(
     block = EncodePieces(other)(next(prepare(_asked(), other)))
     with pytest.raises(ArtifactMismatchError, match="backbone name, revision and dtype"):
         raise_failure(block.to_pylist()[0])
+
+
+def test_who_prepares_yields_to_who_encodes(
+    flow_over: Callable[..., Flow], priorities: list[tuple[int, ...]]
+) -> None:
+    assert list(prepare(_asked(), flow_over(texts(3))))
+    assert priorities == [(os.PRIO_PROCESS, 0, 19)]
 
 
 def _asked() -> pa.Table:
