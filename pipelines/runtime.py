@@ -35,6 +35,8 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray ends idle processes beyond one per CPU after a second, and to start one that loads torch takes several.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+    # The history of tasks, which only a dashboard would show: it grows up to 100,000 of them.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     options = (
         {} if address else {"num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     )
