@@ -17,6 +17,7 @@ from torch import Tensor
 from pipelines.embedding.batches import padded, unpack_prompts
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.journal import KILLED_WORKER, Announcer, message
+from pipelines.embedding.leaving import leave_without_destructors
 from pipelines.embedding.metrics import count_work
 from pipelines.embedding.pieces import (
     Piece,
@@ -46,6 +47,7 @@ class EncodePieces:
     threads = 2
 
     def __init__(self, flow: Flow) -> None:
+        leave_without_destructors()
         section = flow.recipe.embed
         use_threads(1 if section.deterministic else section.num_threads)
         torch.use_deterministic_algorithms(section.deterministic)

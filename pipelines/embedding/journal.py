@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipelines.embedding.leaving import leave_without_destructors
+
 DEATHS = 2
 """So many deaths over the same work are no accident."""
 KILLED_WORKER = "killed_worker"
@@ -20,6 +22,7 @@ class Journal:
     """What is under way; lives as a small actor beside the driver."""
 
     def __init__(self) -> None:
+        leave_without_destructors()
         self._begun: Counter[str] = Counter()
 
     def begin(self, work: str) -> int:

@@ -19,6 +19,7 @@ from pipelines.corpus import Record, Shard, rows_changed
 from pipelines.embedding.batches import batches_by_tokens, pack_prompts
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.journal import KILLED_WORKER, Announcer, message
+from pipelines.embedding.leaving import leave_without_destructors
 from pipelines.embedding.pieces import Piece, Work, failure_block, rows_schema
 from slq.backbones.prompting import Prompt, PromptBuilder
 from slq.errors import ArtifactError, DataError, MediaError, SlqError
@@ -40,6 +41,7 @@ def prepare(block: pa.Table, flow: Flow) -> Iterator[pa.Table]:
     Yields:
         Pieces as blocks; or the error that ends the run.
     """
+    leave_without_destructors()
     # An encoder that shares its core with decoding waits, though its next pieces lie ready.
     os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
     (wanted,) = block.to_pylist()

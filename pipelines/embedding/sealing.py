@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.commits import Commit
 from pipelines.embedding.flow import Flow
+from pipelines.embedding.leaving import leave_without_destructors
 from pipelines.embedding.pieces import FAILURE, failure_text, raise_failure
 from pipelines.embedding.seal import seal
 from pipelines.embedding.write import Written
@@ -18,6 +19,9 @@ _TRIES = 4  # a shard whose sealer dies so often ends the run
 
 class Sealer:
     """An actor that stays: tasks would start a process for nearly every shard, as Ray ends idle ones after a second."""
+
+    def __init__(self) -> None:
+        leave_without_destructors()
 
     def sealed(self, flow: Flow, pieces: list[Written], before: Commit | None) -> Commit | str:
         """See `sealed`."""

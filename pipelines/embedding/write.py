@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.embedding.flow import Flow
+from pipelines.embedding.leaving import leave_without_destructors
 from pipelines.embedding.metrics import count
 from pipelines.embedding.pieces import (
     FAILURE,
@@ -73,6 +74,7 @@ class WritePieces:
     threads = 4
 
     def __init__(self, flow: Flow) -> None:
+        leave_without_destructors()
         self._flow = flow
 
     def __call__(self, block: pa.Table) -> pa.Table:

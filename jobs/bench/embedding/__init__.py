@@ -9,7 +9,7 @@ import torch
 
 from jobs.bench.embedding.resume import measure_resume
 from jobs.bench.embedding.scale import measure_scale
-from jobs.bench.embedding.throughput import measure_scaling, measure_throughput
+from jobs.bench.embedding.throughput import KINDS, measure_scaling, measure_throughput
 from jobs.bench.measure import hardware
 
 PARTS = ("throughput", "scaling", "scale", "resume")
@@ -23,12 +23,16 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """
     parser = argparse.ArgumentParser(prog="slq bench embed", description=__doc__)
     parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument(
+        "--kind", action="append", choices=KINDS, help="of throughput and scaling; both by default"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds, both sides in each")
     parser.add_argument("--seconds", type=float, default=60.0, help="of work in a run")
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of scale"
     )
     options = parser.parse_args(arguments)
+    kinds = options.kind or KINDS
     found: dict[str, Any] = {
         "bench": "embed",
         "hardware": hardware(torch.device("cpu")),
@@ -39,11 +43,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
         for part in options.part or PARTS:
             if part == "throughput":
                 found[part] = measure_throughput(
-                    folder, seconds=options.seconds, repeats=options.repeats
+                    folder, kinds, seconds=options.seconds, repeats=options.repeats
                 )
             elif part == "scaling":
                 found[part] = measure_scaling(
-                    folder, seconds=options.seconds, repeats=options.repeats
+                    folder, kinds, seconds=options.seconds, repeats=options.repeats
                 )
             elif part == "scale":
                 found[part] = measure_scale(folder, options.rows, repeats=options.repeats)

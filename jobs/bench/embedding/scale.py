@@ -5,8 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.embedding.costs import Costs
 from jobs.bench.embedding.inputs import recipe_for, write_texts
-from jobs.bench.embedding.memory import PeakMemory
 from pipelines.commits import record_name
 from pipelines.embed import embed
 from pipelines.ledger import Ledger
@@ -17,30 +17,40 @@ STAND_IN = "jobs.bench.embedding.stand_in"
 _SHARD_ROWS, _PIECE_ROWS = 200, 100
 """Small, as the driver's work grows with shards: a million rows are as many as 1.3 * 10^9 of the default size."""
 _LEFT_OUT = 5  # a fifth of the shards at either end
+_REPEATED_ROWS = 100_000
+_MEASURES = {
+    "us_per_row": "time_per_row",
+    "cpu_us_per_row": "cpu_per_row",
+    "peak_mib": "peak_memory",
+}
 
 
 def measure_scale(folder: Path, sizes: list[int], *, repeats: int) -> dict[str, Any]:
-    """For each number of rows: microseconds per row while the flow is full, and peak MiB.
+    """For each number of rows: microseconds per row while the flow is full, by the clock and of processors; peak MiB.
 
-    Small runs are repeated, and their median counts; one of a million rows is its own average. `time_per_row` and
-    `peak_memory` are the largest value over the smallest.
+    Runs of up to 100,000 rows are repeated in turn, and their medians count; one of a million is its own average.
+    `time_per_row`, `cpu_per_row` and `peak_memory` are the largest value over the smallest.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    for size in sizes:
-        runs = [_measured(folder, size) for _ in range(repeats if size <= 100_000 else 1)]
-        rows[str(size)] = {
-            "us_per_row": round(statistics.median(run["us_per_row"] for run in runs), 2),
-            "peak_mib": round(statistics.median(run["peak_mib"] for run in runs), 1),
-            "us_per_row_of_runs": [round(run["us_per_row"], 2) for run in runs],
-            "peak_mib_of_runs": [round(run["peak_mib"], 1) for run in runs],
+    runs: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    for n in range(repeats):
+        for size in sizes:
+            if n == 0 or size <= _REPEATED_ROWS:
+                runs[size].append(_measured(folder, size))
+    medians = {
+        str(size): {
+            name: round(statistics.median(run[name] for run in found), 2) for name in _MEASURES
         }
-    times = [row["us_per_row"] for row in rows.values()]
-    peaks = [row["peak_mib"] for row in rows.values()]
-    return {
-        "time_per_row": round(max(times) / min(times), 3),
-        "peak_memory": round(max(peaks) / min(peaks), 3),
-        "rows": rows,
+        for size, found in runs.items()
     }
+    spread = {}
+    for measure, name in _MEASURES.items():
+        values = [row[measure] for row in medians.values()]
+        spread[name] = round(max(values) / min(values), 3)
+    rounded = {
+        str(size): [{name: round(run[name], 2) for name in _MEASURES} for run in found]
+        for size, found in runs.items()
+    }
+    return {**spread, "rows": medians, "runs": rounded}
 
 
 def _measured(folder: Path, size: int) -> dict[str, float]:
@@ -52,15 +62,19 @@ def _measured(folder: Path, size: int) -> dict[str, float]:
         piece_rows=_PIECE_ROWS,
     )
     shutil.rmtree(recipe.storage.embeddings, ignore_errors=True)
-    with PeakMemory() as memory, connect(recipe.resources):
+    with Costs() as costs, connect(recipe.resources):
         embed(recipe, models=STAND_IN)
-    us_per_row = 1e6 * s_per_row(recipe)
+    start, end, rows = middle_of(recipe)
     shutil.rmtree(recipe.storage.embeddings)
-    return {"us_per_row": us_per_row, "peak_mib": memory.peak_bytes / 2**20}
+    return {
+        "us_per_row": 1e6 * (end - start) / rows,
+        "cpu_us_per_row": 1e6 * costs.cpu_s(start, end) / rows,
+        "peak_mib": costs.peak_bytes / 2**20,
+    }
 
 
-def s_per_row(recipe: Recipe) -> float:
-    """Seconds per row of a run between the commits that end the first fifth of its shards and the fourth.
+def middle_of(recipe: Recipe) -> tuple[float, float, int]:
+    """When a run had committed the first fifth of its shards, when the fourth, and the rows in between.
 
     At the first commit the pipeline holds shards that are nearly done, and after it a run of few shards would look
     faster than one of many; in between as many enter it as leave it.
@@ -72,4 +86,4 @@ def s_per_row(recipe: Recipe) -> float:
     )
     edge = len(made) // _LEFT_OUT
     middle = made[edge : len(made) - edge]
-    return (middle[-1][0] - middle[0][0]) / sum(rows for _, rows in middle[1:])
+    return middle[0][0], middle[-1][0], sum(rows for _, rows in middle[1:])

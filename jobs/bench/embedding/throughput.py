@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,20 @@ from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from pipelines.runtime import connect
 
+KINDS = ("images", "texts")
 _GUESS_ROWS_PER_S = {"images": 70, "texts": 280}  # of one core, to choose how many rows a run needs
 _SAMPLE_ROWS = 512
 
 
-def measure_throughput(folder: Path, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """For images and for texts: `pipeline_to_raw`, the median over rounds of flow, pass alone, flow, ...
+def measure_throughput(
+    folder: Path, kinds: Sequence[str], *, seconds: float, repeats: int
+) -> dict[str, Any]:
+    """For each kind: `pipeline_to_raw`, the median over rounds of flow, pass alone, flow, ...
 
     The raw side has its batches ready and padded in memory, the same ones that the flow forms, on one thread as the
     flow's encoder. The flow is timed from its first written piece to its last.
     """
-    return {kind: _throughput(folder, kind, seconds, repeats) for kind in ("images", "texts")}
+    return {kind: _throughput(folder, kind, seconds, repeats) for kind in kinds}
 
 
 def _throughput(folder: Path, kind: str, seconds: float, repeats: int) -> dict[str, Any]:
@@ -58,18 +63,55 @@ def _throughput(folder: Path, kind: str, seconds: float, repeats: int) -> dict[s
     }
 
 
-def measure_scaling(folder: Path, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """`pipeline` and `raw`: rows per second of two encoders, or of two bare processes, over those of one."""
-    one, two = (_recipe(folder, "images", seconds / 2, workers=n) for n in (1, 2))
+def measure_scaling(
+    folder: Path, kinds: Sequence[str], *, seconds: float, repeats: int
+) -> dict[str, Any]:
+    """For each kind `pipeline` and `raw`, medians over rounds: rows per second of two workers over those of one.
+
+    The workers are encoders of the flow, or bare processes that only do passes.
+    The second encoder takes processor time from preparation, which bare processes do without. So `limit` is what the
+    encoders could reach on these processors, if nothing but passes and preparation cost anything: from the processor
+    seconds of an item's pass and of its preparation.
+    """
+    return {kind: _scaling(folder, kind, seconds, repeats) for kind in kinds}
+
+
+def _scaling(folder: Path, kind: str, seconds: float, repeats: int) -> dict[str, Any]:
+    one, two = (_recipe(folder, kind, seconds / 2, workers=n) for n in (1, 2))
     found: dict[str, list[float]] = {"pipeline": [], "raw": []}
     for _ in range(repeats):
         rates = [_run(recipe)["rows_per_s"] for recipe in (one, two)]
         found["pipeline"].append(rates[1] / rates[0])
         raw = [_raw_rows_per_s(one, n, seconds / 4) for n in (1, 2)]
         found["raw"].append(raw[1] / raw[0])
-    return {name: round(statistics.median(values), 3) for name, values in found.items()} | {
-        "rounds": {name: [round(value, 3) for value in values] for name, values in found.items()}
+    return {
+        **{name: round(statistics.median(values), 3) for name, values in found.items()},
+        "limit": round(_limit(one), 3),
+        "rounds": {name: [round(value, 3) for value in values] for name, values in found.items()},
     }
+
+
+def _limit(recipe: Recipe) -> float:
+    """Two encoders over one, where they share the processors with preparation and one has them to itself."""
+    flow = new_flow(recipe, adapter_configs(recipe))
+    (encoder,) = flow.encoders()
+    pieces = [piece for _, piece in zip(range(2), prepared_pieces(flow, 0), strict=False)]
+    began = time.process_time()
+    pieces = [piece for _, piece in zip(range(2), prepared_pieces(flow, 0), strict=False)]
+    rows = sum(piece.rows.num_rows for piece in pieces)
+    prepare_s = (time.process_time() - began) / rows
+    batches = [
+        encoder.backbone.collate(unpack_prompts(data)[0])
+        for piece in pieces
+        for data in piece.batches
+    ]
+    encoder.encode_prompts(batches[0])  # the first pass is slower
+    began = time.process_time()
+    for batch in batches:
+        encoder.encode_prompts(batch)
+    encode_s = (time.process_time() - began) / rows
+    cpus = os.cpu_count() or 1
+    return float(min(2.0, cpus * encode_s / (encode_s + prepare_s)))
 
 
 def _recipe(folder: Path, kind: str, seconds: float, *, workers: int = 1) -> Recipe:
