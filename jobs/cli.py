@@ -169,13 +169,46 @@ def verify(
 def index(
     recipe: RecipePath,
     overrides: Overrides = None,
+    append: Annotated[
+        str | None, typer.Option(help="add the rows of this further embedding data set")
+    ] = None,
+    delete: Annotated[
+        Path | None, typer.Option(help="remove the items whose ids stand in this file, one a line")
+    ] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="make one segment of all, without deleted items")
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build and publish a faiss index version from an embedding data set."""
-    from pipelines.index import index as stage
+    """Publish a new index version: built from an embedding data set, or the current one changed."""
+    from jobs.indexing import change_of
 
+    with friendly_errors():
+        stage = change_of(append, delete, compact=compact)
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
+
+
+@app.command(epilog="Example: slq versions runs/demo/index --rollback previous")
+def versions(
+    index_dir: Annotated[Path, typer.Argument(help="an index folder")],
+    rollback: Annotated[
+        str | None, typer.Option(help="make this version the current one; or: previous")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="remove all but so many of the newest")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the versions of an index, go back to one, remove old ones. A running service stays at its own."""
+    from jobs.indexing import changed_versions, versions_table
+
+    with friendly_errors():
+        found = changed_versions(index_dir, rollback, keep)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        out.print(versions_table(found))
 
 
 @app.command("eval", epilog="Example: slq eval jobs/recipes/demo.yaml --json")
@@ -206,7 +239,7 @@ def serve(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = Fal
 
 
 @app.command(epilog='Example: slq search "two foxes left of a pencil" --url http://127.0.0.1:8000')
-def search(
+def search(  # noqa: PLR0913 - the options of a command line
     text: Annotated[str, typer.Argument(help="what to look for")] = "",
     image: Annotated[
         Path | None, typer.Option(help="an image to look for, alone or with the text")
@@ -220,16 +253,41 @@ def search(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="results")] = 5,
     mode: Annotated[str, typer.Option(help="auto, coarse or fine")] = "auto",
+    where: Annotated[
+        str | None, typer.Option(help="with --index: predicate over stored columns, in SQL")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help="with --index: look for items like the one of this id")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="with --index: an id to leave out (repeatable)")
+    ] = None,
+    distinct: Annotated[
+        bool, typer.Option("--distinct", help="with --index: of equal items only the first")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="with --index: compare with every vector")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Search a running service, or an index folder directly."""
     from jobs.searching import search_folder, search_url
     from slq.errors import ConfigError
 
+    options = {
+        "where": where,
+        "exclude": exclude or [],
+        "distinct": distinct,
+        "exact": exact,
+    }
     with friendly_errors():
         if (url is None) == (index_dir is None):
             raise ConfigError("give exactly one of --url and --index")
         if url is not None:
+            if like is not None or any(options.values()):
+                raise ConfigError(
+                    "--where, --like, --exclude, --distinct and --exact search an index folder: give --index"
+                )
             found = search_url(url, text, image, top_k=top_k, mode=mode)
         else:
             assert index_dir is not None
@@ -237,9 +295,9 @@ def search(
                 raise ConfigError(
                     "--mode fine needs a service: use --url, or --mode coarse with --index"
                 )
-            found = search_folder(
-                index_dir, adapter or index_dir.parent / "adapter", text, image, top_k=top_k
-            )
+            query = {"text": text or None, "image": image, "like": like}
+            adapter = adapter or index_dir.parent / "adapter"
+            found = search_folder(index_dir, adapter, query, top_k=top_k, **options)
     if as_json:
         print(json.dumps(found))
         return

@@ -198,9 +198,6 @@ class IndexService:
     def __init__(self, folder: str, pinned: Pinned) -> None:
         self._index = VectorIndex(Path(folder), pinned.index_version)
         pinned.require(self._index.fingerprint, found_in=f"index {folder}")
-        self._row_of = {
-            item_id: row for row, item_id in enumerate(self._index.rows["id"].to_pylist())
-        }
 
     def search(
         self, vector: NDArray[np.float32], top_k: int
@@ -215,10 +212,10 @@ class IndexService:
             "index_version": self._index.version,
             "num_vectors": len(self._index),
             "fingerprint": self._index.fingerprint,
-            "dimension": int(self._index.manifest["dimension"]),
+            "dimension": self._index.dimension,
         }
 
     def uri_of(self, item_id: str) -> str | None:
         """Where the item's image lies, or None when there is no such item."""
-        row = self._row_of.get(item_id)
+        row = self._index.find(item_id)
         return None if row is None else self._index.row(row)["uri"]

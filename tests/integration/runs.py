@@ -6,9 +6,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.index import open_embeddings
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe
 from slq.artifacts import save_adapter
+from slq.index.segment import matrix
 
 
 def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
@@ -38,6 +44,17 @@ def fingerprints_of_files(root: Path) -> dict[str, tuple[int, str]]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def read_embeddings(location: str) -> tuple[pa.Table, NDArray[np.float32], str]:
+    """Rows (without vectors), (n, dimension) float32 vectors and fingerprint of a finished data set."""
+    found = open_embeddings(location, retry_s=60)
+    table = pa.concat_tables(found.tables())
+    return (
+        table.drop_columns("embedding"),
+        matrix(table["embedding"]).astype(np.float32),
+        found.fingerprint,
+    )
 
 
 def free_port() -> int:

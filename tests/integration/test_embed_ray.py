@@ -25,7 +25,7 @@ from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.sealing import Sealing, sealed
 from pipelines.embedding.write import WritePieces
-from pipelines.index import index, read_embeddings
+from pipelines.index import index
 from pipelines.ledger import MANIFEST, Ledger
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
@@ -42,7 +42,12 @@ from slq.errors import (
 )
 from slq.index import VectorIndex
 from slq.media import decode_image
-from tests.integration.runs import changed, fingerprints_of_files, with_untrained_adapter
+from tests.integration.runs import (
+    changed,
+    fingerprints_of_files,
+    read_embeddings,
+    with_untrained_adapter,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 FP16 = 1e-3  # half a unit in the last place of a value below one is 2.4e-4; batches add a little

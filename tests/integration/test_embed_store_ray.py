@@ -17,13 +17,12 @@ import yaml
 from jobs.bench.chaos.invariants import Snapshot
 from jobs.bench.chaos.runs import Run
 from pipelines.embed import REPORT
-from pipelines.index import read_embeddings
 from pipelines.ledger import LOCK, Ledger
 from pipelines.recipe import Recipe
 from pipelines.storage import open_store
 from slq.arrow import ITEMS
 from tests.faulty_store import FaultyStore, faulty_store
-from tests.integration.runs import changed, with_untrained_adapter
+from tests.integration.runs import changed, read_embeddings, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 LIMIT_S = 300.0

@@ -26,14 +26,14 @@ from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import seal
 from pipelines.embedding.sealing import sealed
 from pipelines.embedding.write import WritePieces, Written, written_pieces
-from pipelines.index import index, read_embeddings
+from pipelines.index import index
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from slq.arrow import ITEMS
 from slq.errors import StorageError
 from slq.files import file_sha256
 from slq.index import Hit, VectorIndex, current_version
-from tests.integration.runs import changed, enlarge, with_untrained_adapter
+from tests.integration.runs import changed, enlarge, read_embeddings, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

@@ -38,11 +38,11 @@ from pipelines.serve import (
 )
 from pipelines.serving.ingress import Ingress, UnavailableError, answer_of
 from pipelines.serving.replicas import BackboneService, IndexService, Pinned, each_alone
-from slq.arrow import ITEMS
+from slq.arrow import ITEMS, vector_column
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
 from slq.errors import ArtifactError, ArtifactMismatchError, DataError, ServiceError
-from slq.index import IndexConfig, VectorIndex, build, publish
+from slq.index import IndexConfig, VectorIndex, write_version
 from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.schema import Item
@@ -187,9 +187,9 @@ def test_a_replica_keeps_the_index_version_that_the_service_started_with(
     folder = tmp_path / "index"
     shutil.copytree(recipe.storage.index, folder)
     start_of_service = pinned(recipe)
-    rows = pa.table({"id": ["x"], "uri": [None], "text": ["x"], "modality": ["text"]})
-    vectors = np.eye(1, 64, dtype=np.float32)
-    publish(folder, build(IndexConfig(), vectors), rows, fingerprint="other", config=IndexConfig())
+    vector = vector_column(np.eye(1, 64, dtype=np.float16))
+    rows = pa.table({"id": ["x"], "embedding": vector, "text": ["x"], "content_hash": ["x"]})
+    write_version(folder, [rows], (1, 64), fingerprint="other", config=IndexConfig())
     replica = IndexService.func_or_class(str(folder), start_of_service)
     assert replica.describe()["index_version"] == "v000001"
     for wrong in (Pinned("0" * 64, "v000001"), Pinned(start_of_service.fingerprint, "v000002")):

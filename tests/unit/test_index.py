@@ -1,213 +1,227 @@
-"""The faiss index against numpy, and versions that are published whole or not at all."""
+"""What an index finds, against brute force: all kinds of codes, filters, exclusions, duplicates, neighbours."""
 
-import errno
-import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from numpy.typing import NDArray
 
-import slq.index
-from slq.errors import ArtifactError, ConfigError, DataError, StorageError
-from slq.index import (
-    MANIFEST,
-    POINTER,
-    ROWS,
-    VECTORS,
-    IndexConfig,
-    VectorIndex,
-    build,
-    current_version,
-    publish,
+from slq.errors import ConfigError, DataError
+from slq.index import IndexConfig, VectorIndex, append, build, delete, segment, write_version
+from slq.index.searching import MAX_EXCLUDED
+from tests.unit.index_data import (
+    COUNT,
+    DIMENSION,
+    FLAT,
+    IVF,
+    brute_force,
+    published,
+    stored,
+    table,
+    unit_vectors,
 )
 
-COUNT, DIMENSION = 200, 16
-FLAT = IndexConfig()
+ALL = np.arange(COUNT)
+QUERIES = unit_vectors(20, seed=1)
+EXACT = [FLAT, IVF, IVF.model_copy(update={"quantizer": "hnsw", "rotation": "random"})]
+CODED = [
+    IVF.model_copy(update={"codes": codes, "rotation": rotation, "oversample": 40.0})
+    for codes, rotation in [
+        ("float16", "none"),
+        ("int8", "random"),
+        ("int4", "none"),
+        ("rabitq", "random"),
+        ("pq4", "none"),
+    ]
+]
 
 
-def unit_vectors(count: int, seed: int = 0) -> NDArray[np.float32]:
-    vectors = np.random.default_rng(seed).standard_normal((count, DIMENSION)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def rows_of(hits: Any) -> list[list[int]]:
+    return [[hit.row for hit in one] for one in hits]
 
 
-def rows(count: int = COUNT) -> pa.Table:
-    return pa.table(
-        {"id": [f"item-{n}" for n in range(count)], "text": [f"t{n}" for n in range(count)]}
-    )
+@pytest.mark.parametrize("config", EXACT, ids=["flat", "ivf", "hnsw"])
+def test_search_equals_brute_force(tmp_path: Path, config: IndexConfig) -> None:
+    index = published(tmp_path, config)
+    found = index.search(QUERIES, 10)
+    assert rows_of(found) == brute_force(QUERIES, 10, ALL)
+    similarity = QUERIES.astype(np.float64) @ stored().T
+    for hits, row in zip(found, similarity, strict=True):
+        assert [hit.id for hit in hits] == [f"item-{hit.row}" for hit in hits]
+        np.testing.assert_allclose([hit.score for hit in hits], np.sort(row)[:-11:-1], atol=1e-6)
 
 
-def published(folder: Path, config: IndexConfig = FLAT, seed: int = 0) -> VectorIndex:
-    publish(
-        folder, build(config, unit_vectors(COUNT, seed)), rows(), fingerprint="3f2a", config=config
-    )
-    return VectorIndex(folder)
+@pytest.mark.parametrize("config", CODED, ids=[one.codes for one in CODED])
+def test_codes_are_scored_again_from_the_vectors(tmp_path: Path, config: IndexConfig) -> None:
+    """With every list visited and every row scored again, the smallest codes find what brute force finds."""
+    index = published(tmp_path, config)
+    found = index.search(QUERIES, 10)
+    similarity = QUERIES.astype(np.float64) @ stored().T
+    atol = 1e-3 if config.codes == "float16" else 1e-6  # its scores are its codes'
+    for query, hits in enumerate(found):
+        rows = [hit.row for hit in hits]
+        np.testing.assert_allclose([hit.score for hit in hits], similarity[query, rows], atol=atol)
+    if config.codes != "float16":
+        assert rows_of(found) == brute_force(QUERIES, 10, ALL)
+    assert rows_of(index.search(QUERIES, 10, exact=True)) == brute_force(QUERIES, 10, ALL)
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_flat_search_equals_brute_force(tmp_path: Path) -> None:
-    index = published(tmp_path / "index")
-    vectors, queries = unit_vectors(COUNT), unit_vectors(20, seed=1)
-    similarity = queries.astype(np.float64) @ vectors.astype(np.float64).T
-    for found, row in zip(index.search(queries, 10), similarity, strict=True):
-        best = np.argsort(-row, kind="stable")[:10]
-        assert [hit.row for hit in found] == best.tolist()
-        assert [hit.id for hit in found] == [f"item-{n}" for n in best]
-        np.testing.assert_allclose([hit.score for hit in found], row[best], atol=1e-6)
+def test_fewer_candidates_scored_again_find_less(tmp_path: Path) -> None:
+    """So `oversample` is what decides."""
+    recall = []
+    for oversample in (1.0, 40.0):
+        config = CODED[-1].model_copy(update={"oversample": oversample})
+        found = rows_of(published(tmp_path / str(oversample), config).search(QUERIES, 10))
+        truth = brute_force(QUERIES, 10, ALL)
+        recall.append(np.mean([len({*a} & {*b}) for a, b in zip(found, truth, strict=True)]))
+    assert recall[0] < 8 < recall[1] == 10
 
 
 def test_queries_of_an_index_of_cut_vectors_are_cut_too(tmp_path: Path) -> None:
-    vectors, queries = unit_vectors(COUNT), unit_vectors(20, seed=1)
-    short = vectors[:, :6] / np.linalg.norm(vectors[:, :6], axis=1, keepdims=True)
-    publish(tmp_path, build(FLAT, short), rows(), fingerprint="3f2a", config=FLAT)
-    index = VectorIndex(tmp_path)
-    cosines = short @ queries[:, :6].T / np.linalg.norm(queries[:, :6], axis=1)
-    for found, column in zip(index.search(queries, 5), cosines.T, strict=True):
-        assert [hit.row for hit in found] == np.argsort(-column, kind="stable")[:5].tolist()
-        np.testing.assert_allclose([hit.score for hit in found], np.sort(column)[:-6:-1], atol=1e-6)
-    with pytest.raises(DataError, match="vectors of 5 values cannot be cut to 6"):
-        index.search(queries[:, :5], 3)
+    index = published(tmp_path)
+    longer = np.concatenate([QUERIES, QUERIES[:, :5]], axis=1)
+    assert rows_of(index.search(longer, 5)) == rows_of(index.search(QUERIES, 5))
+    np.testing.assert_allclose(
+        [hit.score for hit in index.search(longer, 5)[0]],
+        [hit.score for hit in index.search(QUERIES, 5)[0]],
+        atol=1e-6,
+    )
+    with pytest.raises(DataError, match="vectors of 31 values cannot be cut to 32"):
+        index.search(QUERIES[:, :31], 3)
 
 
-def test_ivf_with_every_list_probed_equals_flat(tmp_path: Path) -> None:
-    queries = unit_vectors(20, seed=1)
-    flat = published(tmp_path / "flat").search(queries, 10)
-    ivf = published(tmp_path / "ivf", IndexConfig(kind="ivf", num_lists=8, num_probes=8))
-    for ours, truth in zip(ivf.search(queries, 10), flat, strict=True):
-        assert [hit.id for hit in ours] == [hit.id for hit in truth]
-        np.testing.assert_allclose([h.score for h in ours], [h.score for h in truth], atol=1e-6)
+@pytest.mark.parametrize("config", [FLAT, IVF, CODED[3], CODED[4]])
+@pytest.mark.parametrize("is_narrow", [True, False])
+def test_a_filter_finds_the_best_of_what_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: IndexConfig, is_narrow: bool
+) -> None:
+    """Few rows are compared one by one, many are found by their codes: with the same result."""
+    monkeypatch.setattr(segment, "_FEW_ROWS", COUNT if is_narrow else 0)
+    index = published(tmp_path, config)
+    found = index.search(QUERIES, 10, where="price < 3 AND text <> 't0'")
+    allowed = ALL[(ALL % 10 < 3) & (ALL > 0)]
+    assert rows_of(found) == brute_force(QUERIES, 10, allowed)
 
 
-def test_the_probes_of_ivf_survive_publishing(tmp_path: Path) -> None:
-    config = IndexConfig(kind="ivf", num_lists=8, num_probes=1)
-    few = published(tmp_path / "few", config).search(unit_vectors(20, seed=1), COUNT)
-    assert all(0 < len(hits) < COUNT for hits in few)
+def test_a_filter_for_which_the_visited_lists_hold_too_little_still_fills_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "_FEW_ROWS", 0)
+    index = published(tmp_path, IVF.model_copy(update={"num_probes": 1}))
+    found = index.search(QUERIES, 10, where="price = 3")
+    assert all(len(hits) == 10 for hits in found)
+    assert [
+        hit.row for hits in index.search(QUERIES, 1, where="id = 'item-77'") for hit in hits
+    ] == ([77] * len(QUERIES))
+    assert index.search(QUERIES, 10, where="price > 90") == [[]] * len(QUERIES)
 
 
-@pytest.mark.parametrize("config", [FLAT, IndexConfig(kind="ivf", num_lists=8)])
-def test_an_index_built_twice_is_the_same_bytes(config: IndexConfig) -> None:
-    import faiss
+def test_excluded_items_leave_their_places_to_others(tmp_path: Path) -> None:
+    index = published(tmp_path)
+    first = rows_of(index.search(QUERIES[:1], 3))[0]
+    hidden = [f"item-{row}" for row in first]
+    assert rows_of(index.search(QUERIES[:1], 10, exclude=hidden)) == brute_force(
+        QUERIES[:1], 10, np.setdiff1d(ALL, first)
+    )
+    with pytest.raises(DataError, match=r"10001 ids are excluded; 10000 are allowed"):
+        index.search(QUERIES, 3, exclude=[str(n) for n in range(MAX_EXCLUDED + 1)])
 
-    blobs = [faiss.serialize_index(build(config, unit_vectors(COUNT))).tobytes() for _ in range(2)]
-    assert blobs[0] == blobs[1]
+
+def test_of_items_with_the_same_content_only_the_best_is_found(tmp_path: Path) -> None:
+    index = published(tmp_path)
+    (hits,) = index.search(QUERIES[:1], 50, distinct=True)
+    (ranking,) = brute_force(QUERIES[:1], COUNT, ALL)
+    seen: set[int] = set()
+    expected = [row for row in ranking if not (row // 2 in seen or seen.add(row // 2))]
+    assert [hit.row for hit in hits] == expected[:50]
+    assert len(index.search(QUERIES[:1], COUNT, distinct=True)[0]) == COUNT // 2
 
 
-@pytest.mark.parametrize("config", [FLAT, IndexConfig(kind="ivf", num_lists=8)])
-def test_ids_are_the_row_numbers(config: IndexConfig) -> None:
-    vectors = unit_vectors(COUNT)
-    index = build(config, vectors)
-    _, ids = index.search(vectors, 1)
-    assert ids[:, 0].tolist() == list(range(COUNT))
+def test_more_like_an_item_are_its_neighbours_without_itself(tmp_path: Path) -> None:
+    index = published(tmp_path)
+    found = index.more_like("item-7", 5)
+    query = stored()[7:8].astype(np.float32)
+    assert [hit.row for hit in found] == brute_force(query, 5, np.setdiff1d(ALL, [7]))[0]
+    assert [hit.row for hit in index.more_like("item-7", 5, exclude=[found[0].id])] == (
+        brute_force(query, 5, np.setdiff1d(ALL, [7, found[0].row]))[0]
+    )
+    with pytest.raises(DataError, match="the index holds no item 'item-9999'"):
+        index.more_like("item-9999", 5)
+
+
+def test_items_are_found_by_id_and_by_row(tmp_path: Path) -> None:
+    index = published(tmp_path)
+    assert [index.find(f"item-{n}") for n in range(COUNT)] == list(range(COUNT))
+    assert [index.find(name) for name in ("", "item", "item-", "item-400", "zz", "ä")] == [None] * 6
+    assert index.row(17) == {"id": "item-17", "text": "t17", "price": 7, "content_hash": "8"}
+    np.testing.assert_allclose(index.vectors_of(["item-3", "item-1"]), stored()[[3, 1]], atol=1e-6)
+    assert index.vectors_of([]).shape == (0, DIMENSION)
 
 
 def test_more_results_than_vectors_gives_every_vector_once(tmp_path: Path) -> None:
+    for number, config in enumerate((FLAT, IVF, CODED[3])):
+        index = published(tmp_path / str(number), config)
+        (found,) = index.search(QUERIES[:1], 10**9)
+        assert sorted(hit.row for hit in found) == list(range(COUNT))
+        assert len(index) == COUNT
+
+
+def test_the_probes_of_ivf_survive_publishing_and_can_be_set_anew(tmp_path: Path) -> None:
+    few = published(tmp_path, IVF.model_copy(update={"num_probes": 1}))
+    assert all(0 < len(hits) < COUNT for hits in few.search(QUERIES, COUNT))
+    many = VectorIndex(tmp_path, num_probes=8)
+    assert all(len(hits) == COUNT for hits in many.search(QUERIES, COUNT))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_queries_and_vectors_without_direction_are_refused(tmp_path: Path, bad: float) -> None:
     index = published(tmp_path / "index")
-    (found,) = index.search(unit_vectors(1, seed=1), 10**9)
-    assert sorted(hit.row for hit in found) == list(range(COUNT))
-    assert len(index) == COUNT
+    queries = QUERIES.copy()
+    queries[3] = bad
+    with pytest.raises(DataError, match="the vector of row 3 is not finite or is zero"):
+        index.search(queries, 3)
+    with pytest.raises(DataError, match=r"queries have the shape \(32,\)"):
+        index.search(QUERIES[0], 3)
+    rows = table(10)
+    vectors = unit_vectors(10).astype(np.float16)
+    vectors[8] = bad
+    from slq.arrow import vector_column
+
+    damaged = rows.set_column(1, "embedding", vector_column(vectors))
+    with pytest.raises(DataError, match="the vector of row 8 is not finite or is zero"):
+        write_version(tmp_path / "bad", [damaged], (10, DIMENSION), fingerprint="3f2a", config=FLAT)
+    assert not list((tmp_path / "bad" / "segments").iterdir())
 
 
-def test_stored_columns_come_back_by_row(tmp_path: Path) -> None:
-    index = published(tmp_path / "index")
-    assert index.row(17) == {"id": "item-17", "text": "t17"}
-    assert index.fingerprint == "3f2a"
-    assert index.manifest["dimension"] == DIMENSION
+def test_a_build_in_memory_has_explicit_ids_and_is_the_same_bytes_twice() -> None:
+    import faiss
+
+    vectors = unit_vectors(COUNT)
+    for config in (FLAT, IVF, CODED[3]):
+        blobs = [faiss.serialize_index(build(config, vectors)).tobytes() for _ in range(2)]
+        assert blobs[0] == blobs[1]
+    _, ids = build(IVF, vectors).search(vectors, 1)
+    assert ids[:, 0].tolist() == list(range(COUNT))
 
 
-def test_more_lists_than_vectors_is_a_config_error() -> None:
+def test_more_lists_than_vectors_is_a_config_error(tmp_path: Path) -> None:
+    config = IndexConfig(kind="ivf")
     with pytest.raises(ConfigError, match="num_lists is 64, but there are only 10 vectors"):
-        build(IndexConfig(kind="ivf"), unit_vectors(10))
+        build(config, unit_vectors(10))
+    with pytest.raises(ConfigError, match="num_lists is 64, but there are only 10 vectors"):
+        published(tmp_path, config, count=10)
 
 
-def test_publishing_keeps_old_versions_and_moves_the_pointer(tmp_path: Path) -> None:
-    folder = tmp_path / "index"
-    first = published(folder)
-    before = tree(folder / "v000001")
-    second = published(folder, seed=2)
-    assert (first.version, second.version) == ("v000001", "v000002")
-    assert current_version(folder) == "v000002"
-    assert tree(folder / "v000001") == before
-    old = VectorIndex(folder, "v000001")
-    query = unit_vectors(1, seed=1)
-    assert old.search(query, 5) == first.search(query, 5) != second.search(query, 5)
-    assert sorted(path.name for path in folder.iterdir()) == [POINTER, "v000001", "v000002"]
-
-
-def test_the_pointer_moves_only_to_a_version_that_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, seen = tmp_path / "index", []
-    original = os.replace
-
-    def watching(source: Path, target: Path, **options: object) -> None:
-        if Path(target).name == POINTER:
-            version = Path(source).read_text().strip()
-            seen.append(len(VectorIndex(folder, version)))  # checks every sha256
-        original(source, target, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "replace", watching)
-    published(folder)
-    assert seen == [COUNT]
-
-
-@pytest.mark.parametrize("name", [VECTORS, ROWS])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_corrupt_file_is_refused_and_named(tmp_path: Path, name: str, damage: str) -> None:
-    published(tmp_path / "index")
-    path = tmp_path / "index" / "v000001" / name
-    data = bytearray(path.read_bytes())
-    if damage == "remove":
-        path.unlink()
-    elif damage == "truncate":
-        path.write_bytes(data[:-1])
-    else:
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    with pytest.raises(ArtifactError, match=rf"{name} does not match the sha256 in its manifest"):
-        VectorIndex(tmp_path / "index")
-
-
-def test_a_folder_without_an_index_or_with_a_damaged_manifest_is_an_artifact_error(
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(ArtifactError, match="holds no index; build one with `slq index`"):
-        VectorIndex(tmp_path)
-    published(tmp_path / "index")
-    (tmp_path / "index" / "v000001" / MANIFEST).write_text("{")
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
-        VectorIndex(tmp_path / "index")
-    (tmp_path / "index" / POINTER).write_text("v000009\n")
-    with pytest.raises(ArtifactError, match="is missing"):
-        VectorIndex(tmp_path / "index")
-
-
-def no_space(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize(
-    "failing", ["mkdir", "write_bytes", "write_table", "manifest", "rename", "pointer", "replace"]
-)
-def test_a_full_disk_is_a_storage_error_and_the_old_version_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    folder = tmp_path / "index"
-    first = published(folder)
-    query = unit_vectors(1, seed=1)
-    with monkeypatch.context() as patch:
-        if failing == "write_table":
-            patch.setattr(slq.index.pq, "write_table", no_space)
-        elif failing == "replace":
-            patch.setattr(os, "replace", no_space)
-        else:
-            name = {"manifest": "open", "pointer": "write_text"}.get(failing, failing)
-            patch.setattr(Path, name, no_space)
-        with pytest.raises(StorageError, match="No space left on device; free space"):
-            published(folder, seed=2)
-    assert current_version(folder) == "v000001"
-    assert VectorIndex(folder).search(query, 5) == first.search(query, 5)
-    assert published(folder, seed=2).search(query, 5) != first.search(query, 5)
+def test_hits_of_several_segments_are_one_ranking(tmp_path: Path) -> None:
+    published(tmp_path, IVF)
+    append(tmp_path, [table(100, seed=5, first=COUNT)], (100, DIMENSION), fingerprint="3f2a")
+    delete(tmp_path, ["item-3", f"item-{COUNT + 3}"])
+    index = VectorIndex(tmp_path)
+    everything = np.concatenate([stored(), stored(100, seed=5)])
+    alive = np.setdiff1d(np.arange(COUNT + 100), [3, COUNT + 3])
+    similarity = QUERIES.astype(np.float64) @ everything[alive].T
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :10]
+    assert rows_of(index.search(QUERIES, 10)) == [alive[one].tolist() for one in order]
+    assert (index.find(f"item-{COUNT + 7}"), index.find("item-3")) == (COUNT + 7, None)
+    assert index.row(COUNT + 7)["id"] == f"item-{COUNT + 7}"
+    assert len(index) == COUNT + 98

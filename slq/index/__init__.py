@@ -1,0 +1,25 @@
+"""Nearest-neighbour search over embeddings; scores are inner products of unit vectors, so cosines.
+
+An index folder holds immutable versions and a pointer file. A version is complete before the pointer names it, so a
+reader never sees half of one; every file's sha256 stands in its manifest and is checked on load.
+"""
+
+from slq.index.config import IndexConfig
+from slq.index.searching import Hit, VectorIndex
+from slq.index.versions import current_version, prune, roll_back, versions
+from slq.index.writing import append, build, compact, delete, write_version
+
+__all__ = [
+    "Hit",
+    "IndexConfig",
+    "VectorIndex",
+    "append",
+    "build",
+    "compact",
+    "current_version",
+    "delete",
+    "prune",
+    "roll_back",
+    "versions",
+    "write_version",
+]

@@ -1,0 +1,206 @@
+"""A loaded version of an index, and everything that it can be asked."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slq.errors import DataError
+from slq.index.exact import NO_ROW, Rows, Scores, best
+from slq.index.segment import row_of
+from slq.index.vectors import require_directions
+from slq.index.versions import (
+    current_version,
+    open_segments,
+    read_manifest,
+    require_whole,
+)
+from slq.quantization import cut
+
+MAX_EXCLUDED = 10_000
+"""Ids that one search may leave out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result; `row` counts over all segments of the version."""
+
+    id: str
+    score: float
+    row: int
+
+
+class VectorIndex:
+    """A loaded version of an index. Its files stay on disk; what is asked for often stays in memory by itself.
+
+    Args:
+        folder: The index folder.
+        version: A version's name; the current one by default.
+        num_probes: Lists that a search visits, instead of as many as the index was built for.
+
+    Raises:
+        ArtifactError: There is no index, or a file does not match its recorded sha256.
+    """
+
+    def __init__(
+        self, folder: Path, version: str | None = None, *, num_probes: int | None = None
+    ) -> None:
+        self.version = version or current_version(folder)
+        self.manifest = read_manifest(folder, self.version)
+        require_whole(folder, self.manifest)
+        self._segments = open_segments(folder, self.manifest, num_probes=num_probes)
+        sizes = [one.num_rows for one in self.manifest.segments]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the embedding space that the vectors live in."""
+        return self.manifest.fingerprint
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return self.manifest.dimension
+
+    def __len__(self) -> int:
+        return self.manifest.num_vectors
+
+    def search(
+        self,
+        vectors: NDArray[np.float32],
+        top_k: int,
+        *,
+        where: str | None = None,
+        exclude: Collection[str] = (),
+        distinct: bool = False,
+        exact: bool = False,
+    ) -> list[list[Hit]]:
+        """The best items for each query vector, best first.
+
+        Args:
+            vectors: (queries, dimension) float32 unit vectors; longer ones are cut as the index's own were.
+            top_k: Results per query; fewer come back when the index is smaller.
+            where: A predicate over the stored columns, in SQL: `price < 20 and lang = 'de'`.
+            exclude: Ids that are left out.
+            distinct: Of items with the same content only the first.
+            exact: Compare with every vector, whatever the index is.
+
+        Raises:
+            DataError: A vector is shorter than the index's or not finite, `where` cannot be used, or too much is
+                excluded.
+        """
+        if len(exclude) > MAX_EXCLUDED:
+            raise DataError(f"{len(exclude)} ids are excluded; {MAX_EXCLUDED} are allowed")
+        queries = self._queries(vectors)
+        hidden = frozenset(exclude)
+        top_k = min(top_k, len(self))
+        depth = min(top_k + len(hidden), len(self))
+        while True:
+            scores, rows = self._search(queries, depth, where, exact=exact)
+            found = [
+                list(self._hits(row_scores, numbers, hidden, distinct=distinct))[:top_k]
+                for row_scores, numbers in zip(scores, rows, strict=True)
+            ]
+            # Where duplicates took places, there may be more behind them.
+            is_cut = (rows[:, -1:] != NO_ROW).any(axis=1)
+            missing = any(
+                len(one) < top_k and more for one, more in zip(found, is_cut, strict=True)
+            )
+            if not (distinct and missing) or depth >= len(self):
+                return found
+            depth = min(2 * depth, len(self))
+
+    def _queries(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        queries = np.ascontiguousarray(vectors, dtype=np.float32)
+        if queries.ndim != 2:
+            raise DataError(
+                f"queries have the shape {queries.shape}; (queries, dimension) is asked"
+            )
+        if queries.shape[1] != self.dimension:
+            queries = cut(queries, self.dimension)
+        require_directions(queries)
+        return queries
+
+    def _search(
+        self, queries: NDArray[np.float32], depth: int, where: str | None, *, exact: bool
+    ) -> tuple[Scores, Rows]:
+        """The best of all segments, rows counted over all."""
+        found = [
+            segment.search(queries, depth, where=where, exact=exact) for segment in self._segments
+        ]
+        rows = [
+            np.where(numbers == NO_ROW, NO_ROW, numbers + start)
+            for (_, numbers), start in zip(found, self._starts, strict=False)
+        ]
+        return best(
+            np.concatenate([scores for scores, _ in found], axis=1),
+            np.concatenate(rows, axis=1),
+            depth,
+        )
+
+    def _hits(
+        self, scores: Scores, rows: Rows, hidden: frozenset[str], *, distinct: bool
+    ) -> Iterator[Hit]:
+        seen: set[Any] = set()
+        for score, number in zip(scores, rows, strict=True):
+            if number == NO_ROW:
+                return
+            segment, row = self._place(int(number))
+            items = self._segments[segment].items
+            name = items.value(row, "id")
+            if name in hidden:
+                continue
+            if distinct:
+                content = items.value(row, "content_hash")
+                if content in seen:
+                    continue
+                seen.add(content)
+            yield Hit(name, float(score), int(number))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Segment and row in it."""
+        segment = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return segment, number - int(self._starts[segment])
+
+    def find(self, item_id: str) -> int | None:
+        """The row of an item, or None when there is no such item."""
+        found = row_of(self._segments, item_id)
+        return None if found is None else int(self._starts[found[0]]) + found[1]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """The stored columns of one item."""
+        segment, row = self._place(number)
+        return self._segments[segment].items.row(row)
+
+    def vectors_of(self, item_ids: Sequence[str]) -> NDArray[np.float32]:
+        """(items, dimension) float32 unit vectors of items.
+
+        Raises:
+            DataError: There is no such item.
+        """
+        found = []
+        for name in item_ids:
+            number = self.find(name)
+            if number is None:
+                raise DataError(f"the index holds no item {name!r}")
+            segment, row = self._place(number)
+            found.append(self._segments[segment].vectors.rows(np.array([row])))
+        return np.concatenate(found) if found else np.zeros((0, self.dimension), np.float32)
+
+    def more_like(self, item_id: str, top_k: int, **options: Any) -> list[Hit]:
+        """Items like one of the index, without itself.
+
+        Args:
+            item_id: Of the item.
+            top_k: Results.
+            options: Of `search`.
+
+        Raises:
+            DataError: There is no such item, or an option cannot be used.
+        """
+        hidden = {*options.pop("exclude", ()), item_id}
+        (hits,) = self.search(self.vectors_of([item_id]), top_k, exclude=hidden, **options)
+        return hits

@@ -1,0 +1,349 @@
+"""Versions of an index: which segments belong to it and which of their rows are deleted.
+
+    CURRENT                 names the current version
+    v000001/manifest.json   fingerprint, settings, segments with the sha256 of every file
+    v000001/SEGMENT.deleted.npy
+    segments/SEGMENT/       files of `slq.index.segment`, shared by all versions that hold it
+
+Nothing is changed in place: a version is complete before the pointer names it, so a reader never sees half of one.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slq.errors import ArtifactError, StorageError
+from slq.files import file_sha256, read_json, write_json
+from slq.index.checks import require_file, require_files, stamp
+from slq.index.config import IndexConfig
+from slq.index.segment import FILES, VECTORS, Segment
+from slq.index.vectors import StoredVectors
+
+POINTER = "CURRENT"
+MANIFEST = "manifest.json"
+SEGMENTS = "segments"
+Deleted = dict[str, NDArray[np.int64]]
+"""Rows that are found no more, by segment."""
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """A segment of a version.
+
+    Attributes:
+        name: Of its folder.
+        num_rows: With deleted ones.
+        config: How it was built.
+        sha256: Of each of its files.
+        deleted_sha256: Of the file of deleted rows; None where there are none.
+        num_deleted: Rows that are deleted.
+    """
+
+    name: str
+    num_rows: int
+    config: dict[str, Any]
+    sha256: dict[str, str]
+    deleted_sha256: str | None = None
+    num_deleted: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A version.
+
+    Attributes:
+        version: Its name.
+        fingerprint: Of the embedding space.
+        dimension: Length of a vector.
+        config: How new segments are built.
+        segments: In the order in which they came.
+        source: Where the vectors came from.
+    """
+
+    version: str
+    fingerprint: str
+    dimension: int
+    config: dict[str, Any]
+    segments: list[SegmentRecord]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_vectors(self) -> int:
+        """That can be found."""
+        return sum(one.num_rows - one.num_deleted for one in self.segments)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Manifest":
+        """What `to_json` gave."""
+        known = {name: value for name, value in values.items() if name != "num_vectors"}
+        segments = [SegmentRecord(**one) for one in known.pop("segments")]
+        return cls(**known, segments=segments)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "num_vectors": self.num_vectors}
+
+
+@contextmanager
+def words_for_full_disks(folder: Path) -> Iterator[None]:
+    """Errors of the file system as one of ours.
+
+    Raises:
+        StorageError: Something below `folder` cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"index {folder} cannot be written: {error}; free space or choose another folder"
+        ) from None
+
+
+def add_segment(folder: Path, write: Callable[[Path], None], config: IndexConfig) -> SegmentRecord:
+    """Write a segment under a name of its own; no version holds it yet.
+
+    Args:
+        folder: The index folder.
+        write: Writes all files of `slq.index.segment` into the folder that it is given.
+        config: How it does.
+
+    Returns:
+        What a manifest says of it.
+
+    Raises:
+        StorageError: It cannot be written; nothing of it is left.
+    """
+    name = uuid.uuid4().hex[:12]
+    home = folder / SEGMENTS / name
+    partial = home.with_name(f".{name}.partial")
+    with words_for_full_disks(folder):
+        partial.mkdir(parents=True)
+        try:
+            write(partial)
+            sha256 = {file: file_sha256(partial / file) for file in FILES}
+            for file in FILES:
+                _sync(partial / file)
+            partial.rename(home)
+            _sync(home.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    stamp(home, sha256)
+    return SegmentRecord(name, len(StoredVectors(home / VECTORS)), config.model_dump(), sha256)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(
+    folder: Path,
+    manifest: Manifest,
+    deleted: Deleted,
+) -> Manifest:
+    """Write a new version and point to it.
+
+    Args:
+        folder: The index folder; older versions stay.
+        manifest: Of the version, whose name is given here.
+        deleted: Rows that are found no more, by segment; those that are not named have none.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        StorageError: It cannot be written; the old version stays in place.
+    """
+    with words_for_full_disks(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{uuid.uuid4().hex[:12]}.partial"
+        partial.mkdir()
+        try:
+            whole = _named(folder, partial, manifest, deleted)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        point_to(folder, whole.version)
+    return whole
+
+
+def _named(folder: Path, partial: Path, manifest: Manifest, deleted: Deleted) -> Manifest:
+    """Write a version and give it the next free name: another publisher may take one meanwhile."""
+    while True:
+        version = f"v{max(_numbers(folder), default=0) + 1:06d}"
+        whole = _written(partial, version, manifest, deleted)
+        try:
+            partial.rename(folder / version)
+        except OSError:
+            if not (folder / version).is_dir():
+                raise
+        else:
+            return whole
+
+
+def _written(home: Path, version: str, manifest: Manifest, deleted: Deleted) -> Manifest:
+    segments = []
+    for one in manifest.segments:
+        rows = deleted.get(one.name, np.zeros(0, np.int64))
+        digest = None
+        if len(rows):
+            path = home / deleted_name(one.name)
+            np.save(path, np.sort(rows), allow_pickle=False)
+            digest = file_sha256(path)
+        segments.append(replace(one, deleted_sha256=digest, num_deleted=len(rows)))
+    whole = replace(manifest, version=version, segments=segments)
+    write_json(home / MANIFEST, whole.to_json())
+    return whole
+
+
+def deleted_name(segment: str) -> str:
+    """File of a version that holds the deleted rows of a segment."""
+    return f"{segment}.deleted.npy"
+
+
+def point_to(folder: Path, version: str) -> None:
+    """Make a version the current one, atomically.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    pointer = folder / f".{POINTER}.{uuid.uuid4().hex[:12]}.partial"
+    try:
+        pointer.write_text(version + "\n")
+        _sync(pointer)
+        os.replace(pointer, folder / POINTER)  # noqa: PTH105 - the atomic step deserves its plain name
+    finally:
+        pointer.unlink(missing_ok=True)
+
+
+def _numbers(folder: Path) -> list[int]:
+    names = (path.name[1:] for path in folder.glob("v[0-9]*"))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def versions(folder: Path) -> list[str]:
+    """Names of all versions, oldest first."""
+    return [f"v{number:06d}" for number in sorted(_numbers(folder))]
+
+
+def current_version(folder: Path) -> str:
+    """The version that the pointer names.
+
+    Raises:
+        ArtifactError: `folder` holds no index.
+    """
+    try:
+        return (folder / POINTER).read_text().strip()
+    except OSError:
+        raise ArtifactError(f"{folder} holds no index; build one with `slq index`") from None
+
+
+def read_manifest(folder: Path, version: str) -> Manifest:
+    """What is written of a version.
+
+    Raises:
+        ArtifactError: It is missing, damaged, or of an older slq.
+    """
+    path = folder / version / MANIFEST
+    values = read_json(path)
+    if not isinstance(values, dict) or "segments" not in values:
+        raise ArtifactError(f"{path} is not of this slq; rebuild with `slq index`")
+    return Manifest.from_json(values)
+
+
+def roll_back(folder: Path, version: str | None = None) -> str:
+    """Make an older version the current one; by default the one before the current one.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ArtifactError: There is no such version, or a file of it is damaged.
+        StorageError: The pointer cannot be written.
+    """
+    current, known = current_version(folder), versions(folder)
+    older = [name for name in known if name < current]
+    wanted = version or (older[-1] if older else None)
+    if wanted is None or wanted not in known:
+        raise ArtifactError(
+            f"{folder} has no {'version before ' + current if version is None else version}; it has "
+            f"{', '.join(known)}"
+        )
+    require_whole(folder, read_manifest(folder, wanted))
+    with words_for_full_disks(folder):
+        point_to(folder, wanted)
+    return wanted
+
+
+def prune(folder: Path, keep: int) -> list[str]:
+    """Remove all but the newest versions and the current one, and segments that no version holds any more.
+
+    Args:
+        folder: The index folder.
+        keep: Versions to keep, one at least.
+
+    Returns:
+        Names of removed versions.
+    """
+    current, known = current_version(folder), versions(folder)
+    removed = [name for name in known[: -max(1, keep)] if name != current]
+    for name in removed:
+        shutil.rmtree(folder / name)
+    held = {one.name for name in versions(folder) for one in read_manifest(folder, name).segments}
+    for path in (folder / SEGMENTS).iterdir():
+        if path.name not in held and not path.name.startswith("."):
+            shutil.rmtree(path)
+    return removed
+
+
+def require_whole(folder: Path, manifest: Manifest, *, again: bool = False) -> None:
+    """Check every file of a version against its sha256.
+
+    Args:
+        folder: The index folder.
+        manifest: Of the version.
+        again: Read every file, whatever was checked before.
+
+    Raises:
+        ArtifactError: A file is missing or is not what was written; it is named.
+    """
+    for one in manifest.segments:
+        require_files(folder / SEGMENTS / one.name, one.sha256, again=again)
+        if one.deleted_sha256 is not None:
+            path = folder / manifest.version / deleted_name(one.name)
+            require_file(path, one.deleted_sha256)
+
+
+def open_segments(
+    folder: Path, manifest: Manifest, *, num_probes: int | None = None
+) -> list[Segment]:
+    """The segments of a version, which stay on disk.
+
+    Args:
+        folder: The index folder.
+        manifest: Of the version.
+        num_probes: Lists that a search visits, instead of as many as each was built for.
+    """
+    found = []
+    for one in manifest.segments:
+        config = IndexConfig.model_validate(one.config)
+        if num_probes is not None:
+            config = config.model_copy(update={"num_probes": num_probes})
+        deleted: NDArray[np.int64] = np.zeros(0, np.int64)
+        if one.deleted_sha256 is not None:
+            path = folder / manifest.version / deleted_name(one.name)
+            deleted = np.load(path, allow_pickle=False)
+        found.append(Segment(folder / SEGMENTS / one.name, config, deleted))
+    return found
