@@ -92,7 +92,8 @@ def connected(recipe: Recipe, stage: Callable[[Recipe], Any]) -> Any:
     from pipelines.runtime import connect
 
     generate_files(recipe.data)
-    with connect(recipe.resources):
+    # An error is told before Ray shuts down: a thread of Ray's that comes late may end the process without a word.
+    with connect(recipe.resources), friendly_errors():
         return stage(recipe)
 
 

@@ -1,6 +1,7 @@
 """The driver's side: Ray Data from shard ids to written pieces, sealing, and commits."""
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -68,16 +69,19 @@ def _go_through(
 ) -> None:
     """Embed shards and commit them, until all are done or too much is quarantined to go on."""
     arrivals, sealing = Arrivals(), Sealing(flow, totals.workers)
-    for piece in written_pieces(dataset(flow, todo, totals.workers).iter_rows()):
-        totals.add(piece)
-        complete = arrivals.add(piece)
-        if complete is not None:
-            sealing.submit(complete, again.get(piece.shard_id))
-        for commit, pieces in sealing.finished():
-            settle(flow, ledger, commit, pieces, totals)
-        totals.tell()
-        if totals.has_too_many_bad(flow.recipe.embed.max_error_share):
-            break
+    rows = iter(dataset(flow, todo, totals.workers).iter_rows())
+    # Ended here, whatever happens: a flow that still runs while Ray shuts down takes the process with it, silently.
+    with closing(rows):
+        for piece in written_pieces(rows):
+            totals.add(piece)
+            complete = arrivals.add(piece)
+            if complete is not None:
+                sealing.submit(complete, again.get(piece.shard_id))
+            for commit, pieces in sealing.finished():
+                settle(flow, ledger, commit, pieces, totals)
+            totals.tell()
+            if totals.has_too_many_bad(flow.recipe.embed.max_error_share):
+                break
     for commit, pieces in sealing.finished(wait=True):
         settle(flow, ledger, commit, pieces, totals)
     totals.tell(now=True)

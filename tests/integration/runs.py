@@ -1,6 +1,7 @@
 """Pieces that the tests of the flows share: changed recipes, an adapter without training, views of folders."""
 
 import hashlib
+import io
 import socket
 import subprocess
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.index import open_embeddings
+from pipelines.ledger_reader import LedgerReader
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe
 from slq.artifacts import save_adapter
 from slq.index.segment import matrix
+from slq.index.vectors import unit
 
 
 def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
@@ -47,13 +50,15 @@ def fingerprints_of_files(root: Path) -> dict[str, tuple[int, str]]:
 
 
 def read_embeddings(location: str) -> tuple[pa.Table, NDArray[np.float32], str]:
-    """Rows (without vectors), (n, dimension) float32 vectors and fingerprint of a finished data set."""
-    found = open_embeddings(location, retry_s=60)
-    table = pa.concat_tables(found.tables())
+    """Rows (without vectors), (n, dimension) float32 unit vectors and fingerprint of a finished data set."""
+    reader = LedgerReader(location)
+    shards = [pq.read_table(io.BytesIO(reader.store.read(n))) for n in reader.verified_shards()]
+    table, manifest = pa.concat_tables(shards), reader.manifest()
+    assert manifest is not None
     return (
         table.drop_columns("embedding"),
-        matrix(table["embedding"]).astype(np.float32),
-        found.fingerprint,
+        unit(matrix(table["embedding"])),
+        manifest["fingerprint"],
     )
 
 
