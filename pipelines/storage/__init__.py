@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipelines.storage.base import Store, StoredFile, WriterLock, concurrently
-from pipelines.storage.local import LocalStore, sync_folder
+from pipelines.storage.local import LocalStore
 from pipelines.storage.objects import RETRY_S, ObjectStore
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "concurrently",
     "open_store",
     "split_location",
-    "sync_folder",
 ]
 
 

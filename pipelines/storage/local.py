@@ -13,6 +13,7 @@ from typing import IO
 
 from pipelines.storage.base import Store, StoredFile, WriterLock, unwritable
 from slq.errors import StorageError
+from slq.files import sync
 
 _TRIES = 5
 _COPY_BYTES = 4 * 2**20
@@ -118,7 +119,7 @@ class LocalStore(Store):
                 file.flush()
                 os.fsync(file.fileno())
             put(partial, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             with contextlib.suppress(OSError):  # what went wrong first is the one to tell
                 partial.unlink(missing_ok=True)
@@ -136,7 +137,7 @@ class LocalStore(Store):
                 if error.errno != errno.EXDEV:
                     raise
                 self._copy_in(file, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         except OSError as error:
             raise unwritable(self.url(name), error) from None
 
@@ -157,7 +158,7 @@ class LocalStore(Store):
         try:
             self.path(target).parent.mkdir(parents=True, exist_ok=True)
             self.path(name).replace(self.path(target))
-            sync_folder(self.path(target).parent)
+            sync(self.path(target).parent)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -268,12 +269,3 @@ class FileLock(WriterLock):
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a file's own fsync does not cover its name."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,6 +3,8 @@
 So loading an index takes as long for many vectors as for few.
 """
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from slq.errors import ArtifactError, StorageError
 from slq.files import file_sha256, read_json, write_json
 
 _STAMPS = "checked.json"
+State = tuple[int, int, int]
 
 
 def require_files(home: Path, sha256: dict[str, str], *, again: bool = False) -> None:
@@ -23,11 +26,11 @@ def require_files(home: Path, sha256: dict[str, str], *, again: bool = False) ->
     Raises:
         ArtifactError: A file is missing or is not what was written; it is named.
     """
-    stamps = {} if again else _stamps(home)
+    stamps, states = {} if again else _stamps(home), states_of(home, sha256)
     for name, recorded in sha256.items():
-        if stamps.get(name) != [recorded, *_state(home / name)]:
+        if stamps.get(name) != [recorded, *states[name]]:
             require_file(home / name, recorded)
-    stamp(home, sha256)
+    stamp(home, sha256, states)
 
 
 def require_file(path: Path, recorded: str) -> None:
@@ -42,14 +45,18 @@ def require_file(path: Path, recorded: str) -> None:
         )
 
 
-def stamp(home: Path, sha256: dict[str, str]) -> None:
-    """Note that files are what was written, as they are now; where nothing can be written, they are read each time."""
-    stamps = {name: [digest, *_state(home / name)] for name, digest in sha256.items()}
+def stamp(home: Path, sha256: dict[str, str], states: dict[str, State]) -> None:
+    """Note that files are what was written; where nothing can be written, they are read each time.
+
+    Args:
+        home: Their folder.
+        sha256: By name.
+        states: As they were before they were hashed: a change since then must be seen.
+    """
+    stamps = {name: [digest, *states[name]] for name, digest in sha256.items()}
     if stamps != _stamps(home):
-        try:
+        with suppress(StorageError):
             write_json(home / _STAMPS, stamps)
-        except StorageError:
-            return
 
 
 def _stamps(home: Path) -> dict[str, Any]:
@@ -60,10 +67,13 @@ def _stamps(home: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    """Size, time of the last write, and inode; zeros where there is no file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0, 0
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def states_of(home: Path, names: Iterable[str]) -> dict[str, State]:
+    """Size, time of the last write, and inode of files; zeros where there is none."""
+    found = {}
+    for name in names:
+        try:
+            state = (home / name).stat()
+            found[name] = state.st_size, state.st_mtime_ns, state.st_ino
+        except OSError:
+            found[name] = 0, 0, 0
+    return found

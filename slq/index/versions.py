@@ -11,7 +11,7 @@ Nothing is changed in place: a version is complete before the pointer names it, 
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slq.errors import ArtifactError, StorageError
-from slq.files import file_sha256, read_json, write_json
-from slq.index.checks import require_file, require_files, stamp
+from slq.files import file_sha256, read_json, sync, write_json
+from slq.index.checks import require_file, require_files, stamp, states_of
 from slq.index.config import IndexConfig
 from slq.index.segment import FILES, VECTORS, Segment
 from slq.index.vectors import StoredVectors
@@ -128,24 +128,17 @@ def add_segment(folder: Path, write: Callable[[Path], None], config: IndexConfig
         partial.mkdir(parents=True)
         try:
             write(partial)
-            sha256 = {file: file_sha256(partial / file) for file in FILES}
             for file in FILES:
-                _sync(partial / file)
+                sync(partial / file)
+            states = states_of(partial, FILES)
+            sha256 = {file: file_sha256(partial / file) for file in FILES}
             partial.rename(home)
-            _sync(home.parent)
+            sync(home.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    stamp(home, sha256)
+    stamp(home, sha256, states)
     return SegmentRecord(name, len(StoredVectors(home / VECTORS)), config.model_dump(), sha256)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def publish(
@@ -222,7 +215,7 @@ def point_to(folder: Path, version: str) -> None:
     pointer = folder / f".{POINTER}.{uuid.uuid4().hex[:12]}.partial"
     try:
         pointer.write_text(version + "\n")
-        _sync(pointer)
+        sync(pointer)
         os.replace(pointer, folder / POINTER)  # noqa: PTH105 - the atomic step deserves its plain name
     finally:
         pointer.unlink(missing_ok=True)
@@ -288,7 +281,9 @@ def roll_back(folder: Path, version: str | None = None) -> str:
 
 
 def prune(folder: Path, keep: int) -> list[str]:
-    """Remove all but the newest versions and the current one, and segments that no version holds any more.
+    """Remove all but the newest versions and the current one, with segments that only those held.
+
+    A segment that no version ever held stays: it may be of a build that is about to publish it.
 
     Args:
         folder: The index folder.
@@ -299,13 +294,17 @@ def prune(folder: Path, keep: int) -> list[str]:
     """
     current, known = current_version(folder), versions(folder)
     removed = [name for name in known[: -max(1, keep)] if name != current]
+    unused = _held(folder, removed) - _held(folder, [name for name in known if name not in removed])
     for name in removed:
         shutil.rmtree(folder / name)
-    held = {one.name for name in versions(folder) for one in read_manifest(folder, name).segments}
-    for path in (folder / SEGMENTS).iterdir():
-        if path.name not in held and not path.name.startswith("."):
-            shutil.rmtree(path)
+    for name in unused:
+        shutil.rmtree(folder / SEGMENTS / name)
     return removed
+
+
+def _held(folder: Path, names: Iterable[str]) -> set[str]:
+    """Names of the segments of versions."""
+    return {one.name for name in names for one in read_manifest(folder, name).segments}
 
 
 def require_whole(folder: Path, manifest: Manifest, *, again: bool = False) -> None:

@@ -108,6 +108,26 @@ def test_a_file_is_hashed_once_and_again_only_where_it_changed(
     assert sorted(read) == sorted(FILES)
 
 
+def test_a_file_that_changes_while_it_is_hashed_is_not_taken_for_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = published(tmp_path)
+    items = segment_of(index, tmp_path) / ITEMS
+    os.utime(items)  # so that it is hashed again
+    original = slq.index.checks.file_sha256
+
+    def damaging(path: Path) -> str:
+        digest = original(path)
+        path.write_bytes(path.read_bytes()[:-1])
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slq.index.checks, "file_sha256", damaging)
+        require_whole(tmp_path, index.manifest)
+    with pytest.raises(ArtifactError, match=rf"{ITEMS} does not match"):
+        require_whole(tmp_path, index.manifest)
+
+
 def test_damage_that_leaves_size_and_time_is_found_where_all_is_asked_for(tmp_path: Path) -> None:
     index = published(tmp_path)
     path = segment_of(index, tmp_path) / ITEMS
@@ -308,7 +328,10 @@ def test_pruning_keeps_the_newest_the_current_and_every_segment_they_hold(tmp_pa
     published(tmp_path, seed=2)
     published(tmp_path, seed=3)
     roll_back(tmp_path, "v000002")
+    building = tmp_path / SEGMENTS / "of-a-build-that-is-about-to-publish"
+    building.mkdir()
     assert prune(tmp_path, keep=1) == ["v000001", "v000003"]
+    building.rmdir()  # and so it was still there
     assert versions(tmp_path) == ["v000002", "v000004"]
     held = {one.name for v in versions(tmp_path) for one in read_manifest(tmp_path, v).segments}
     assert {path.name for path in (tmp_path / SEGMENTS).iterdir()} == held
