@@ -6,7 +6,8 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from pipelines.embedding.prepare import prepared_pieces
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from pipelines.runtime import connect
+from slq.errors import HardwareError
 
 KINDS = ("images", "texts")
 _GUESS_ROWS_PER_S = {"images": 70, "texts": 280}  # of one core, to choose how many rows a run needs
 _SAMPLE_ROWS = 512
+_PIECE_ROWS = {"images": 256, "texts": 4096}
+_SMALL_PIECE_ROWS = {"images": 64, "texts": 256}
+"""About a second of an encoder's work: of two encoders one may have a piece more than the other at the end."""
 
 
 def measure_throughput(
@@ -39,7 +44,7 @@ def measure_throughput(
 
 
 def _throughput(folder: Path, kind: str, seconds: float, repeats: int) -> dict[str, Any]:
-    recipe = _recipe(folder, kind, seconds)
+    recipe = _recipe(folder, kind, seconds, piece_rows=_PIECE_ROWS[kind])
     ratios, flows, alone, reports = [], [], [], []
     before = _raw_rows_per_s(recipe, 1, seconds / 4)
     for _ in range(repeats):
@@ -66,22 +71,31 @@ def _throughput(folder: Path, kind: str, seconds: float, repeats: int) -> dict[s
 def measure_scaling(
     folder: Path, kinds: Sequence[str], *, seconds: float, repeats: int
 ) -> dict[str, Any]:
-    """For each kind `pipeline` and `raw`, medians over rounds: rows per second of two workers over those of one.
+    """For each kind, medians over rounds: rows per second of two workers over those of one.
 
-    The workers are encoders of the flow, or bare processes that only do passes.
-    The second encoder takes processor time from preparation, which bare processes do without. So `limit` is what the
-    encoders could reach on these processors, if nothing but passes and preparation cost anything: from the processor
-    seconds of an item's pass and of its preparation.
+    - `grown`: the machine grows with the workers, as a cluster does: one worker and all that feeds it on one
+      processor, against two on two.
+    - `fixed`: both have two processors. The second encoder takes processor time from preparation, so `limit` is what
+      encoders could reach here if nothing but passes and preparation cost anything: from the processor seconds of an
+      item's pass and of its preparation.
+    - `raw`: bare processes that do nothing but passes over batches in memory.
     """
     return {kind: _scaling(folder, kind, seconds, repeats) for kind in kinds}
 
 
 def _scaling(folder: Path, kind: str, seconds: float, repeats: int) -> dict[str, Any]:
-    one, two = (_recipe(folder, kind, seconds / 2, workers=n) for n in (1, 2))
-    found: dict[str, list[float]] = {"pipeline": [], "raw": []}
+    one, two = (
+        _recipe(folder, kind, seconds / 2, workers=n, piece_rows=_SMALL_PIECE_ROWS[kind])
+        for n in (1, 2)
+    )
+    found: dict[str, list[float]] = {"grown": [], "fixed": [], "raw": []}
     for _ in range(repeats):
-        rates = [_run(recipe)["rows_per_s"] for recipe in (one, two)]
-        found["pipeline"].append(rates[1] / rates[0])
+        with _processors(1):
+            small = _run(one)["rows_per_s"]
+        with _processors(2):
+            rates = [_run(recipe)["rows_per_s"] for recipe in (one, two)]
+        found["grown"].append(rates[1] / small)
+        found["fixed"].append(rates[1] / rates[0])
         raw = [_raw_rows_per_s(one, n, seconds / 4) for n in (1, 2)]
         found["raw"].append(raw[1] / raw[0])
     return {
@@ -89,6 +103,23 @@ def _scaling(folder: Path, kind: str, seconds: float, repeats: int) -> dict[str,
         "limit": round(_limit(one), 3),
         "rounds": {name: [round(value, 3) for value in values] for name, values in found.items()},
     }
+
+
+@contextmanager
+def _processors(count: int) -> Iterator[None]:
+    """Only so many processors for what is started meanwhile: Ray and all its workers.
+
+    Raises:
+        HardwareError: There are fewer.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < count:
+        raise HardwareError(f"{count} processors are needed, {len(allowed)} may be used")
+    os.sched_setaffinity(0, allowed[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _limit(recipe: Recipe) -> float:
@@ -110,11 +141,12 @@ def _limit(recipe: Recipe) -> float:
     for batch in batches:
         encoder.encode_prompts(batch)
     encode_s = (time.process_time() - began) / rows
-    cpus = os.cpu_count() or 1
-    return float(min(2.0, cpus * encode_s / (encode_s + prepare_s)))
+    return float(min(2.0, 2 * encode_s / (encode_s + prepare_s)))
 
 
-def _recipe(folder: Path, kind: str, seconds: float, *, workers: int = 1) -> Recipe:
+def _recipe(
+    folder: Path, kind: str, seconds: float, *, workers: int = 1, piece_rows: int
+) -> Recipe:
     rows = max(1000, int(_GUESS_ROWS_PER_S[kind] * seconds * 1.2 * workers))
     write = write_images if kind == "images" else write_texts
     return recipe_for(
@@ -123,7 +155,7 @@ def _recipe(folder: Path, kind: str, seconds: float, *, workers: int = 1) -> Rec
         f"{kind}-{workers}",
         workers=workers,
         shard_rows=4096,
-        piece_rows=256 if kind == "images" else 4096,
+        piece_rows=piece_rows,
     )
 
 
