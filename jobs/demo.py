@@ -12,7 +12,7 @@ from jobs.console import out
 from jobs.report import write_report
 from jobs.report.picture import gallery_picture
 from jobs.results import results_table
-from jobs.searching import search_url
+from jobs.searching import Question, search_url
 from pipelines.recipe import Recipe, load_recipe
 from slq.benchmarks.scenes import write_scenes
 
@@ -89,8 +89,8 @@ def _serve_and_query(recipe: Recipe) -> None:
     try:
         table = Table("query", "first by cosine", "first by fine stage", "right one", box=None)
         for query_id, text in example_queries(recipe):
-            coarse = search_url(url, text, None, top_k=5, mode="coarse")["results"]
-            fine = search_url(url, text, None, top_k=5, mode="fine")["results"]
+            coarse = search_url(url, Question(text), top_k=5, mode="coarse")["results"]
+            fine = search_url(url, Question(text), top_k=5, mode="fine")["results"]
             wanted = query_id.rsplit("-", 1)[0]
             cells = [_marked(result[0]["id"], wanted) for result in (coarse, fine)]
             table.add_row(text, *cells, wanted)

@@ -6,9 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
+from jobs.console import err
+from pipelines.choosing import CHOICE, CHOICES
 from pipelines.index import grow, index, join, shrink
 from pipelines.recipe import Recipe
 from slq.errors import ConfigError
+from slq.files import read_json
 from slq.index import current_version, prune, roll_back, versions
 from slq.index.versions import read_manifest
 
@@ -35,7 +38,22 @@ def change_of(
     if unwanted is not None:
         ids = _lines(unwanted)
         return lambda recipe: shrink(recipe, ids)
-    return join if compact else index
+    return join if compact else _index_and_tell
+
+
+def _index_and_tell(recipe: Recipe) -> Path:
+    """Build as `index` does; if settings were chosen, show which, and draw them."""
+    from jobs.choices import choice_table, write_choice_chart
+
+    folder = index(recipe)
+    name = read_manifest(folder, current_version(folder)).source.get(CHOICE)
+    if name is not None:
+        record = read_json(folder / CHOICES / f"{name}.json")
+        err.print(choice_table(record))
+        err.print(f"{record['chosen']['name']}: {record['reason']}", highlight=False)
+        chart = write_choice_chart(record, folder / CHOICES / f"{name}.png")
+        err.print(f"all trials: {chart}", soft_wrap=True)
+    return folder
 
 
 def _lines(path: Path) -> list[str]:

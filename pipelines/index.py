@@ -1,84 +1,24 @@
 """Builds index versions from the committed shards of embedding data sets, and changes what they hold."""
 
-import hashlib
 import logging
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipelines.commits import shard_name
-from pipelines.ledger_reader import LedgerReader
+from pipelines.choosing import CHOICE, Choice, choice_name
+from pipelines.embeddings import open_embeddings
 from pipelines.recipe import Recipe
+from pipelines.tasks import cluster_errors, collect_windowed
 from slq.errors import ArtifactError
-from slq.index import append, compact, current_version, delete, write_version
+from slq.index import Content, append, compact, current_version, delete, write_version
+from slq.index.building import Each, here
 from slq.index.versions import Manifest, read_manifest, require_whole
 
 log = logging.getLogger(__name__)
-_BATCH_ROWS = 16_384
-_OTHER_VECTORS = "embedding_"
-_NOT_STORED = ("shard_id", "row_in_shard")
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """A finished embedding data set whose shards are what was committed.
-
-    Attributes:
-        reader: Its files.
-        shards: Names of its data files, in order.
-        num_rows: Of all shards.
-        dimension: Length of a vector.
-        fingerprint: Of the embedding space.
-    """
-
-    reader: LedgerReader
-    shards: list[str]
-    num_rows: int
-    dimension: int
-    fingerprint: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, dimension)."""
-        return self.num_rows, self.dimension
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Rows with `id`, `embedding` and what is stored of them, some thousand at a time."""
-        for name in self.shards:
-            with self.reader.store.open(name) as file:
-                shard = pq.ParquetFile(file)
-                kept = [
-                    column
-                    for column in shard.schema_arrow.names
-                    if not column.startswith(_OTHER_VECTORS) and column not in _NOT_STORED
-                ]
-                for batch in shard.iter_batches(_BATCH_ROWS, columns=kept):
-                    yield pa.table(batch)
-
-
-def open_embeddings(location: str, retry_s: float) -> Embeddings:
-    """A data set, each shard checked against its commit record.
-
-    Raises:
-        ArtifactError: It is unfinished, damaged or empty; the shard is named.
-        StorageError: It cannot be read.
-    """
-    reader = LedgerReader(location, retry_s)
-    shards = reader.verified_shards()
-    manifest: dict[str, Any] = reader.manifest() or {}
-    if not manifest["num_rows"]:
-        raise ArtifactError(f"{location} holds no rows: every item was quarantined")
-    return Embeddings(
-        reader,
-        shards,
-        int(manifest["num_rows"]),
-        int(manifest["dimension"]),
-        str(manifest["fingerprint"]),
-    )
+_RETRIES = 3
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 def index(recipe: Recipe) -> Path:
@@ -93,19 +33,19 @@ def index(recipe: Recipe) -> Path:
         StorageError: The index cannot be written; the old version stays in place.
     """
     folder, location = recipe.storage.index, recipe.storage.embeddings
-    source = {"embeddings": [_state(LedgerReader(location, recipe.storage.retry_s))]}
-    if _is_current(folder, recipe, source):
+    found = open_embeddings(location, recipe.storage.retry_s)
+    chosen = {} if recipe.index.goal is None else {CHOICE: choice_name(recipe, found)}
+    content = found.content(**chosen)
+    if _is_current(folder, recipe, content):
         log.info("%s is up to date: nothing to do", folder)
         return folder
-    found = open_embeddings(location, recipe.storage.retry_s)
-    manifest = write_version(
-        folder,
-        found.tables(),
-        found.shape,
-        fingerprint=found.fingerprint,
-        config=recipe.index,
-        source=source,
-    )
+    if chosen:
+        choice = Choice.made(recipe, found)
+        manifest = write_version(
+            folder, content, choice.config, each=_workers(recipe), settle=choice.settle
+        )
+    else:
+        manifest = write_version(folder, content, recipe.index, each=_workers(recipe))
     _tell(folder, manifest)
     return folder
 
@@ -123,17 +63,40 @@ def grow(recipe: Recipe, location: str) -> Path:
     """
     found = open_embeddings(location, recipe.storage.retry_s)
     folder = recipe.storage.index
-    _tell(
-        folder,
-        append(
-            folder,
-            found.tables(),
-            found.shape,
-            fingerprint=found.fingerprint,
-            source={"embeddings": [_state(found.reader)]},
-        ),
-    )
+    _tell(folder, append(folder, found.content(), each=_workers(recipe)))
     return folder
+
+
+def _workers(recipe: Recipe) -> Each:
+    """Ray tasks, or this process where one worker is enough: it uses all cores."""
+    workers = recipe.resources.index_workers
+    return here if workers == 1 else partial(each_in_tasks, workers)
+
+
+def each_in_tasks(
+    workers: int,
+    what: str,
+    function: Callable[[A], R],
+    arguments: Sequence[A],
+) -> list[R]:
+    """Call a function for each argument in Ray tasks, so many at once; as `slq.index.building.Each`.
+
+    A task whose worker is lost is done again by another one.
+
+    Raises:
+        ClusterError: Ray gave up on lost workers.
+        SlqError: Ours that ended a task, as it was raised there; so are errors of the file system.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_called)
+    starting = (task.remote(function, argument) for argument in arguments)
+    with cluster_errors():
+        return collect_windowed(starting, len(arguments), what, workers)
+
+
+def _called(function: Callable[[A], R], argument: A) -> R:
+    return function(argument)
 
 
 def shrink(recipe: Recipe, ids: Collection[str]) -> Path:
@@ -157,7 +120,8 @@ def join(recipe: Recipe) -> Path:
         ArtifactError: There is no index, or nothing is left of it.
     """
     folder = recipe.storage.index
-    _tell(folder, compact(folder, recipe.index))
+    config = None if recipe.index.goal else recipe.index
+    _tell(folder, compact(folder, config, _workers(recipe)))
     return folder
 
 
@@ -172,23 +136,16 @@ def _tell(folder: Path, manifest: Manifest) -> None:
     )
 
 
-def _state(reader: LedgerReader) -> dict[str, str]:
-    """What a data set holds now, told by its commit records alone."""
-    digest = hashlib.sha256()
-    for shard_id, commit in sorted(reader.commits().items()):
-        digest.update(f"{shard_name(shard_id, commit.generation)} {commit.sha256}\n".encode())
-    return {"location": reader.store.location, "sha256": digest.hexdigest()}
-
-
-def _is_current(folder: Path, recipe: Recipe, source: dict[str, Any]) -> bool:
+def _is_current(folder: Path, recipe: Recipe, content: Content) -> bool:
     """Whether the current version is what would be built, and whole."""
     try:
         manifest = read_manifest(folder, current_version(folder))
         require_whole(folder, manifest)
     except ArtifactError:  # none yet, or a damaged one: both are built anew
         return False
+    is_chosen = recipe.index.goal is not None
     return (
-        manifest.config == recipe.index.model_dump()
-        and manifest.source.get("embeddings") == source["embeddings"]
+        (is_chosen or manifest.config == recipe.index.model_dump())
+        and manifest.source == content.origin
         and not any(one.num_deleted for one in manifest.segments)
     )

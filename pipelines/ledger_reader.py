@@ -98,21 +98,37 @@ class LedgerReader:
             ArtifactError: The data set is unfinished, or a shard is missing or damaged; the shard is named.
             StorageError: The store cannot be read.
         """
+        commits = self.required_commits()
+        concurrently(self.require_shard, commits)
+        return [shard_name(commit.shard_id, commit.generation) for commit in commits]
+
+    def required_commits(self) -> list[Commit]:
+        """The records of all shards of a finished data set, in their order.
+
+        Raises:
+            ArtifactError: The data set is unfinished, or a record is missing or damaged.
+            StorageError: The store cannot be read.
+        """
         manifest = self.manifest()
         if manifest is None:
             raise ArtifactError(
                 f"{self.store.location} is no finished embedding data set; run `slq embed` first"
             )
         commits = self._require_records(manifest["num_shards"])
-        latest = [commits[shard_id] for shard_id in sorted(commits)]
-        files = [(shard_name(c.shard_id, c.generation), c.sha256) for c in latest]
-        for commit, whole in zip(latest, concurrently(self._holds, files), strict=True):
-            if not whole:
-                name = shard_name(commit.shard_id, commit.generation)
-                raise ArtifactError(
-                    f"shard {self.store.url(name)} does not match its commit record; {remake(commit.shard_id)}"
-                )
-        return [name for name, _ in files]
+        return [commits[shard_id] for shard_id in sorted(commits)]
+
+    def require_shard(self, commit: Commit) -> None:
+        """Check a data file against its commit record.
+
+        Raises:
+            ArtifactError: It is missing or damaged; it is named.
+            StorageError: The store cannot be read.
+        """
+        name = shard_name(commit.shard_id, commit.generation)
+        if not self._holds((name, commit.sha256)):
+            raise ArtifactError(
+                f"shard {self.store.url(name)} does not match its commit record; {remake(commit.shard_id)}"
+            )
 
     def _require_records(self, num_shards: int) -> dict[int, Commit]:
         commits = self.commits()

@@ -205,6 +205,9 @@ class ResourcesConfig(Section):
     """Encoder actors."""
     prepare_workers: Annotated[int, Field(gt=0)] | None = None
     """Tasks that read, decode and tokenise beside them, one CPU each; as many as find a CPU if null."""
+    index_workers: Annotated[int, Field(gt=0)] = 1
+    """Tasks that build an index at once, one CPU each; 1 builds in the driver, with all cores of its machine. More than
+    one must reach the index folder."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """GPUs of each training worker and encoder actor; fractions share a GPU between encoders."""
     serve_replicas: Annotated[int, Field(gt=0)] = 1

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from pipelines.progress import duration, show
 from slq.errors import ClusterError, SlqError
 
 _SHOW_EVERY_S = 1.0
+_PATIENCE_S = 20.0  # with a task that was asked to end
 
 
 def parts(count: int, number: int = 8) -> list[slice]:
@@ -24,27 +25,57 @@ def collect(tasks: list[Any], what: str) -> list[Any]:
     """Results in order, with a line of progress as tasks end.
 
     Raises:
-        SlqError: Ours that ended a task, as it was raised there.
+        SlqError: Ours that ended a task, as it was raised there; so are errors of the file system.
+    """
+    return collect_windowed(iter(tasks), len(tasks), what, len(tasks))
+
+
+def collect_windowed(starting: Iterator[Any], count: int, what: str, at_once: int) -> list[Any]:
+    """The same of tasks that are started as others end.
+
+    Args:
+        starting: Starts a task where the next one is asked for.
+        count: How many they are.
+        what: What is done, for people.
+        at_once: Tasks at work at a time.
     """
     import ray
 
-    waiting, started, shown = list(tasks), time.monotonic(), -_SHOW_EVERY_S
+    tasks: list[Any] = []
+    waiting: list[Any] = []
+    started, shown = time.monotonic(), -_SHOW_EVERY_S
     try:
-        while waiting:
+        while len(tasks) < count or waiting:
+            fresh = list(islice(starting, at_once - len(waiting)))
+            tasks += fresh
+            waiting += fresh
             ready, waiting = ray.wait(waiting, num_returns=1)
             ray.get(ready)  # raises what ended it
             ended, now = len(tasks) - len(waiting), time.monotonic()
-            if now - shown >= _SHOW_EVERY_S or not waiting:
-                shown, eta = now, (now - started) / ended * len(waiting)
-                show(f"{what} {ended}/{len(tasks)}  ETA {duration(eta)}")
+            if now - shown >= _SHOW_EVERY_S or ended == count:
+                shown, eta = now, (now - started) / ended * (count - ended)
+                show(f"{what} {ended}/{count}  ETA {duration(eta)}")
         results: list[Any] = ray.get(tasks)
-    except ray.exceptions.RayTaskError as error:
-        for task in waiting:  # they would only fail too, one after the other
-            ray.cancel(task)
-        if isinstance(error.cause, SlqError):
-            raise error.cause from None  # ours say all in one line; Ray's wrapper adds a traceback
+    except BaseException as error:
+        _end(waiting)  # they would only fail too, one after the other
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(
+            error.cause, SlqError | OSError
+        ):
+            raise error.cause from None  # it says all in one line; Ray's wrapper adds a traceback
         raise
     return results
+
+
+def _end(tasks: list[Any]) -> None:
+    """Cancel tasks, and wait until they are at work no more: what they write may be removed next."""
+    import ray
+
+    for is_last in (False, True):
+        for task in tasks:
+            ray.cancel(task, force=is_last)
+        _, tasks = (
+            ray.wait(tasks, num_returns=len(tasks), timeout=_PATIENCE_S) if tasks else ([], [])
+        )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pipelines.recipe import Recipe
 from slq.artifacts import require_same_fingerprint
 from slq.errors import DataError, ServiceError, StorageError
 from slq.index import Hit, VectorIndex
+from slq.index.canary import require_canary
 from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.schema import Item
@@ -87,7 +88,8 @@ class BackboneService:
         pinned: What the service was started with.
 
     Raises:
-        ArtifactMismatchError: Another adapter lies in the run folder by now.
+        ArtifactMismatchError: Another adapter lies in the run folder by now, or the model embeds the index's items
+            otherwise than it did.
     """
 
     def __init__(self, recipe: dict[str, Any], pinned: Pinned) -> None:
@@ -96,6 +98,7 @@ class BackboneService:
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
+        require_canary(self._recipe.storage.index, pinned.index_version, self._encoder)
         rerank = self._recipe.rerank
         self._reranker = Reranker(
             scoring_backbone(self._recipe, self._encoder),

@@ -7,9 +7,10 @@ reader never sees half of one; every file's sha256 stands in its manifest and is
 from slq.index.config import IndexConfig
 from slq.index.searching import Hit, VectorIndex
 from slq.index.versions import current_version, prune, roll_back, versions
-from slq.index.writing import append, build, compact, delete, write_version
+from slq.index.writing import Content, append, build, compact, delete, write_version
 
 __all__ = [
+    "Content",
     "Hit",
     "IndexConfig",
     "VectorIndex",

@@ -5,14 +5,37 @@ So loading an index takes as long for many vectors as for few.
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slq.errors import ArtifactError, StorageError
 from slq.files import file_sha256, read_json, write_json
 
-_STAMPS = "checked.json"
+STAMPS = "checked.json"
 State = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file was when it was hashed.
+
+    Attributes:
+        sha256: Of its bytes.
+        state: Before it was read: a change since then must be seen.
+    """
+
+    sha256: str
+    state: State
+
+
+def digested(home: Path, names: Iterable[str]) -> dict[str, Digest]:
+    """Hash files of a folder.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    states = states_of(home, names)
+    return {name: Digest(file_sha256(home / name), state) for name, state in states.items()}
 
 
 def require_files(home: Path, sha256: dict[str, str], *, again: bool = False) -> None:
@@ -26,11 +49,13 @@ def require_files(home: Path, sha256: dict[str, str], *, again: bool = False) ->
     Raises:
         ArtifactError: A file is missing or is not what was written; it is named.
     """
-    stamps, states = {} if again else _stamps(home), states_of(home, sha256)
-    for name, recorded in sha256.items():
-        if stamps.get(name) != [recorded, *states[name]]:
-            require_file(home / name, recorded)
-    stamp(home, sha256, states)
+    stamps = {} if again else stamped(home)
+    found = {name: Digest(sha256[name], state) for name, state in states_of(home, sha256).items()}
+    for name, digest in found.items():
+        if stamps.get(name) != digest:
+            require_file(home / name, digest.sha256)
+    if found != stamps:
+        stamp(home, found)
 
 
 def require_file(path: Path, recorded: str) -> None:
@@ -45,26 +70,27 @@ def require_file(path: Path, recorded: str) -> None:
         )
 
 
-def stamp(home: Path, sha256: dict[str, str], states: dict[str, State]) -> None:
+def stamp(home: Path, found: dict[str, Digest]) -> None:
     """Note that files are what was written; where nothing can be written, they are read each time.
 
     Args:
         home: Their folder.
-        sha256: By name.
-        states: As they were before they were hashed: a change since then must be seen.
+        found: By name.
     """
-    stamps = {name: [digest, *states[name]] for name, digest in sha256.items()}
-    if stamps != _stamps(home):
-        with suppress(StorageError):
-            write_json(home / _STAMPS, stamps)
+    with suppress(StorageError):
+        write_json(home / STAMPS, {name: [one.sha256, *one.state] for name, one in found.items()})
 
 
-def _stamps(home: Path) -> dict[str, Any]:
+def stamped(home: Path) -> dict[str, Digest]:
+    """What `stamp` noted; nothing where it did not."""
     try:
-        found = read_json(home / _STAMPS)
-    except ArtifactError:
+        found = read_json(home / STAMPS)
+        return {
+            name: Digest(sha256, (size, written, inode))
+            for name, (sha256, size, written, inode) in found.items()
+        }
+    except (ArtifactError, AttributeError, TypeError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def states_of(home: Path, names: Iterable[str]) -> dict[str, State]:

@@ -3,8 +3,10 @@
 faiss is imported on first use: settings and exact search need none of it.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,33 @@ from numpy.typing import NDArray
 
 from slq.errors import ArtifactError
 from slq.index.config import IndexConfig
-from slq.index.exact import Block, Rows, Scores
+from slq.index.exact import Block, Rows, Scores, best
 
 _SCALAR_TYPES = {"float16": "SQfp16", "int8": "SQ8", "int4": "SQ4"}
 _PQ_SUBSPACE = 8  # values that one four-bit code of `pq4` stands for
 _HNSW_LINKS = 32
 _SEARCH_BREADTH = 2  # of the coarse graph, per probe
+_BUILD_BREADTH = (
+    64  # of it, to find the list that a vector belongs to, however few are visited later
+)
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many for what this thread asks of faiss."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def untrained(config: IndexConfig, dimension: int) -> Any:
@@ -37,7 +60,10 @@ def untrained(config: IndexConfig, dimension: int) -> Any:
     lists = faiss.extract_index_ivf(index)
     lists.cp.seed = config.seed
     lists.cp.min_points_per_centroid = 1
-    set_probes(index, config.num_probes)
+    lists.nprobe = min(config.num_probes, lists.nlist)
+    graph = faiss.downcast_index(lists.quantizer)
+    if isinstance(graph, faiss.IndexHNSW):
+        graph.hnsw.efSearch = _BUILD_BREADTH
     return index
 
 
@@ -74,22 +100,144 @@ def fill(index: Any, blocks: Iterable[Block]) -> None:
         index.add_with_ids(np.ascontiguousarray(vectors), rows)
 
 
-def write(index: Any, path: Path) -> None:
+def coded(index: Any, vectors: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """What `fill` would store of vectors, and where.
+
+    Args:
+        index: A trained one with lists.
+        vectors: (rows, dimension) float32.
+
+    Returns:
+        (rows,) numbers of their lists, and (rows, bytes) codes.
+    """
+    import faiss
+
+    turned, lists = _turned(index, vectors), faiss.extract_index_ivf(index)
+    _, nearest = lists.quantizer.search(turned, 1)
+    numbers = np.ascontiguousarray(nearest[:, 0])
+    codes = np.zeros((len(vectors), lists.code_size), np.uint8)
+    lists.encode_vectors(
+        len(vectors), faiss.swig_ptr(turned), faiss.swig_ptr(numbers), faiss.swig_ptr(codes)
+    )
+    return numbers, codes
+
+
+def _turned(index: Any, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors as the lists of an index get them."""
+    import faiss
+
+    whole, turned = faiss.downcast_index(index), np.ascontiguousarray(vectors)
+    if isinstance(whole, faiss.IndexPreTransform):
+        chain: Any = whole.chain  # a C++ vector, whatever faiss's stubs say
+        for number in range(chain.size()):
+            turned = faiss.downcast_VectorTransform(chain.at(number)).apply(turned)
+    return turned
+
+
+def fill_list(index: Any, number: int, rows: Rows, codes: NDArray[np.uint8]) -> None:
+    """Put the codes of `coded` into an empty list, and so build what `fill` would have built.
+
+    Args:
+        index: A trained one with lists.
+        number: Of the list.
+        rows: (rows,) int64 row numbers.
+        codes: (rows, bytes).
+    """
+    import faiss
+
+    if not len(rows):
+        return
+    lists: Any = faiss.extract_index_ivf(index)
+    stored: Any = faiss.downcast_InvertedLists(lists.invlists)
+    rows = np.ascontiguousarray(rows)
+    packed = np.ascontiguousarray(codes)
+    if hasattr(stored, "packer"):  # of fast scanning
+        packed = _packed(stored, packed)
+    stored.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(packed))
+    lists.ntotal += len(rows)
+    index.ntotal = lists.ntotal
+
+
+def _packed(stored: Any, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes in blocks, whose bits are interleaved for fast scanning."""
+    import faiss
+
+    size = stored.n_per_block
+    count = -(-len(codes) // size)
+    whole = np.zeros((count, size, codes.shape[1]), np.uint8)
+    whole.reshape(count * size, -1)[: len(codes)] = codes
+    blocks = np.zeros((count, stored.block_size), np.uint8)
+    for flat, block in zip(whole, blocks, strict=True):
+        stored.packer.pack_all(faiss.swig_ptr(flat), faiss.swig_ptr(block))
+    return blocks
+
+
+def code_bytes(config: IndexConfig, dimension: int) -> int:
+    """Of a vector in a list, without its row number."""
+    import faiss
+
+    few = config.model_copy(update={"num_lists": 1, "quantizer": "flat"})
+    return int(faiss.extract_index_ivf(untrained(few, dimension)).code_size)
+
+
+def num_lists(index: Any) -> int:
+    """Of an index that has lists."""
+    import faiss
+
+    return int(faiss.extract_index_ivf(index).nlist)
+
+
+def write(index: Any, path: Path, *, with_centroids: bool = True) -> None:
     """Write an index file.
+
+    Args:
+        index: As filled.
+        path: The file.
+        with_centroids: Whether to keep the centroids of lists; if not, `share_centroids` gives them back.
 
     Raises:
         OSError: It cannot be written.
     """
     import faiss
 
+    with nullcontext() if with_centroids else _without_centroids(index):
+        try:
+            faiss.write_index(index, str(path))
+        except RuntimeError as error:
+            raise OSError(_reason(error)) from None
+
+
+@contextmanager
+def _without_centroids(index: Any) -> Iterator[None]:
+    import faiss
+
+    lists: Any = faiss.extract_index_ivf(index)
+    kept, none = lists.quantizer, faiss.IndexFlatIP(lists.d)
+    lists.quantizer = none
     try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise OSError(_reason(error)) from None
+        yield
+    finally:
+        lists.quantizer = kept
 
 
-def read(path: Path) -> Any:
-    """An index file whose lists stay on disk.
+def share_centroids(indexes: Sequence[Any]) -> None:
+    """Let all partitions have the centroids of the first one, which must live as long as they do."""
+    import faiss
+
+    first: Any = faiss.extract_index_ivf(indexes[0])
+    for index in indexes[1:]:
+        lists: Any = faiss.extract_index_ivf(index)
+        lists.own_fields = False  # and so nothing frees what it was written with: an empty index
+        lists.quantizer = first.quantizer
+
+
+def read(path: Path, *, mapped: bool = True) -> Any:
+    """An index file.
+
+    Args:
+        path: The file.
+        mapped: Whether its lists stay on disk; nothing can be added to such an index. Blocks for fast scanning come
+            into memory nevertheless.
 
     Raises:
         ArtifactError: faiss cannot read it.
@@ -97,7 +245,7 @@ def read(path: Path) -> Any:
     import faiss
 
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
         raise ArtifactError(f"{path} is no index of this faiss: {_reason(error)}") from None
 
@@ -133,6 +281,51 @@ def search(
         bitmap = faiss.IDSelectorBitmap(8 * len(selected), faiss.swig_ptr(selected))
         params = _parameters(index, bitmap)
     scores, rows = index.search(np.ascontiguousarray(queries), top_k, params=params)
+    return scores, rows
+
+
+def search_partitions(
+    indexes: Sequence[Any],
+    queries: NDArray[np.float32],
+    top_k: int,
+    selected: NDArray[np.uint8] | None = None,
+) -> tuple[Scores, Rows]:
+    """The best rows of all partitions, which visit the lists that are nearest in all of them; as `search`."""
+    import faiss
+
+    if len(indexes) == 1:
+        return search(indexes[0], queries, top_k, selected)
+    if isinstance(faiss.downcast_index(indexes[0]), faiss.IndexIDMap):
+        found = [search(index, queries, top_k, selected) for index in indexes]
+    else:
+        first: Any = faiss.extract_index_ivf(indexes[0])
+        turned = _turned(indexes[0], queries)
+        near, numbers = first.quantizer.search(turned, first.nprobe)
+        params = None
+        if selected is not None:
+            bitmap = faiss.IDSelectorBitmap(8 * len(selected), faiss.swig_ptr(selected))
+            params = faiss.SearchParametersIVF(sel=bitmap, nprobe=first.nprobe)  # type: ignore[call-arg]
+        found = [_search_lists(index, turned, top_k, near, numbers, params) for index in indexes]
+    scores, rows = (np.concatenate(values, axis=1) for values in zip(*found, strict=True))
+    return best(scores, rows, top_k)
+
+
+def _search_lists(
+    index: Any,
+    turned: NDArray[np.float32],
+    top_k: int,
+    near: Scores,
+    numbers: Rows,
+    params: Any,
+) -> tuple[Scores, Rows]:
+    """The best rows of lists that are given; faiss's own wrapper takes no selection."""
+    import faiss
+
+    lists: Any = faiss.extract_index_ivf(index)
+    scores = np.empty((len(turned), top_k), np.float32)
+    rows = np.empty((len(turned), top_k), np.int64)
+    arrays = (faiss.swig_ptr(array) for array in (numbers, near, scores, rows))
+    lists.search_preassigned_c(len(turned), faiss.swig_ptr(turned), top_k, *arrays, False, params)
     return scores, rows
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from slq.config import Section
 from slq.errors import ConfigError
@@ -18,11 +18,30 @@ BITS: dict[str, float] = {
 }
 """Bits that a value of a vector takes in the lists, about; `pq4` spends four on eight values."""
 _EXACT_ENOUGH_BITS = 16
+_ROW_BYTES = 8  # of a row number beside its code
+
+
+class GoalConfig(Section):
+    """What an index must reach on text queries."""
+
+    recall: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the `top_k` nearest items that are found."""
+    top_k: Annotated[int, Field(gt=0)] = 10
+    memory: ByteSize | None = None
+    """Of codes, row numbers and centroids, as in `64GiB`; vectors to score again stay on disk."""
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    """Median of one query alone, with as many threads as faiss may use."""
+    sample_rows: Annotated[int, Field(gt=0)] = 200_000
+    """Items that settings are tried on."""
+    num_queries: Annotated[int, Field(gt=0)] = 500
+    """Text queries of `data.queries` that ask."""
 
 
 class IndexConfig(Section):
     """How the index is built and searched."""
 
+    goal: GoalConfig | None = None
+    """If given, everything below but `seed` and `partition_bytes` is chosen by trials."""
     kind: Literal["flat", "ivf"] = "flat"
     """`flat` compares with every vector (exact); `ivf` visits the nearest lists only."""
     num_lists: Annotated[int, Field(gt=0)] = 64
@@ -37,7 +56,14 @@ class IndexConfig(Section):
     """Of the vectors before they are coded: `random` spreads what few values hold, `opq` is trained."""
     oversample: Annotated[float, Field(ge=1)] = 4.0
     """Candidates per result that are scored again from the float16 vectors, where codes have less than sixteen bits."""
+    partition_bytes: Annotated[int, Field(gt=0)] = 2**30
+    """Of the codes in one index file. A build needs memory for about three of them in each worker."""
     seed: int = 0
+
+    def partition_rows(self, dimension: int) -> int:
+        """Vectors in one index file, about."""
+        bits = BITS[self.codes] if self.kind == "ivf" else 32
+        return max(1, int(self.partition_bytes // (bits * dimension / 8 + _ROW_BYTES)))
 
     @property
     def is_rescored(self) -> bool:

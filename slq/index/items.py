@@ -1,18 +1,22 @@
-"""What is stored of a segment's items, by row and by id, in memory-mapped Arrow files."""
+"""What is stored of a segment's items, by row and by id, in memory-mapped files."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from slq.errors import DataError
-from slq.index.exact import NO_ROW
+from slq.index.exact import NO_ROW, Rows
 
+ITEMS = "items.arrow"
+IDS = "ids.npy"
 ROW = "row"
 """Column of the row numbers, for predicates."""
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 _BATCH_ROWS = 16_384  # of every record batch but the last, so that a row is found without a search
 
 
@@ -21,13 +25,14 @@ class ItemsWriter:
 
     Args:
         file: Open for writing.
+        first_row: Number of the first row.
     """
 
-    def __init__(self, file: pa.NativeFile) -> None:
+    def __init__(self, file: pa.NativeFile, first_row: int = 0) -> None:
         self._file = file
         self._writer: Any = None
         self._held: list[pa.Table] = []
-        self._num_held = self._count = 0
+        self._num_held, self._count = 0, first_row
 
     def add(self, table: pa.Table) -> None:
         """Write the next rows, which have an `id` and the columns of all others."""
@@ -61,25 +66,26 @@ class ItemsWriter:
 
 
 def write_order(path: Path, items_path: Path) -> None:
-    """Write a `.npy` file of row numbers in the order of ids.
+    """Write a `.npy` file of (2, rows) uint64: digests of ids in order, and the place of each in the file of items.
 
     Args:
         path: The file.
         items_path: Of an `ItemsWriter`.
-
-    Raises:
-        DataError: An id comes twice.
     """
-    ids = _open(items_path)["id"]
-    order = pa.compute.sort_indices(ids)
-    ranked = ids.take(order)
-    same = pa.compute.equal(ranked.slice(1), ranked.slice(0, len(ranked) - 1))
-    twice = np.flatnonzero(same.to_numpy(zero_copy_only=False))
-    if len(twice):
-        raise DataError(
-            f"{len(twice)} ids come twice, first {ranked[int(twice[0])].as_py()!r}; an index needs unique ids"
-        )
-    np.save(path, np.asarray(order.to_numpy(), dtype=np.int64), allow_pickle=False)
+    digests = id_digests(name for batch in _open(items_path).to_batches() for name in _ids(batch))
+    order = np.argsort(digests, kind="stable").astype(np.uint64)
+    np.save(path, np.stack([digests[order], order]), allow_pickle=False)
+
+
+def id_digests(ids: Iterable[str]) -> NDArray[np.uint64]:
+    """(ids,) 64 bits of the BLAKE2 of each."""
+    whole = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
+    return np.frombuffer(whole, dtype="<u8").astype(np.uint64)
+
+
+def _ids(batch: pa.RecordBatch) -> list[str]:
+    names: list[str] = batch["id"].to_pylist()
+    return names
 
 
 def _open(path: Path) -> pa.Table:
@@ -87,17 +93,20 @@ def _open(path: Path) -> pa.Table:
 
 
 class Items:
-    """The files of `write_items`, which stay on disk.
+    """Files of `ItemsWriter` and `write_order`, one after the other, which stay on disk.
 
     Args:
-        path: The Arrow file.
-        order_path: The order of ids.
+        folders: Where they are.
     """
 
-    def __init__(self, path: Path, order_path: Path) -> None:
-        self.table = _open(path)
-        self._order: NDArray[np.int64] = np.load(order_path, mmap_mode="r", allow_pickle=False)
-        self._batches = self.table.to_batches()
+    def __init__(self, folders: Sequence[Path]) -> None:
+        tables = [_open(folder / ITEMS) for folder in folders]
+        self.table = pa.concat_tables(tables)
+        self._order: list[NDArray[np.uint64]] = [
+            np.load(folder / IDS, mmap_mode="r", allow_pickle=False) for folder in folders
+        ]
+        self._batches = [table.to_batches() for table in tables]
+        self._starts = np.cumsum([0, *(table.num_rows for table in tables)])
         self._columns = [name for name in self.table.column_names if name != ROW]
 
     def __len__(self) -> int:
@@ -105,15 +114,18 @@ class Items:
 
     def ids(self) -> Iterator[str]:
         """Every id, in the order of rows."""
-        for batch in self._batches:
-            yield from batch["id"].to_pylist()
+        for batches in self._batches:
+            for batch in batches:
+                yield from _ids(batch)
 
-    def batches(self) -> Iterator[tuple[int, pa.Table]]:
-        """First row and stored columns, some thousand rows at a time."""
-        start = 0
-        for batch in self._batches:
-            yield start, pa.table(batch).select(self._columns)
-            start += batch.num_rows
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, pa.Table]]:
+        """First row and stored columns from `start` to `stop`, some thousand rows at a time."""
+        first = 0
+        for batch in (batch for batches in self._batches for batch in batches):
+            low, high = max(start, first), min(stop, first + batch.num_rows)
+            if low < high:
+                yield low, pa.table(batch.slice(low - first, high - low)).select(self._columns)
+            first += batch.num_rows
 
     def row(self, number: int) -> dict[str, Any]:
         """The stored columns of one item."""
@@ -126,21 +138,46 @@ class Items:
         return batch[column][offset].as_py()
 
     def _place(self, number: int) -> tuple[pa.RecordBatch, int]:
-        return self._batches[number // _BATCH_ROWS], number % _BATCH_ROWS
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        offset = number - int(self._starts[file])
+        return self._batches[file][offset // _BATCH_ROWS], offset % _BATCH_ROWS
 
-    def find(self, item_id: str) -> int:
-        """The row of an id; `NO_ROW` where there is none."""
-        low, high = 0, len(self._order)
-        while low < high:
-            middle = (low + high) // 2
-            if self._id_at(middle) < item_id.encode():
-                low = middle + 1
-            else:
-                high = middle
-        found = low < len(self._order) and self._id_at(low) == item_id.encode()
-        return int(self._order[low]) if found else NO_ROW
+    def find(self, names: Sequence[str]) -> Rows:
+        """(names,) int64 rows of ids; `NO_ROW` where there is none."""
+        wanted = id_digests(names)
+        found = np.full(len(names), NO_ROW, np.int64)
+        for first, (digests, places) in zip(self._starts, self._order, strict=False):
+            start, stop = (np.searchsorted(digests, wanted, side=side) for side in _SIDES)
+            for number in np.flatnonzero(start < stop).tolist():
+                for place in places[start[number] : stop[number]]:
+                    row = int(first) + int(place)
+                    if self.value(row, "id") == names[number]:
+                        found[number] = row
+        return found
 
-    def _id_at(self, place: int) -> bytes:
-        """Arrow sorts strings by their bytes."""
-        name: str = self.value(int(self._order[place]), "id")
-        return name.encode()
+    def twice(self, start: int, stop: int) -> list[str]:
+        """Ids that several rows have.
+
+        Args:
+            start: Of the digests of ids that are looked at, which have 64 bits.
+            stop: The first one that is not.
+        """
+        digests, rows = [], []
+        for first, (known, places) in zip(self._starts, self._order, strict=False):
+            low, high = np.searchsorted(known, np.array([start, stop - 1], np.uint64), "left")
+            high = int(high) + int(np.searchsorted(known[high:], np.uint64(stop - 1), "right"))
+            digests.append(known[low:high])
+            rows.append(places[low:high].astype(np.int64) + int(first))
+        together, numbers = np.concatenate(digests), np.concatenate(rows)
+        order = np.argsort(together, kind="stable")
+        together, numbers = together[order], numbers[order]
+        same = np.flatnonzero(together[1:] == together[:-1])
+        suspects = np.unique(numbers[np.concatenate([same, same + 1])])
+        seen: set[str] = set()
+        several: dict[str, None] = {}
+        for number in suspects.tolist():
+            name: str = self.value(number, "id")
+            if name in seen:
+                several[name] = None
+            seen.add(name)
+        return list(several)

@@ -1,6 +1,10 @@
-"""A segment: rows that were indexed together. Its files are written once and never change."""
+"""A segment: rows that were indexed together. Its files are written once and never change.
 
-from collections.abc import Iterable, Iterator, Sequence
+parts/00000/        what is stored of the rows of one source, their vectors and ids
+partitions/0000/    codes of a range of lists, of all parts
+"""
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,70 +13,16 @@ from numpy.typing import NDArray
 
 from slq.arrow import vector_column
 from slq.index import codes
+from slq.index.building import INDEX, PARTITIONS, PARTS
 from slq.index.config import IndexConfig
 from slq.index.exact import NO_ROW, Rows, Scores, best, exact_search, padded
 from slq.index.filters import Filters
-from slq.index.items import Items, ItemsWriter, write_order
-from slq.index.vectors import StoredVectors, VectorsWriter
+from slq.index.items import Items
+from slq.index.parts import EMBEDDING
+from slq.index.vectors import VECTORS, StoredVectors
 
-INDEX = "index.faiss"
-VECTORS = "vectors.npy"
-ITEMS = "items.arrow"
-ORDER = "ids.npy"
-FILES = (INDEX, VECTORS, ITEMS, ORDER)
-EMBEDDING = "embedding"
-_POINTS_PER_LIST = 256  # that training looks at; more change nothing that one could measure
+_RESCORED_AT_ONCE = 2048  # vectors, so that they stay in a processor's cache
 _FEW_ROWS = 20_000  # selected ones are compared one by one: lists would mostly hold others
-
-
-def write_segment(
-    folder: Path, tables: Iterable[pa.Table], shape: tuple[int, int], config: IndexConfig
-) -> None:
-    """Write all files of a segment; memory does not grow with the rows, but for float32 lists that are in memory.
-
-    Args:
-        folder: Is there, and empty.
-        tables: Rows with `id`, `embedding` (float16 lists) and what else is stored of them.
-        shape: (rows, dimension) of all tables together.
-        config: How it is built.
-
-    Raises:
-        ConfigError: There are more lists than vectors.
-        DataError: A vector is not finite or zero, an id comes twice, or there are no rows.
-        OSError: A file cannot be written.
-    """
-    config.require_room(shape[0])
-    with (
-        (folder / VECTORS).open("wb") as vectors_file,
-        pa.OSFile(str(folder / ITEMS), "wb") as items_file,
-    ):
-        vectors, items = VectorsWriter(vectors_file, shape), ItemsWriter(items_file)
-        for table in tables:
-            vectors.add(matrix(table[EMBEDDING]))
-            items.add(table.drop_columns([EMBEDDING]))
-        items.finish()
-        vectors.finish()
-    write_order(folder / ORDER, folder / ITEMS)
-    stored = StoredVectors(folder / VECTORS)
-    index = codes.untrained(config, shape[1])
-    if config.kind != "flat":
-        index.train(training_rows(stored, config))
-    codes.fill(index, stored.blocks())
-    codes.write(index, folder / INDEX)
-
-
-def matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
-    """(rows, dimension) float16 of a column of fixed-size lists."""
-    joined = column.combine_chunks()
-    values: NDArray[np.float16] = joined.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(joined), joined.type.list_size)
-
-
-def training_rows(vectors: StoredVectors, config: IndexConfig) -> NDArray[np.float32]:
-    """Unit vectors that an index is trained on: from all over, the same ones each time."""
-    wanted = min(len(vectors), _POINTS_PER_LIST * config.num_lists)
-    chosen = np.random.default_rng(config.seed).choice(len(vectors), wanted, replace=False)
-    return vectors.rows(np.sort(chosen))
 
 
 class Segment:
@@ -86,25 +36,30 @@ class Segment:
 
     def __init__(self, folder: Path, config: IndexConfig, deleted: NDArray[np.int64]) -> None:
         self._config = config
-        self.items = Items(folder / ITEMS, folder / ORDER)
-        self.vectors = StoredVectors(folder / VECTORS)
+        parts, partitions = (
+            sorted((folder / name).glob("[0-9]*"), key=lambda path: int(path.name))
+            for name in (PARTS, PARTITIONS)
+        )
+        self.items = Items(parts)
+        self.vectors = StoredVectors([part / VECTORS for part in parts])
         self.deleted = deleted
         self._filters = Filters(self.items.table, deleted)
-        self._codes = codes.read(folder / INDEX)
+        self._partitions = [codes.read(partition / INDEX) for partition in partitions]
         if config.kind != "flat":
-            codes.set_probes(self._codes, config.num_probes)
+            codes.share_centroids(self._partitions)
+            for index in self._partitions:
+                codes.set_probes(index, config.num_probes)
 
     def __len__(self) -> int:
         return len(self.items) - len(self.deleted)
 
-    def alive(self) -> Iterator[pa.Table]:
-        """Rows that are not deleted, as `write_segment` takes them."""
-        for start, table in self.items.batches():
-            rows = np.arange(start, start + table.num_rows)
-            whole = table.append_column(
-                EMBEDDING, vector_column(self.vectors.stored(start, start + table.num_rows))
-            )
-            kept = whole.filter(pa.array(~np.isin(rows, self.deleted)))
+    def alive(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Rows from `start` to `stop` that are not deleted, as a source gives them."""
+        for first, table in self.items.batches(start, stop):
+            end = first + table.num_rows
+            vectors = vector_column(self.vectors.stored(first, end))
+            whole = table.append_column(EMBEDDING, vectors)
+            kept = whole.filter(pa.array(~np.isin(np.arange(first, end), self.deleted)))
             if kept.num_rows:
                 yield kept
 
@@ -137,8 +92,8 @@ class Segment:
         wanted = min(len(self) if rows is None else len(rows), top_k)
         depth = min(round(wanted * self._config.oversample), len(self.items))
         is_rescored = self._config.is_rescored
-        scores, found = codes.search(
-            self._codes,
+        scores, found = codes.search_partitions(
+            self._partitions,
             queries,
             depth if is_rescored else wanted,
             None if selected is None else selected.bits,
@@ -155,18 +110,23 @@ class Segment:
         return scores, found
 
     def _rescored(self, queries: NDArray[np.float32], found: Rows) -> Scores:
-        """(queries, candidates) scores from the stored vectors."""
+        """(queries, candidates) scores from the stored vectors, of some queries at a time."""
         scores = np.full(found.shape, -np.inf, np.float32)
-        for query, rows, row_scores in zip(queries, found, scores, strict=True):
-            known = rows != NO_ROW
-            row_scores[known] = self.vectors.rows(rows[known]) @ query
+        step = max(1, _RESCORED_AT_ONCE // max(1, found.shape[1]))
+        for start in range(0, len(queries), step):
+            rows = found[start : start + step]
+            some = queries[start : start + step]
+            known = np.maximum(rows, 0)  # what fills up is scored too, and left out
+            vectors = self.vectors.rows(known.reshape(-1)).reshape(*rows.shape, -1)
+            exact = np.matmul(vectors, some[:, :, None])[:, :, 0]
+            scores[start : start + step] = np.where(rows == NO_ROW, -np.inf, exact)
         return scores
 
 
 def row_of(segments: Sequence[Segment], item_id: str) -> tuple[int, int] | None:
     """Number of the segment and row of an item that is not deleted, or None."""
     for number, segment in enumerate(segments):
-        row = segment.items.find(item_id)
+        row = int(segment.items.find([item_id])[0])
         if row != NO_ROW and row not in segment.deleted:
             return number, row
     return None

@@ -1,6 +1,6 @@
-"""Every vector of a segment as float16 in one memory-mapped file: to score candidates again, exactly, and by row."""
+"""Every vector of a segment as float16 in memory-mapped files: to score candidates again, exactly, and by row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from slq.errors import DataError
 from slq.index.exact import Block, Rows
 
+VECTORS = "vectors.npy"
 _BLOCK_ROWS = 16_384
 
 
@@ -19,10 +20,11 @@ class VectorsWriter:
     Args:
         file: Open for writing; a `.npy` file afterwards.
         shape: (rows, dimension) of all blocks together.
+        first_row: What errors call the first one.
     """
 
-    def __init__(self, file: IO[bytes], shape: tuple[int, int]) -> None:
-        self._file, self._shape = file, shape
+    def __init__(self, file: IO[bytes], shape: tuple[int, int], first_row: int = 0) -> None:
+        self._file, self._shape, self._first_row = file, shape, first_row
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
         self._count = 0
@@ -38,7 +40,7 @@ class VectorsWriter:
             raise DataError(f"vectors of {block.shape[1]} values do not fit to {dimension}")
         if self._count + len(block) > rows:
             raise DataError(f"there are more than {rows} vectors")
-        require_directions(block, self._count)
+        require_directions(block, self._first_row + self._count)
         self._file.write(np.ascontiguousarray(block, dtype="<f2").data)
         self._count += len(block)
 
@@ -68,45 +70,60 @@ def require_directions(vectors: NDArray[np.floating], first_row: int = 0) -> Non
 
 
 class StoredVectors:
-    """A file of `write_vectors`, which stays on disk.
+    """Files of `VectorsWriter`, one after the other, which stay on disk.
 
     Args:
-        path: The `.npy` file.
+        paths: The `.npy` files.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files: list[NDArray[np.float16]] = [
+            np.load(path, mmap_mode="r", allow_pickle=False) for path in paths
+        ]
+        self._starts = np.cumsum([0, *(len(file) for file in self._files)])
 
     def __len__(self) -> int:
-        return len(self._file)
+        return int(self._starts[-1])
 
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        return int(self._file.shape[1])
+        return int(self._files[0].shape[1])
 
     def stored(self, start: int, stop: int) -> NDArray[np.float16]:
         """(rows, dimension) float16 vectors as they were written."""
-        return self._file[start:stop]
+        return self._taken(np.arange(start, stop, dtype=np.int64))
+
+    def _taken(self, numbers: Rows) -> NDArray[np.float16]:
+        if len(self._files) == 1:
+            return self._files[0][numbers]
+        taken = np.empty((len(numbers), self.dimension), np.float16)
+        places = np.searchsorted(self._starts, numbers, side="right") - 1
+        for place in np.unique(places):
+            chosen = places == place
+            taken[chosen] = self._files[place][numbers[chosen] - self._starts[place]]
+        return taken
 
     def rows(self, numbers: Rows) -> NDArray[np.float32]:
         """(rows, dimension) float32 unit vectors of these rows."""
-        return unit(self._file[numbers])
+        return unit(self._taken(numbers))
 
     def blocks(self, numbers: Rows | None = None) -> Iterator[Block]:
         """Rows and their unit vectors, some megabytes at a time: these, or all."""
-        count = len(self) if numbers is None else len(numbers)
-        for start in range(0, count, _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, count)
-            if numbers is None:
-                yield np.arange(start, stop, dtype=np.int64), unit(self._file[start:stop])
-            else:
-                yield numbers[start:stop], self.rows(numbers[start:stop])
+        if numbers is None:
+            for file, first in zip(self._files, self._starts, strict=False):
+                for start in range(0, len(file), _BLOCK_ROWS):
+                    vectors = file[start : start + _BLOCK_ROWS]
+                    rows = np.arange(len(vectors), dtype=np.int64) + first + start
+                    yield rows, unit(vectors)
+            return
+        for start in range(0, len(numbers), _BLOCK_ROWS):
+            some = numbers[start : start + _BLOCK_ROWS]
+            yield some, self.rows(some)
 
 
 def unit(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     """The same directions in float32 with norm one: rounding to float16 moves norms off it."""
-    wide = np.asarray(vectors, dtype=np.float32)
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    result: NDArray[np.float32] = wide / norms
-    return result
+    wide = np.array(vectors, dtype=np.float32)
+    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide

@@ -3,7 +3,9 @@
     CURRENT                 names the current version
     v000001/manifest.json   fingerprint, settings, segments with the sha256 of every file
     v000001/SEGMENT.deleted.npy
+    v000001/canary.parquet  a few items with inputs and vectors, to try an encoder on
     segments/SEGMENT/       files of `slq.index.segment`, shared by all versions that hold it
+    segments/.begun-KEY/    a build that was ended
 
 Nothing is changed in place: a version is complete before the pointer names it, so a reader never sees half of one.
 """
@@ -12,24 +14,29 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from slq.errors import ArtifactError, StorageError
+from slq.errors import ArtifactError, ConfigError, DataError, StorageError
 from slq.files import file_sha256, read_json, sync, write_json
-from slq.index.checks import require_file, require_files, stamp, states_of
+from slq.index.building import PARTITIONS, PARTS
+from slq.index.checks import Digest, require_file, require_files
 from slq.index.config import IndexConfig
-from slq.index.segment import FILES, VECTORS, Segment
-from slq.index.vectors import StoredVectors
+from slq.index.parts import PARTIAL
+from slq.index.segment import Segment
 
 POINTER = "CURRENT"
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
+CANARY = "canary.parquet"
+_LOCK = ".lock"
+_BEGUN = ".begun-"
 Deleted = dict[str, NDArray[np.int64]]
 """Rows that are found no more, by segment."""
 
@@ -66,6 +73,7 @@ class Manifest:
         config: How new segments are built.
         segments: In the order in which they came.
         source: Where the vectors came from.
+        canary_sha256: Of the file of items to try an encoder on; None where there is none.
     """
 
     version: str
@@ -74,6 +82,7 @@ class Manifest:
     config: dict[str, Any]
     segments: list[SegmentRecord]
     source: dict[str, Any] = field(default_factory=dict)
+    canary_sha256: str | None = None
 
     @property
     def num_vectors(self) -> int:
@@ -107,64 +116,135 @@ def words_for_full_disks(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def add_segment(folder: Path, write: Callable[[Path], None], config: IndexConfig) -> SegmentRecord:
-    """Write a segment under a name of its own; no version holds it yet.
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Be the only one who makes new versions. What others left that were killed is removed, but for begun builds.
+
+    Raises:
+        StorageError: Another process makes one, or nothing can be written.
+    """
+    with words_for_full_disks(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StorageError(
+                f"index {folder} is being changed by another process; wait until it has ended"
+            ) from None
+    try:
+        with words_for_full_disks(folder):
+            _remove_leftovers(folder)
+        yield
+    finally:
+        _remove_leftovers(folder)
+        lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Half versions, and segments that no version holds, unless a version does not tell what it holds."""
+    left = [*folder.glob(f".*{PARTIAL}"), *folder.glob(f"{SEGMENTS}/.*{PARTIAL}")]
+    with suppress(ArtifactError, OSError):
+        held = _held(folder, versions(folder))
+        left += [path for path in folder.glob(f"{SEGMENTS}/[!.]*") if path.name not in held]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class BuiltSegment:
+    """A segment that no version holds yet.
+
+    Attributes:
+        home: Where it is until a version is published that holds it.
+        record: What the manifest will say of it.
+    """
+
+    home: Path
+    record: SegmentRecord
+
+
+def build_into(
+    folder: Path,
+    build: Callable[[Path], dict[str, Digest]],
+    config: IndexConfig,
+    num_rows: int,
+    key: str | None = None,
+) -> BuiltSegment:
+    """Build a segment, within `changing`.
 
     Args:
         folder: The index folder.
-        write: Writes all files of `slq.index.segment` into the folder that it is given.
+        build: Writes all files into the folder that it is given, or those that are missing there.
         config: How it does.
-
-    Returns:
-        What a manifest says of it.
+        num_rows: Of the segment.
+        key: What is built; a build of the same that was ended goes on. Without one nothing is left of it.
 
     Raises:
-        StorageError: It cannot be written; nothing of it is left.
+        StorageError: It cannot be written.
     """
     name = uuid.uuid4().hex[:12]
-    home = folder / SEGMENTS / name
-    partial = home.with_name(f".{name}.partial")
+    home = folder / SEGMENTS / (f".{name}{PARTIAL}" if key is None else f"{_BEGUN}{key}")
     with words_for_full_disks(folder):
-        partial.mkdir(parents=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        for path in home.parent.glob(f"{_BEGUN}*"):
+            if path != home:
+                shutil.rmtree(path)
+        home.mkdir(exist_ok=True)
         try:
-            write(partial)
-            for file in FILES:
-                sync(partial / file)
-            states = states_of(partial, FILES)
-            sha256 = {file: file_sha256(partial / file) for file in FILES}
-            partial.rename(home)
-            sync(home.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            written = build(home)
+        except (ConfigError, DataError):  # it would end so again
+            home.rename(home.with_name(f".{name}{PARTIAL}"))
             raise
-    stamp(home, sha256, states)
-    return SegmentRecord(name, len(StoredVectors(home / VECTORS)), config.model_dump(), sha256)
+    sha256 = {name: digest.sha256 for name, digest in written.items()}
+    return BuiltSegment(home, SegmentRecord(name, num_rows, config.model_dump(), sha256))
 
 
 def publish(
     folder: Path,
     manifest: Manifest,
     deleted: Deleted,
+    *,
+    built: BuiltSegment | None = None,
+    onto: str | None = None,
+    canary: bytes | None = None,
 ) -> Manifest:
-    """Write a new version and point to it.
+    """Write a new version and point to it; within `changing`.
 
     Args:
         folder: The index folder; older versions stay.
         manifest: Of the version, whose name is given here.
         deleted: Rows that are found no more, by segment; those that are not named have none.
+        built: A segment of it that no version holds yet.
+        onto: The version that it changes, which must still be the current one.
+        canary: A Parquet file, see `slq.index.canary`; that of `onto` stays.
 
     Returns:
         The manifest as written.
 
     Raises:
-        StorageError: It cannot be written; the old version stays in place.
+        StorageError: It cannot be written, or was rolled back meanwhile; the old version stays in place.
     """
+    if onto is not None and current_version(folder) != onto:
+        raise StorageError(
+            f"index {folder} was at {onto} when this change began and is at {current_version(folder)} now; "
+            "run the same command again"
+        )
     with words_for_full_disks(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{uuid.uuid4().hex[:12]}.partial"
+        partial = folder / f".{uuid.uuid4().hex[:12]}{PARTIAL}"
         partial.mkdir()
         try:
-            whole = _named(folder, partial, manifest, deleted)
+            version = f"v{max(_numbers(folder), default=0) + 1:06d}"
+            if onto is not None and manifest.canary_sha256 is not None:
+                canary = (folder / onto / CANARY).read_bytes()
+            whole = _written(partial, version, manifest, deleted, canary)
+            if built is not None:
+                built.home.rename(folder / SEGMENTS / built.record.name)
+                sync(folder / SEGMENTS)
+            partial.rename(folder / version)
+            sync(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -172,21 +252,12 @@ def publish(
     return whole
 
 
-def _named(folder: Path, partial: Path, manifest: Manifest, deleted: Deleted) -> Manifest:
-    """Write a version and give it the next free name: another publisher may take one meanwhile."""
-    while True:
-        version = f"v{max(_numbers(folder), default=0) + 1:06d}"
-        whole = _written(partial, version, manifest, deleted)
-        try:
-            partial.rename(folder / version)
-        except OSError:
-            if not (folder / version).is_dir():
-                raise
-        else:
-            return whole
-
-
-def _written(home: Path, version: str, manifest: Manifest, deleted: Deleted) -> Manifest:
+def _written(
+    home: Path, version: str, manifest: Manifest, deleted: Deleted, canary: bytes | None
+) -> Manifest:
+    if canary is not None:
+        (home / CANARY).write_bytes(canary)
+        manifest = replace(manifest, canary_sha256=file_sha256(home / CANARY))
     segments = []
     for one in manifest.segments:
         rows = deleted.get(one.name, np.zeros(0, np.int64))
@@ -212,7 +283,7 @@ def point_to(folder: Path, version: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    pointer = folder / f".{POINTER}.{uuid.uuid4().hex[:12]}.partial"
+    pointer = folder / f".{POINTER}.{uuid.uuid4().hex[:12]}{PARTIAL}"
     try:
         pointer.write_text(version + "\n")
         sync(pointer)
@@ -251,9 +322,12 @@ def read_manifest(folder: Path, version: str) -> Manifest:
     """
     path = folder / version / MANIFEST
     values = read_json(path)
-    if not isinstance(values, dict) or "segments" not in values:
-        raise ArtifactError(f"{path} is not of this slq; rebuild with `slq index`")
-    return Manifest.from_json(values)
+    with suppress(AttributeError, KeyError, TypeError):
+        manifest = Manifest.from_json(values)
+        names = [name for one in manifest.segments for name in one.sha256]
+        if all(name.startswith((f"{PARTS}/", f"{PARTITIONS}/")) for name in names):
+            return manifest
+    raise ArtifactError(f"{path} is not of this slq; rebuild with `slq index`")
 
 
 def roll_back(folder: Path, version: str | None = None) -> str:

@@ -1,7 +1,10 @@
 """New versions: built, grown, thinned out and made compact."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,17 @@ from numpy.typing import NDArray
 
 from slq.errors import ArtifactError, ArtifactMismatchError
 from slq.index import codes
+from slq.index.building import Each, build_segment, here, part_rows
 from slq.index.config import IndexConfig
-from slq.index.segment import Segment, row_of, write_segment
+from slq.index.exact import NO_ROW
+from slq.index.parts import Source
+from slq.index.segment import Segment
 from slq.index.versions import (
-    SEGMENTS,
+    BuiltSegment,
     Deleted,
     Manifest,
-    add_segment,
+    build_into,
+    changing,
     current_version,
     open_segments,
     publish,
@@ -26,6 +33,11 @@ from slq.index.versions import (
 )
 
 _FEW_ROWS = 20_000
+_IDS_AT_ONCE = 65_536
+_NONE = np.zeros(0, np.int64)
+SegmentOf = Callable[[IndexConfig], Segment]
+"""The segment that was built, searched in another way."""
+Settle = Callable[[SegmentOf, IndexConfig], IndexConfig]
 
 
 def build(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
@@ -43,74 +55,120 @@ def build(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
     return index
 
 
+@dataclass(frozen=True)
+class Content:
+    """What an index is built from.
+
+    Attributes:
+        sources: The rows.
+        dimension: Length of a vector.
+        fingerprint: The embedding space's.
+        origin: Where the vectors came from. If it is told, a build of the same that was ended goes on.
+        canary: A Parquet file of items to try an encoder on, see `slq.index.canary`.
+    """
+
+    sources: Sequence[Source]
+    dimension: int
+    fingerprint: str
+    origin: dict[str, Any] | None = None
+    canary: bytes | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Of all sources."""
+        return sum(one.num_rows for one in self.sources)
+
+    def key(self, config: IndexConfig) -> str | None:
+        """Of what is built, and how; None where nobody told where it comes from."""
+        if self.origin is None:
+            return None
+        told = [self.origin, self.fingerprint, self.dimension, config.model_dump()]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def write_version(
     folder: Path,
-    tables: Iterable[pa.Table],
-    shape: tuple[int, int],
-    *,
-    fingerprint: str,
+    content: Content,
     config: IndexConfig,
-    source: dict[str, Any] | None = None,
+    *,
+    each: Each = here,
+    settle: Settle | None = None,
 ) -> Manifest:
     """Index rows and publish them as a new version.
 
     Args:
         folder: The index folder; older versions stay.
-        tables: Rows with `id`, `embedding` (float16 lists) and what else is stored of them.
-        shape: (rows, dimension) of all tables together.
-        fingerprint: The embedding space's.
+        content: What is indexed.
         config: How it is built.
-        source: Where the vectors came from.
+        each: Who does the work; all must reach `folder`.
+        settle: Looks at what was built, before it is published, and says how it shall be searched.
 
     Raises:
         ConfigError: There are more lists than vectors.
         DataError: A vector is not finite or zero, or an id comes twice.
-        StorageError: It cannot be written; the old version stays in place.
+        StorageError: It cannot be written, or another process changes the index; the old version stays in place.
     """
-    record = add_segment(folder, lambda home: write_segment(home, tables, shape, config), config)
-    manifest = Manifest("", fingerprint, shape[1], config.model_dump(), [record], source or {})
-    return publish(folder, manifest, {})
+    with changing(folder):
+        built = _segment(folder, content, config, each)
+        if settle is not None:
+            config = settle(lambda one: Segment(built.home, one, _NONE), config)
+        record = replace(built.record, config=config.model_dump())
+        manifest = Manifest(
+            "",
+            content.fingerprint,
+            content.dimension,
+            config.model_dump(),
+            [record],
+            content.origin or {},
+        )
+        return publish(folder, manifest, {}, built=built, canary=content.canary)
 
 
-def append(
-    folder: Path,
-    tables: Iterable[pa.Table],
-    shape: tuple[int, int],
-    *,
-    fingerprint: str,
-    source: dict[str, Any] | None = None,
-) -> Manifest:
+def _segment(folder: Path, content: Content, config: IndexConfig, each: Each) -> BuiltSegment:
+    return build_into(
+        folder,
+        lambda home: build_segment(home, content.sources, content.dimension, config, each),
+        config,
+        content.num_rows,
+        content.key(config),
+    )
+
+
+def append(folder: Path, content: Content, *, each: Each = here) -> Manifest:
     """A new version with further rows; an item that is there already is replaced.
 
     The rows become a segment of their own: `compact` joins it with the others.
 
     Args:
         folder: The index folder.
-        tables: As of `write_version`.
-        shape: (rows, dimension) of all tables together.
-        fingerprint: Of the embedding space of the new rows.
-        source: Where the new vectors came from; lists are joined with those of the version.
+        content: The rows. Lists of its origin are joined with those of the version; its canary is left out.
+        each: As of `write_version`.
 
     Raises:
         ArtifactError: There is no index.
         ArtifactMismatchError: The new rows are of another embedding space or of another length.
+        StorageError: As of `write_version`.
     """
-    before = read_manifest(folder, current_version(folder))
-    _require_same_space(folder, before, fingerprint, shape[1])
-    config = IndexConfig.model_validate(before.config)
-    if shape[0] < _FEW_ROWS:  # too few to learn lists and codes from, and fast to compare with
-        config = config.model_copy(update={"kind": "flat"})
-    record = add_segment(folder, lambda home: write_segment(home, tables, shape, config), config)
-    fresh = Segment(folder / SEGMENTS / record.name, config, np.zeros(0, np.int64))
-    deleted = _with_deleted(folder, before, fresh.items.ids())
-    sources = {
-        name: [*before.source.get(name, []), *values] for name, values in (source or {}).items()
-    }
-    return publish(
-        folder,
-        replace(before, segments=[*before.segments, record], source={**before.source, **sources}),
-        deleted,
-    )
+    with changing(folder):
+        before = read_manifest(folder, current_version(folder))
+        _require_same_space(folder, before, content.fingerprint, content.dimension)
+        config = IndexConfig.model_validate(before.config)
+        if content.num_rows < _FEW_ROWS:
+            # Too few to learn lists and codes from, and fast to compare with.
+            config = config.model_copy(update={"kind": "flat"})
+        built = _segment(folder, content, config, each)
+        fresh = Segment(built.home, config, _NONE)
+        deleted = _with_deleted(folder, before, fresh.items.ids())
+        joined = {
+            name: [*before.source.get(name, []), *values]
+            for name, values in (content.origin or {}).items()
+        }
+        changed = replace(
+            before,
+            segments=[*before.segments, built.record],
+            source={**before.source, **joined},
+        )
+        return publish(folder, changed, deleted, built=built, onto=before.version)
 
 
 def _require_same_space(folder: Path, manifest: Manifest, fingerprint: str, dimension: int) -> None:
@@ -131,52 +189,93 @@ def delete(folder: Path, ids: Collection[str]) -> tuple[Manifest, int]:
         ArtifactError: There is no index.
         StorageError: The version cannot be written.
     """
-    before = read_manifest(folder, current_version(folder))
-    deleted = _with_deleted(folder, before, ids)
-    gone = sum(len(rows) for rows in deleted.values()) - sum(
-        one.num_deleted for one in before.segments
-    )
-    return (publish(folder, before, deleted), gone) if gone else (before, 0)
+    with changing(folder):
+        before = read_manifest(folder, current_version(folder))
+        deleted = _with_deleted(folder, before, ids)
+        gone = sum(len(rows) for rows in deleted.values()) - sum(
+            one.num_deleted for one in before.segments
+        )
+        if not gone:
+            return before, 0
+        return publish(folder, before, deleted, onto=before.version), gone
 
 
 def _with_deleted(folder: Path, manifest: Manifest, ids: Iterable[str]) -> Deleted:
     """Deleted rows of all segments, with those of these items."""
     require_whole(folder, manifest)
     segments = open_segments(folder, manifest)
-    found: dict[int, list[int]] = {}
-    for name in ids:
-        place = row_of(segments, name)
-        if place is not None:
-            found.setdefault(place[0], []).append(place[1])
+    found: list[list[NDArray[np.int64]]] = [[segment.deleted] for segment in segments]
+    rest = iter(ids)
+    while names := list(islice(rest, _IDS_AT_ONCE)):
+        for segment, of_segment in zip(segments, found, strict=True):
+            rows = segment.items.find(names)
+            of_segment.append(rows[rows != NO_ROW])
     return {
-        record.name: np.union1d(segment.deleted, np.array(found.get(number, []), np.int64))
-        for number, (record, segment) in enumerate(zip(manifest.segments, segments, strict=True))
+        record.name: np.unique(np.concatenate(rows))
+        for record, rows in zip(manifest.segments, found, strict=True)
     }
 
 
-def compact(folder: Path, config: IndexConfig | None = None) -> Manifest:
+@dataclass(frozen=True)
+class _Alive:
+    """Rows of a segment that are not deleted, as a source; whoever reads them opens the segment.
+
+    Attributes:
+        folder: The index folder.
+        version: Of the index.
+        segment: Number of the segment in it.
+        start: First row.
+        stop: The row after the last one.
+        num_rows: That are not deleted.
+    """
+
+    folder: Path
+    version: str
+    segment: int
+    start: int
+    stop: int
+    num_rows: int
+
+    def tables(self) -> Iterator[pa.Table]:
+        """See `Source.tables`."""
+        manifest = read_manifest(self.folder, self.version)
+        return open_segments(self.folder, manifest)[self.segment].alive(self.start, self.stop)
+
+
+def _alive(folder: Path, manifest: Manifest) -> Iterator[_Alive]:
+    """What is left of all segments, cut into parts."""
+    step = part_rows(manifest.num_vectors)
+    for number, segment in enumerate(open_segments(folder, manifest)):
+        count = len(segment.items)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            low, high = np.searchsorted(segment.deleted, [start, stop])
+            left = stop - start - int(high - low)
+            if left:
+                yield _Alive(folder, manifest.version, number, start, stop, left)
+
+
+def compact(folder: Path, config: IndexConfig | None = None, each: Each = here) -> Manifest:
     """A new version of one segment, without deleted rows, trained anew.
 
     Args:
         folder: The index folder.
         config: How it is built; as before by default.
+        each: As of `write_version`.
 
     Raises:
         ArtifactError: There is no index, or every item of it is deleted.
     """
-    before = read_manifest(folder, current_version(folder))
-    require_whole(folder, before)
-    wanted = config or IndexConfig.model_validate(before.config)
-    if not before.num_vectors:
-        raise ArtifactError(
-            f"index {folder} holds no items any more; build it anew with `slq index`"
-        )
-    segments = open_segments(folder, before)
-    return write_version(
-        folder,
-        (table for one in segments for table in one.alive()),
-        (before.num_vectors, before.dimension),
-        fingerprint=before.fingerprint,
-        config=wanted,
-        source=before.source,
-    )
+    with changing(folder):
+        before = read_manifest(folder, current_version(folder))
+        require_whole(folder, before)
+        wanted = config or IndexConfig.model_validate(before.config)
+        if not before.num_vectors:
+            raise ArtifactError(
+                f"index {folder} holds no items any more; build it anew with `slq index`"
+            )
+        alive = list(_alive(folder, before))
+        left = Content(alive, before.dimension, before.fingerprint)
+        built = _segment(folder, left, wanted, each)
+        joined = replace(before, config=wanted.model_dump(), segments=[built.record])
+        return publish(folder, joined, {}, built=built, onto=before.version)

@@ -16,7 +16,7 @@ from pipelines.ledger_reader import LedgerReader
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe
 from slq.artifacts import save_adapter
-from slq.index.segment import matrix
+from slq.index.parts import matrix
 from slq.index.vectors import unit
 
 

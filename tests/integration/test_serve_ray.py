@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -42,11 +44,12 @@ from slq.arrow import ITEMS, vector_column
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
 from slq.errors import ArtifactError, ArtifactMismatchError, DataError, ServiceError
-from slq.index import IndexConfig, VectorIndex, write_version
+from slq.index import Content, IndexConfig, VectorIndex, write_version
 from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.schema import Item
 from tests.integration.runs import changed, free_port, with_untrained_adapter
+from tests.unit.index_data import Given
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PATH_LIKE, TEXT_ONLY = "deep/er/scene 0.png", "only-a-text"
@@ -189,12 +192,34 @@ def test_a_replica_keeps_the_index_version_that_the_service_started_with(
     start_of_service = pinned(recipe)
     vector = vector_column(np.eye(1, 64, dtype=np.float16))
     rows = pa.table({"id": ["x"], "embedding": vector, "text": ["x"], "content_hash": ["x"]})
-    write_version(folder, [rows], (1, 64), fingerprint="other", config=IndexConfig())
+    write_version(folder, Content([Given(rows)], 64, "other"), IndexConfig())
     replica = IndexService.func_or_class(str(folder), start_of_service)
     assert replica.describe()["index_version"] == "v000001"
     for wrong in (Pinned("0" * 64, "v000001"), Pinned(start_of_service.fingerprint, "v000002")):
         with pytest.raises(ArtifactMismatchError, match=wrong.fingerprint):
             IndexService.func_or_class(str(folder), wrong)
+
+
+def test_a_replica_whose_model_embeds_otherwise_refuses_to_start(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """Other weights under the same fingerprint, as it looks from the index: other vectors of the same items."""
+    run = tmp_path / "run"
+    shutil.copytree(recipe.storage.dir, run)
+    moved = changed(recipe, storage={"dir": run})
+    before = pinned(moved)
+    BackboneService.func_or_class(moved.model_dump(mode="json"), before)
+    canary = moved.storage.index / before.index_version / "canary.parquet"
+    rows = pq.read_table(canary)
+    others = rows["embedding"].take(list(reversed(range(rows.num_rows))))
+    pq.write_table(
+        rows.set_column(rows.column_names.index("embedding"), "embedding", others), canary
+    )
+    path = canary.with_name("manifest.json")
+    digest = hashlib.sha256(canary.read_bytes()).hexdigest()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "canary_sha256": digest}))
+    with pytest.raises(ArtifactMismatchError, match="its weights are others, though the fingerpr"):
+        BackboneService.func_or_class(moved.model_dump(mode="json"), before)
 
 
 class Recorder:

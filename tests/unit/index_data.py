@@ -1,5 +1,7 @@
 """Vectors, rows and small indexes for the tests of `slq.index`."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from slq.arrow import vector_column
-from slq.index import IndexConfig, VectorIndex, write_version
+from slq.index import Content, IndexConfig, VectorIndex, write_version
 
 COUNT, DIMENSION = 400, 32
 FLAT = IndexConfig()
@@ -33,6 +35,22 @@ def table(count: int = COUNT, *, seed: int = 0, first: int = 0) -> pa.Table:
     )
 
 
+@dataclass(frozen=True)
+class Given:
+    """A table as a source that says how many rows it has."""
+
+    table: pa.Table
+    said: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.table.num_rows if self.said is None else self.said
+
+    def tables(self) -> Iterator[pa.Table]:
+        half = self.table.num_rows // 2
+        yield from (self.table.slice(0, half), self.table.slice(half))
+
+
 def stored(count: int = COUNT, seed: int = 0) -> NDArray[np.float64]:
     """The vectors of `table` as an index must see them: rounded, then of norm one."""
     vectors = unit_vectors(count, seed).astype(np.float16).astype(np.float64)
@@ -43,8 +61,8 @@ def published(
     folder: Path, config: IndexConfig = FLAT, *, count: int = COUNT, seed: int = 0
 ) -> VectorIndex:
     rows = table(count, seed=seed)
-    parts = [rows.slice(0, 7), rows.slice(7)]  # a build sees tables, not rows
-    write_version(folder, parts, (count, DIMENSION), fingerprint="3f2a", config=config)
+    parts = [Given(rows.slice(0, 7)), Given(rows.slice(7))]
+    write_version(folder, Content(parts, DIMENSION, "3f2a"), config)
     return VectorIndex(folder)
 
 

@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 
 from slq.errors import ConfigError, DataError
-from slq.index import IndexConfig, VectorIndex, append, build, delete, segment, write_version
+from slq.index import (
+    Content,
+    IndexConfig,
+    VectorIndex,
+    append,
+    build,
+    delete,
+    segment,
+    write_version,
+)
 from slq.index.searching import MAX_EXCLUDED
 from tests.unit.index_data import (
     COUNT,
     DIMENSION,
     FLAT,
     IVF,
+    Given,
     brute_force,
     published,
     stored,
@@ -189,7 +199,7 @@ def test_queries_and_vectors_without_direction_are_refused(tmp_path: Path, bad: 
 
     damaged = rows.set_column(1, "embedding", vector_column(vectors))
     with pytest.raises(DataError, match="the vector of row 8 is not finite or is zero"):
-        write_version(tmp_path / "bad", [damaged], (10, DIMENSION), fingerprint="3f2a", config=FLAT)
+        write_version(tmp_path / "bad", Content([Given(damaged)], DIMENSION, "3f2a"), FLAT)
     assert not list((tmp_path / "bad" / "segments").iterdir())
 
 
@@ -214,7 +224,7 @@ def test_more_lists_than_vectors_is_a_config_error(tmp_path: Path) -> None:
 
 def test_hits_of_several_segments_are_one_ranking(tmp_path: Path) -> None:
     published(tmp_path, IVF)
-    append(tmp_path, [table(100, seed=5, first=COUNT)], (100, DIMENSION), fingerprint="3f2a")
+    append(tmp_path, Content([Given(table(100, seed=5, first=COUNT))], DIMENSION, "3f2a"))
     delete(tmp_path, ["item-3", f"item-{COUNT + 3}"])
     index = VectorIndex(tmp_path)
     everything = np.concatenate([stored(), stored(100, seed=5)])

@@ -1,16 +1,19 @@
 """Exact search in blocks, and the files that it reads, against plain numpy."""
 
 import io
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
 
 from slq.errors import DataError
 from slq.index import items as items_module
 from slq.index.exact import NO_ROW, best, exact_search
-from slq.index.items import Items, ItemsWriter, write_order
+from slq.index.items import IDS, ITEMS, Items, ItemsWriter, id_digests, write_order
 from slq.index.vectors import StoredVectors, VectorsWriter, unit
 from tests.traced import with_peaks
 from tests.unit.index_data import unit_vectors
@@ -64,7 +67,11 @@ def test_vectors_come_back_by_row_and_in_blocks(
             writer.add(vectors[start : start + 20])
         writer.finish()
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), vectors)
-    stored = StoredVectors(tmp_path / "v.npy")
+    with (tmp_path / "w.npy").open("wb") as file:
+        writer = VectorsWriter(file, (10, 32))
+        writer.add(vectors[40:])
+    np.save(tmp_path / "u.npy", vectors[:40])
+    stored = StoredVectors([tmp_path / name for name in ("u.npy", "w.npy")])
     assert (len(stored), stored.dimension) == (50, 32)
     chosen = np.array([49, 3, 3])
     np.testing.assert_array_equal(stored.rows(chosen), unit(vectors[chosen]))
@@ -88,39 +95,81 @@ def test_items_come_back_by_row_and_id_however_they_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
 ) -> None:
     monkeypatch.setattr(items_module, "_BATCH_ROWS", 8)
-    count = sum(sizes)
+    count = sum(sizes) + 2
     names = [f"{'äz'[n % 2]}{(n * 37) % count}" for n in range(count)]
     rows = pa.table({"id": names, "text": [None if n % 3 else f"t{n}" for n in range(count)]})
     start = 0
-    with pa.OSFile(str(tmp_path / "items"), "wb") as file:
-        writer = ItemsWriter(file)
-        for size in sizes:
-            writer.add(rows.slice(start, size))
-            start += size
-        writer.finish()
-    write_order(tmp_path / "order.npy", tmp_path / "items")
-    found = Items(tmp_path / "items", tmp_path / "order.npy")
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder, some in zip(folders, (sizes, [2]), strict=True):
+        folder.mkdir()
+        with pa.OSFile(str(folder / ITEMS), "wb") as file:
+            writer = ItemsWriter(file, start)
+            for size in some:
+                writer.add(rows.slice(start, size))
+                start += size
+            writer.finish()
+        write_order(folder / IDS, folder / ITEMS)
+    found = Items(folders)
     assert len(found) == count
     assert [found.row(n) for n in range(count)] == rows.to_pylist()
-    assert [found.find(name) for name in names] == list(range(count))
-    assert found.find("b") == found.find("") == found.find("ä") == found.find("zz") == NO_ROW
+    assert found.table["row"].to_pylist() == list(range(count))
+    assert found.find(names).tolist() == list(range(count))
+    assert found.find(["b", "", names[1], "ä", "zz"]).tolist() == [*[NO_ROW] * 2, 1, *[NO_ROW] * 2]
+    assert found.twice(0, 2**64) == []
     assert list(found.ids()) == names
-    assert pa.concat_tables(table for _, table in found.batches()).equals(rows)
+    for low, high in ((0, count), (1, count - 1), (count - 2, count)):
+        batches = list(found.batches(low, high))
+        assert pa.concat_tables(table for _, table in batches).equals(rows.slice(low, high - low))
+        assert [first for first, _ in batches] == [
+            low + sum(table.num_rows for _, table in batches[:n]) for n in range(len(batches))
+        ]
+
+
+def write_items(folder: Path, ids: list[str], first_row: int = 0) -> Path:
+    folder.mkdir()
+    with pa.OSFile(str(folder / ITEMS), "wb") as file:
+        writer = ItemsWriter(file, first_row)
+        writer.add(pa.table({"id": ids}))
+        writer.finish()
+    write_order(folder / IDS, folder / ITEMS)
+    return folder
+
+
+def test_ids_that_come_twice_are_found_in_whatever_range_their_digests_lie(tmp_path: Path) -> None:
+    names = [f"item-{n}" for n in range(300)]
+    several = ["item-3", "item-3", "item-7", "item-299"]
+    folders = [write_items(tmp_path / "0", names), write_items(tmp_path / "1", several, 300)]
+    found = Items(folders)
+    edges = [n * 2**64 // 7 for n in range(8)]
+    by_range = [found.twice(*ends) for ends in pairwise(edges)]
+    assert sorted(name for one in by_range for name in one) == sorted(set(several))
+    assert sorted(found.twice(0, 2**64)) == sorted(set(several))
+    (digest,) = id_digests(["item-7"]).tolist()
+    assert found.twice(digest, digest + 1) == ["item-7"]
+    assert found.twice(0, digest) + found.twice(digest + 1, 2**64) == [
+        name for name in found.twice(0, 2**64) if name != "item-7"
+    ]
+
+
+def test_ids_of_one_digest_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poor(ids: Iterable[str]) -> NDArray[np.uint64]:
+        return np.array([len(name) for name in ids], np.uint64)
+
+    monkeypatch.setattr(items_module, "id_digests", poor)
+    found = Items([write_items(tmp_path / "0", ["a", "b", "cc", "d"])])
+    assert found.find(["d", "b", "cc", "e", "ee"]).tolist() == [3, 1, 2, NO_ROW, NO_ROW]
+    assert found.twice(0, 2**64) == []
 
 
 def _looked_up(folder: str, count: int) -> int:
-    found = Items(Path(folder) / f"items-{count}", Path(folder) / f"order-{count}.npy")
-    return sum(found.find(f"item number {n}") for n in range(0, count, count // 100))
+    found = Items([Path(folder) / str(count)])
+    return int(found.find([f"item number {n}" for n in range(0, count, count // 100)]).sum())
 
 
 def test_memory_of_a_lookup_does_not_grow_with_items(tmp_path: Path) -> None:
     counts = (5_000, 200_000)
     for count in counts:
-        with pa.OSFile(str(tmp_path / f"items-{count}"), "wb") as file:
-            writer = ItemsWriter(file)
-            writer.add(pa.table({"id": [f"item number {n}" for n in range(count)]}))
-            writer.finish()
-        write_order(tmp_path / f"order-{count}.npy", tmp_path / f"items-{count}")
+        write_items(tmp_path / str(count), [f"item number {n}" for n in range(count)])
     _, small, large = with_peaks(_looked_up, *[(str(tmp_path), n) for n in (5_000, *counts)])
     assert small[0] == sum(range(0, counts[0], counts[0] // 100))
     assert large[0] == sum(range(0, counts[1], counts[1] // 100))

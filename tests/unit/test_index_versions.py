@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import slq.index.checks
+import slq.index.writing
 from slq.errors import ArtifactError, ArtifactMismatchError, DataError, StorageError
 from slq.index import (
+    Content,
     VectorIndex,
     append,
     compact,
@@ -20,9 +22,20 @@ from slq.index import (
     roll_back,
     versions,
 )
-from slq.index.segment import FILES, ITEMS
+from slq.index.building import INDEX
+from slq.index.items import IDS, ITEMS
+from slq.index.vectors import VECTORS
 from slq.index.versions import MANIFEST, POINTER, SEGMENTS, read_manifest, require_whole
-from tests.unit.index_data import COUNT, DIMENSION, FLAT, IVF, published, table, unit_vectors
+from tests.unit.index_data import (
+    COUNT,
+    DIMENSION,
+    FLAT,
+    IVF,
+    Given,
+    published,
+    table,
+    unit_vectors,
+)
 
 QUERY = unit_vectors(1, seed=1)
 
@@ -45,7 +58,7 @@ def test_publishing_keeps_old_versions_and_moves_the_pointer(tmp_path: Path) -> 
     old = VectorIndex(tmp_path, "v000001")
     assert old.search(QUERY, 5) == first.search(QUERY, 5) != second.search(QUERY, 5)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [POINTER, SEGMENTS, "v000001", "v000002"]
+    assert names == [".lock", POINTER, SEGMENTS, "v000001", "v000002"]
 
 
 def test_the_pointer_moves_only_to_a_version_that_is_complete(
@@ -64,6 +77,12 @@ def test_the_pointer_moves_only_to_a_version_that_is_complete(
     monkeypatch.setattr(os, "replace", watching)
     published(tmp_path)
     assert seen == [COUNT]
+
+
+FILES = [
+    *(f"parts/0000{part}/{name}" for part in (0, 1) for name in (IDS, ITEMS, VECTORS)),
+    f"partitions/0000/{INDEX}",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -96,7 +115,7 @@ def test_a_file_is_hashed_once_and_again_only_where_it_changed(
     monkeypatch.setattr(slq.index.checks, "file_sha256", watching)
     VectorIndex(tmp_path)
     assert read == []  # whoever wrote them has hashed them
-    items = segment_of(index, tmp_path) / ITEMS
+    items = segment_of(index, tmp_path) / FILES[1]
     os.utime(items)
     VectorIndex(tmp_path)
     VectorIndex(tmp_path)
@@ -105,14 +124,14 @@ def test_a_file_is_hashed_once_and_again_only_where_it_changed(
     moved = tmp_path.with_name("moved")
     shutil.copytree(tmp_path, moved, copy_function=shutil.copy)  # other times, other inodes
     VectorIndex(moved)
-    assert sorted(read) == sorted(FILES)
+    assert sorted(read) == sorted(Path(name).name for name in FILES)
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_not_taken_for_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = published(tmp_path)
-    items = segment_of(index, tmp_path) / ITEMS
+    items = segment_of(index, tmp_path) / FILES[1]
     os.utime(items)  # so that it is hashed again
     original = slq.index.checks.file_sha256
 
@@ -130,7 +149,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_taken_for_checked(
 
 def test_damage_that_leaves_size_and_time_is_found_where_all_is_asked_for(tmp_path: Path) -> None:
     index = published(tmp_path)
-    path = segment_of(index, tmp_path) / ITEMS
+    path = segment_of(index, tmp_path) / FILES[1]
     state = path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -199,22 +218,68 @@ def test_a_full_disk_is_a_storage_error_and_the_old_version_stays(
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_two_publishers_at_once_get_names_of_their_own(
+@pytest.mark.parametrize("other", ["build", "append", "delete", "compact"])
+def test_whoever_changes_an_index_that_is_being_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    published(tmp_path)
+    changes = {
+        "build": lambda: published(tmp_path, seed=3),
+        "append": lambda: append(tmp_path, Content([Given(table(9))], DIMENSION, "3f2a")),
+        "delete": lambda: delete(tmp_path, ["item-1"]),
+        "compact": lambda: compact(tmp_path),
+    }
+    original, refused = Path.rename, []
+
+    def late(self: Path, target: Path) -> Path:
+        if Path(target).name == "v000002":
+            with pytest.raises(StorageError, match="is being changed by another process; wait"):
+                changes[other]()
+            refused.append(other)
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", late)
+        published(tmp_path, seed=2)
+    assert refused == [other]
+    assert versions(tmp_path) == ["v000001", "v000002"]
+    changes[other]()
+    assert current_version(tmp_path) == "v000003"
+
+
+def test_a_change_of_a_version_that_was_taken_back_meanwhile_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(tmp_path)
-    original, raced = Path.rename, []
-    late_ones = iter([True])
+    published(tmp_path, seed=2)
+    original = slq.index.writing.open_segments
 
-    def late(self: Path, target: Path) -> Path:
-        if Path(target).name == "v000002" and next(late_ones, False):
-            raced.append(published(tmp_path, seed=3).version)
-        return original(self, target)
+    def slow(folder: Path, *arguments: object) -> object:
+        roll_back(tmp_path)
+        return original(folder, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Path, "rename", late)
-    assert published(tmp_path, seed=2).version == "v000003"
-    assert raced == ["v000002"]
-    assert versions(tmp_path) == ["v000001", "v000002", "v000003"]
+    with monkeypatch.context() as patch:
+        patch.setattr(slq.index.writing, "open_segments", slow)
+        with pytest.raises(
+            StorageError, match="was at v000002 when this change began and is at v0"
+        ):
+            delete(tmp_path, ["item-1"])
+    assert current_version(tmp_path) == "v000001"
+    assert delete(tmp_path, ["item-1"])[0].version == "v000003"
+
+
+def test_what_killed_changes_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    published(tmp_path)
+    left = [
+        tmp_path / ".a1b2.partial",
+        tmp_path / SEGMENTS / ".c3d4.partial",
+        tmp_path / SEGMENTS / ".begun-0123",
+    ]
+    for folder in left:
+        folder.mkdir()
+        (folder / "file").write_text("half")
+    published(tmp_path, seed=2)
+    assert not any(folder.exists() for folder in left)
 
 
 def test_deleted_items_are_found_no_more_and_older_versions_still_have_them(
@@ -249,7 +314,7 @@ def test_a_corrupt_list_of_deleted_rows_is_refused(tmp_path: Path) -> None:
 def test_an_item_that_comes_again_replaces_what_was_there(tmp_path: Path) -> None:
     published(tmp_path, IVF)
     rows = table(20, seed=9, first=COUNT - 10)
-    manifest = append(tmp_path, [rows], (20, DIMENSION), fingerprint="3f2a")
+    manifest = append(tmp_path, Content([Given(rows)], DIMENSION, "3f2a"))
     index = VectorIndex(tmp_path)
     assert len(index) == manifest.num_vectors == COUNT + 10
     assert index.find(f"item-{COUNT - 10}") == COUNT
@@ -262,7 +327,7 @@ def test_an_item_that_comes_again_replaces_what_was_there(tmp_path: Path) -> Non
 
 def test_a_compact_index_finds_the_same_in_one_segment(tmp_path: Path) -> None:
     published(tmp_path, IVF)
-    append(tmp_path, [table(20, seed=9, first=COUNT - 10)], (20, DIMENSION), fingerprint="3f2a")
+    append(tmp_path, Content([Given(table(20, seed=9, first=COUNT - 10))], DIMENSION, "3f2a"))
     delete(tmp_path, ["item-3", f"item-{COUNT + 3}"])
     before = VectorIndex(tmp_path)
     manifest = compact(tmp_path)
@@ -296,11 +361,11 @@ def test_only_vectors_of_the_same_space_are_appended(tmp_path: Path) -> None:
         ArtifactMismatchError,
         match=r"holds vectors of 3f2a with 32 values, the new ones are of 91bc with 32",
     ):
-        append(tmp_path, [table(9)], (9, DIMENSION), fingerprint="91bc")
+        append(tmp_path, Content([Given(table(9))], DIMENSION, "91bc"))
     with pytest.raises(ArtifactMismatchError, match="of 3f2a with 8"):
-        append(tmp_path, [table(9)], (9, 8), fingerprint="3f2a")
+        append(tmp_path, Content([Given(table(9))], 8, "3f2a"))
     with pytest.raises(DataError, match="there are more than 5 vectors"):
-        append(tmp_path, [table(9)], (5, DIMENSION), fingerprint="3f2a")
+        append(tmp_path, Content([Given(table(9), 5)], DIMENSION, "3f2a"))
     assert versions(tmp_path) == ["v000001"]
 
 
@@ -316,7 +381,7 @@ def test_rolling_back_is_one_step_or_to_a_name_and_needs_whole_files(tmp_path: P
     assert roll_back(tmp_path, "v000003") == "v000003"
     with pytest.raises(ArtifactError, match="has no v000007; it has v000001, v000002, v000003"):
         roll_back(tmp_path, "v000007")
-    (segment_of(first, tmp_path) / ITEMS).write_bytes(b"damaged")
+    (segment_of(first, tmp_path) / FILES[1]).write_bytes(b"damaged")
     with pytest.raises(ArtifactError, match="does not match"):
         roll_back(tmp_path, "v000001")
     assert current_version(tmp_path) == "v000003"
@@ -343,11 +408,11 @@ def test_pruning_keeps_the_newest_the_current_and_every_segment_they_hold(tmp_pa
 def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
     from slq.index import write_version
 
-    rows = [table(5), table(5, first=3)]
+    rows = [Given(table(5)), Given(table(5, first=3))]
     with pytest.raises(DataError, match="2 ids come twice, first 'item-3'; an index needs unique"):
-        write_version(tmp_path, rows, (10, DIMENSION), fingerprint="3f2a", config=FLAT)
+        write_version(tmp_path, Content(rows, DIMENSION, "3f2a"), FLAT)
     with pytest.raises(DataError, match="5 vectors came instead of 6"):
-        write_version(tmp_path, [table(5)], (6, DIMENSION), fingerprint="3f2a", config=FLAT)
+        write_version(tmp_path, Content([Given(table(5), 6)], DIMENSION, "3f2a"), FLAT)
     with pytest.raises(DataError, match="there are no items to index"):
-        write_version(tmp_path, [], (0, DIMENSION), fingerprint="3f2a", config=FLAT)
+        write_version(tmp_path, Content([], DIMENSION, "3f2a"), FLAT)
     assert not list((tmp_path / SEGMENTS).iterdir())

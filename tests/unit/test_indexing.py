@@ -71,7 +71,6 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 
 
 def test_a_change_is_the_flow_that_was_asked_for(tmp_path: Path) -> None:
-    assert change_of(None, None, compact=False) is stages.index
     assert change_of(None, None, compact=True) is stages.join
     (tmp_path / "ids.txt").write_text("item-1\n\nitem-2\nitem-1\n")
     from pipelines.recipe import Recipe

@@ -1,0 +1,69 @@
+"""Items with inputs and vectors that lie beside an index: whoever is to ask it embeds them first, and is told apart.
+
+A fingerprint names a model by its settings; weights that were exchanged under the same name show here.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from slq.errors import ArtifactError, ArtifactMismatchError
+from slq.index.checks import require_file
+from slq.index.parts import EMBEDDING, matrix
+from slq.index.vectors import unit
+from slq.index.versions import CANARY, read_manifest
+from slq.media import decode_image
+from slq.quantization import cut
+from slq.schema import Item
+
+_LEAST_COSINE = 0.99  # other hardware and types stay far above, other weights far below
+
+
+class Encodes(Protocol):
+    """What embeds items, as `slq.encoder.Encoder`."""
+
+    def encode(self, inputs: list[Any]) -> NDArray[np.float32]:
+        """(inputs, dimension) float32 unit vectors."""
+
+
+def require_canary(folder: Path, version: str, encoder: Encodes) -> int:
+    """Embed the items anew and compare.
+
+    Args:
+        folder: The index folder.
+        version: Of the index.
+        encoder: Is to embed queries.
+
+    Returns:
+        How many items there are; 0 for an index that was built without.
+
+    Raises:
+        ArtifactError: The file is missing or is not what was written.
+        ArtifactMismatchError: The encoder gives other vectors; the worst item is named.
+    """
+    manifest, path = read_manifest(folder, version), folder / version / CANARY
+    if manifest.canary_sha256 is None:
+        return 0
+    require_file(path, manifest.canary_sha256)
+    try:
+        table = pq.read_table(path, columns=["id", "text", "image", EMBEDDING])
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+    items = [
+        Item(id=row["id"], text=row["text"], image=row["image"] and decode_image(row["image"]))
+        for row in table.drop_columns([EMBEDDING]).to_pylist()
+    ]
+    stored = unit(matrix(table[EMBEDDING]))
+    found = cut(encoder.encode(list(items)), manifest.dimension)
+    cosines = (stored * found).sum(axis=1)
+    worst = int(cosines.argmin())
+    if cosines[worst] < _LEAST_COSINE:
+        raise ArtifactMismatchError(
+            f"the model embeds item {items[worst].id!r} otherwise than index {folder} ({version}) holds it: cosine "
+            f"{cosines[worst]:.3f}; its weights are others, though the fingerprint is the same"
+        )
+    return len(items)
