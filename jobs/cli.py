@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from jobs.console import AsJson, DryRun, Overrides, RecipePath, err, friendly_errors, out, run_stage
 from jobs.results import results_table
@@ -211,6 +210,35 @@ def versions(
         out.print(versions_table(found))
 
 
+@app.command(
+    epilog="Example: slq export jobs/recipes/corpus.yaml --to lance --target s3://my-bucket/lance --name corpus"
+)
+def export(
+    recipe: RecipePath,
+    to: Annotated[str, typer.Option(help="npy, lance, milvus or qdrant")],
+    target: Annotated[str, typer.Option(help="a folder, a file, or an address of that engine")],
+    name: Annotated[str, typer.Option(help="of the folder, table or collection there")] = "slq",
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hand an embedding data set over to another engine, streaming from its shards."""
+    from pipelines.export import export as hand_over
+    from slq.engines import engine
+
+    with friendly_errors():
+        place = engine(to, target, name)
+
+    def stage(resolved: Recipe) -> dict[str, Any]:
+        storage = resolved.storage
+        rows = hand_over(storage.embeddings, place, retry_s=storage.retry_s)
+        if not as_json:
+            out.print(f"{rows:,} rows are in {name} of {target}", soft_wrap=True)
+        return {"rows": rows}
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
+
+
 @app.command("eval", epilog="Example: slq eval jobs/recipes/demo.yaml --json")
 def evaluate(
     recipe: RecipePath,
@@ -271,46 +299,17 @@ def search(  # noqa: PLR0913 - the options of a command line
     as_json: AsJson = False,
 ) -> None:
     """Search a running service, or an index folder directly."""
-    from jobs.searching import search_folder, search_url
-    from slq.errors import ConfigError
+    from jobs.searching import Place, Question, answer, hits_table
 
-    options = {
-        "where": where,
-        "exclude": exclude or [],
-        "distinct": distinct,
-        "exact": exact,
-    }
+    place = Place(url, index_dir, adapter)
+    question = Question(text or None, image, like)
+    options = {"where": where, "exclude": exclude or [], "distinct": distinct, "exact": exact}
     with friendly_errors():
-        if (url is None) == (index_dir is None):
-            raise ConfigError("give exactly one of --url and --index")
-        if url is not None:
-            if like is not None or any(options.values()):
-                raise ConfigError(
-                    "--where, --like, --exclude, --distinct and --exact search an index folder: give --index"
-                )
-            found = search_url(url, text, image, top_k=top_k, mode=mode)
-        else:
-            assert index_dir is not None
-            if mode == "fine":
-                raise ConfigError(
-                    "--mode fine needs a service: use --url, or --mode coarse with --index"
-                )
-            query = {"text": text or None, "image": image, "like": like}
-            adapter = adapter or index_dir.parent / "adapter"
-            found = search_folder(index_dir, adapter, query, top_k=top_k, **options)
+        found = answer(place, question, top_k=top_k, mode=mode, **options)
     if as_json:
         print(json.dumps(found))
-        return
-    table = Table("rank", "id", "cosine", "margin", box=None)
-    for rank, result in enumerate(found["results"], start=1):
-        margin = result.get("fine_score")
-        table.add_row(
-            str(rank),
-            result["id"],
-            f"{result['coarse_score']:.3f}",
-            "" if margin is None else f"{margin:+.2f}",
-        )
-    out.print(table)
+    else:
+        out.print(hits_table(found))
 
 
 @app.command(epilog="Example: slq demo --out runs/demo")

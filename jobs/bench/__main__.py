@@ -11,6 +11,7 @@ BENCHES = {
     "train": "jobs.bench.train",
     "embed": "jobs.bench.embedding",
     "chaos": "jobs.bench.chaos",
+    "index": "jobs.bench.index",
 }
 """Modules by name, imported when they are asked for: `train` runs with torch and transformers alone."""
 

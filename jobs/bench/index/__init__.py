@@ -1,0 +1,172 @@
+"""Recall and queries per second on text queries: our index against exact flat search and hnswlib, in one run."""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from jobs.bench.index.build import measure_memory, measure_scaling
+from jobs.bench.index.curve import write_curve
+from jobs.bench.index.data import ShiftedSet
+from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, ours
+from jobs.bench.measure import hardware
+from slq.index import IndexConfig
+from slq.index.codes import threads
+
+PARTS = ("search", "scaling", "memory")
+TOP_K = 10
+TARGETS = (0.95, 0.98)
+_QUICK_S = 0.3  # a point's rate, to see which one to measure well
+_FP16_BYTES = 2
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Measure every setting's recall@10 and queries per second; then the fastest of each side, round by round.
+
+    Args:
+        arguments: Of the command line, after the benchmark's name.
+    """
+    parser = argparse.ArgumentParser(prog="slq bench index", description=__doc__)
+    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument("--rows", type=int, default=200_000, help="images of the synthetic set")
+    parser.add_argument("--dimension", type=int, default=896)
+    parser.add_argument("--queries", type=int, default=1000, help="texts that ask")
+    parser.add_argument("--lists", type=int, default=1024)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
+    parser.add_argument("--out", type=Path, help="write index.json and index.png into this folder")
+    options = parser.parse_args(arguments)
+    data = ShiftedSet(options.rows, options.dimension)
+    found: dict[str, Any] = {
+        "bench": "index",
+        "hardware": hardware(torch.device("cpu")),
+        "rows": options.rows,
+        "dimension": options.dimension,
+    }
+    with tempfile.TemporaryDirectory(prefix="slq-bench-") as name:
+        folder = Path(name)
+        for part in options.part or PARTS:
+            if part == "search":
+                found |= _search(folder, data, options)
+            elif part == "scaling":
+                found[part] = measure_scaling(folder, data, options.lists, options.repeats)
+            else:
+                sizes = [options.rows // 20, options.rows, 5 * options.rows]
+                found[part] = measure_memory(folder, sizes, options.dimension, options.lists)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "index.json").write_text(json.dumps(found, indent=2) + "\n")
+        if "threads" in found:
+            write_curve(found, options.out / "index.png")
+    return found
+
+
+def _search(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> dict[str, Any]:
+    queries = data.texts(options.queries)
+    points = _points(folder, data, options.lists, max(options.threads))
+    truth = points[0].search(queries, TOP_K)
+    return {
+        "queries": options.queries,
+        "threads": {
+            str(count): _measured(points, queries, truth, count, options.repeats)
+            for count in options.threads
+        },
+    }
+
+
+def _points(folder: Path, data: ShiftedSet, num_lists: int, num_threads: int) -> list[Point]:
+    shared = {"kind": "ivf", "num_lists": num_lists}
+    configs = {
+        "pq4": IndexConfig.model_validate({**shared, "codes": "pq4", "rotation": "opq"}),
+        "rabitq": IndexConfig.model_validate({**shared, "codes": "rabitq", "rotation": "random"}),
+    }
+    with threads(num_threads):
+        found = [
+            point for name, config in configs.items() for point in ours(folder / name, data, config)
+        ]
+        vectors = matrix_of(data)
+        return [flat(vectors), *hnswlib_points(vectors, num_threads), *found]
+
+
+def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+    """Share of the true neighbours that were found."""
+    hits = [
+        len({*one.tolist()} & {*other.tolist()}) for one, other in zip(found, truth, strict=True)
+    ]
+    return float(np.sum(hits) / truth.size)
+
+
+def _measured(
+    points: Sequence[Point],
+    queries: NDArray[np.float32],
+    truth: NDArray[np.int64],
+    num_threads: int,
+    repeats: int,
+) -> dict[str, Any]:
+    with threads(num_threads):
+        rows = [_row(point, queries, truth) for point in points]
+        at_targets = {
+            str(target): _at_target(points, rows, queries, target, repeats) for target in TARGETS
+        }
+    return {"targets": at_targets, "points": rows}
+
+
+def _row(point: Point, queries: NDArray[np.float32], truth: NDArray[np.int64]) -> dict[str, Any]:
+    found = point.search(queries, TOP_K)
+    return {
+        "side": point.side,
+        "setting": point.setting,
+        "recall": round(recall(found, truth), 4),
+        "qps": round(_rate(point, queries, _QUICK_S), 1),
+        "bytes_per_vector": round(point.bytes_per_vector, 1),
+    }
+
+
+def _rate(point: Point, queries: NDArray[np.float32], seconds: float) -> float:
+    """Queries per second, all queries in one call, for so long at least."""
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        point.search(queries, TOP_K)
+        done += len(queries)
+    return done / (time.perf_counter() - began)
+
+
+def _at_target(
+    points: Sequence[Point],
+    rows: Sequence[dict[str, Any]],
+    queries: NDArray[np.float32],
+    target: float,
+    repeats: int,
+) -> dict[str, Any]:
+    """The fastest point of each side that reaches a recall, measured in turn; ratios are medians over rounds."""
+    chosen = {"flat": 0}
+    for side, of_side in {"hnswlib": {"hnswlib"}, "ours": {"pq4 opq", "rabitq random"}}.items():
+        good = [
+            n for n, row in enumerate(rows) if row["side"] in of_side and row["recall"] >= target
+        ]
+        if good:
+            chosen[side] = max(good, key=lambda n: rows[n]["qps"])
+    rates: dict[str, list[float]] = {side: [] for side in chosen}
+    for _ in range(repeats):
+        for side, number in chosen.items():
+            rates[side].append(_rate(points[number], queries, 1.0))
+    result: dict[str, Any] = {
+        side: {**rows[number], "qps": round(statistics.median(rates[side]), 1)}
+        for side, number in chosen.items()
+    }
+    for other in ("flat", "hnswlib"):
+        if "ours" in rates and other in rates:
+            ratios = [a / b for a, b in zip(rates["ours"], rates[other], strict=True)]
+            result[f"ours_to_{other}"] = round(statistics.median(ratios), 2)
+    if "ours" in result:
+        fp16 = _FP16_BYTES * queries.shape[1]
+        result["code_share_of_fp16"] = round(result["ours"]["bytes_per_vector"] / fp16, 3)
+    return result

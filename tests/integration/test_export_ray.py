@@ -1,0 +1,52 @@
+"""A data set handed over on the command line: streamed from its shards, checked against their records."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.bench.embedding import stand_in
+from jobs.bench.embedding.inputs import recipe_for, write_texts
+from pipelines.embed import embed
+from pipelines.export import export
+from pipelines.recipe import Recipe
+from slq.engines import engine
+from slq.errors import ArtifactError, ConfigError
+from slq.index.vectors import unit
+from tests.integration.runs import read_embeddings
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Recipe:
+    recipe = recipe_for(tmp_path, write_texts(tmp_path, 500), "run", shard_rows=200, piece_rows=100)
+    embed(recipe, models=stand_in.__name__)
+    return recipe
+
+
+def test_all_rows_of_all_shards_arrive_in_their_order(embedded: Recipe, tmp_path: Path) -> None:
+    location = embedded.storage.embeddings
+    assert export(location, engine("npy", str(tmp_path), "out"), retry_s=5) == 500
+    table, vectors, fingerprint = read_embeddings(location)
+    stored = np.load(tmp_path / "out" / "vectors.npy")
+    np.testing.assert_array_equal(unit(stored), vectors)
+    items = pq.read_table(tmp_path / "out" / "items.parquet")
+    assert items["id"].to_pylist() == table["id"].to_pylist()
+    assert items["text"].to_pylist() == table["text"].to_pylist()
+    assert f'"{fingerprint}"' in (tmp_path / "out" / "description.json").read_text()
+    lance = engine("lance", str(tmp_path), "out")
+    assert export(location, lance, retry_s=5) == 500
+    assert lance.fingerprint == fingerprint  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="exists already"):
+        export(location, engine("npy", str(tmp_path), "out"), retry_s=5)
+
+
+def test_a_damaged_shard_is_named_and_nothing_is_left(embedded: Recipe, tmp_path: Path) -> None:
+    path = sorted(Path(embedded.storage.embeddings, "shards").glob("*.parquet"))[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    for kind in ("npy", "lance"):
+        with pytest.raises(ArtifactError, match=rf"shard .*{path.name} does not match its commit"):
+            export(embedded.storage.embeddings, engine(kind, str(tmp_path), "out"), retry_s=5)
+    assert not (tmp_path / "out").exists()
