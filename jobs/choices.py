@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jobs.report.style import COLOURS, INK, LINE, MUTED
 
+_SHOWN = 3
 _COLOURS = ("#CC79A7", "#009E73", COLOURS["slq"], COLOURS["slq_fine"], "#E69F00", INK)
 
 
@@ -34,13 +35,21 @@ def choice_table(record: Mapping[str, Any]) -> Table:
     )
     for name in ("setting", f"recall@{goal['top_k']}", "ms alone", "queries/s", "memory"):
         table.add_column(name, justify="left" if name == "setting" else "right")
-    for one in best_trials(record["trials"]):
+    for one in _near_goal(list(best_trials(record["trials"])), goal["recall"]):
         table.add_row(*_cells(one), style="bold green" if one["name"] == chosen else None)
     if "reached" in record:
         whole = {**record["chosen"], **record["reached"], "name": "the whole index"}
         table.add_section()
         table.add_row(*_cells(whole))
     return table
+
+
+def _near_goal(trials: Sequence[Mapping[str, Any]], recall: float) -> Iterator[Mapping[str, Any]]:
+    """Of each kind of codes the last that misses a recall, and the first ones that reach it."""
+    for codes in dict.fromkeys(one["codes"] for one in trials):
+        ours = [one for one in trials if one["codes"] == codes]
+        missing = sum(one["recall"] < recall for one in ours)
+        yield from ours[max(0, missing - 1) : missing + _SHOWN]
 
 
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
@@ -71,6 +80,7 @@ def write_choice_chart(record: Mapping[str, Any], target: Path) -> Path:
     place = (chosen["recall"], chosen["latency_ms"])
     axes.plot(*place, "o", markersize=12, markerfacecolor="none", color=INK, label="chosen")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"recall@{goal['top_k']} of {record['num_queries']} text queries", color=MUTED)
     axes.set_ylabel("ms of a query alone", color=MUTED)
     title = f"Settings tried on {record['sample_rows']:,} items"

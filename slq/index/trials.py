@@ -71,7 +71,7 @@ class Trial:
             return "flat"
         words = [config.codes, f"{config.num_probes} of {config.num_lists} lists"]
         if config.is_rescored:
-            words.append(f"{config.oversample:g} candidates a result")
+            words.append(f"{config.oversample:g}x candidates")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:

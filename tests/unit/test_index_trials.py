@@ -75,12 +75,12 @@ def test_the_fastest_setting_that_reaches_the_goal_is_chosen(
         (
             {"recall": 0.999, "latency_ms": 5, "memory": "300MiB"},
             "recall 0.999@10, memory 300.0MiB, latency 5 ms on the sample: recall would have to be 0.970 "
-            "(int8, 8 of 64 lists, 4 candidates a result)",
+            "(int8, 8 of 64 lists, 4x candidates)",
         ),
         (
             {"recall": 0.95, "latency_ms": 3, "memory": "64MiB"},
-            "recall would have to be 0.900 (pq4, 4 of 64 lists, 4 candidates a result); or memory would have to be "
-            "200.0MiB (int8, 8 of 64 lists, 4 candidates a result); or latency would have to be 4.00 ms (pq4, 32 of",
+            "recall would have to be 0.900 (pq4, 4 of 64 lists, 4x candidates); or memory would have to be 200.0MiB "
+            "(int8, 8 of 64 lists, 4x candidates); or latency would have to be 4.00 ms (pq4, 32 of",
         ),
         ({"recall": 0.999, "latency_ms": 1, "memory": "1MiB"}, "two of its limits would have to"),
     ],
@@ -174,11 +174,13 @@ def test_a_choice_is_shown_and_drawn(tmp_path: Path) -> None:
     console = Console(width=120, record=True)
     console.print(choice_table(record))
     text = console.export_text()
-    assert "int8, 8 of 64 lists, 4 candidates a result" in text
+    assert "int8, 8 of 64 lists, 4x candidates" in text
     assert "0.970" in text
     assert "200.0MiB" in text
     assert "the whole index" in text.splitlines()[-1] + text.splitlines()[-2]
     kept = [one["name"] for one in best_trials(record["trials"])]  # type: ignore[arg-type]
     assert len(kept) == 5  # slower and worse ones are left out
+    assert "pq4, 4 of 64 lists" in text
+    assert "float16, 64 of 64 lists" in text
     path = write_choice_chart(record, tmp_path / "choice.png")
     assert path.read_bytes()[:4] == b"\x89PNG"

@@ -36,6 +36,7 @@ def _panel(axes: Axes, points: Sequence[Mapping[str, Any]], title: str) -> None:
         if best:
             axes.plot(*zip(*best, strict=True), "o-", color=colour, label=side, markersize=4)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(0.5, 1.005)
     axes.set_xlabel("recall@10", color=MUTED)
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
