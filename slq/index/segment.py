@@ -117,8 +117,9 @@ class Segment:
             rows = found[start : start + step]
             some = queries[start : start + step]
             known = np.maximum(rows, 0)  # what fills up is scored too, and left out
-            vectors = self.vectors.rows(known.reshape(-1)).reshape(*rows.shape, -1)
-            exact = np.matmul(vectors, some[:, :, None])[:, :, 0]
+            wide = codes.widened(self.vectors.taken(known.reshape(-1)))
+            norms = np.sqrt(np.einsum("rd,rd->r", wide, wide)).reshape(rows.shape)
+            exact = np.matmul(wide.reshape(*rows.shape, -1), some[:, :, None])[:, :, 0] / norms
             scores[start : start + step] = np.where(rows == NO_ROW, -np.inf, exact)
         return scores
 

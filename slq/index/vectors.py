@@ -92,9 +92,10 @@ class StoredVectors:
 
     def stored(self, start: int, stop: int) -> NDArray[np.float16]:
         """(rows, dimension) float16 vectors as they were written."""
-        return self._taken(np.arange(start, stop, dtype=np.int64))
+        return self.taken(np.arange(start, stop, dtype=np.int64))
 
-    def _taken(self, numbers: Rows) -> NDArray[np.float16]:
+    def taken(self, numbers: Rows) -> NDArray[np.float16]:
+        """(rows, dimension) float16 vectors of these rows, as they were written."""
         if len(self._files) == 1:
             return self._files[0][numbers]
         taken = np.empty((len(numbers), self.dimension), np.float16)
@@ -106,7 +107,7 @@ class StoredVectors:
 
     def rows(self, numbers: Rows) -> NDArray[np.float32]:
         """(rows, dimension) float32 unit vectors of these rows."""
-        return unit(self._taken(numbers))
+        return unit(self.taken(numbers))
 
     def blocks(self, numbers: Rows | None = None) -> Iterator[Block]:
         """Rows and their unit vectors, some megabytes at a time: these, or all."""

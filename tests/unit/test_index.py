@@ -235,3 +235,11 @@ def test_hits_of_several_segments_are_one_ranking(tmp_path: Path) -> None:
     assert (index.find(f"item-{COUNT + 7}"), index.find("item-3")) == (COUNT + 7, None)
     assert index.row(COUNT + 7)["id"] == f"item-{COUNT + 7}"
     assert len(index) == COUNT + 98
+
+
+def test_widening_is_what_numpy_does() -> None:
+    from slq.index.codes import widened
+
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = values[np.isfinite(values)][: 63 * 1024].reshape(-1, 32)
+    np.testing.assert_array_equal(widened(finite), finite.astype(np.float32))
