@@ -99,7 +99,8 @@ class LedgerReader:
             StorageError: The store cannot be read.
         """
         commits = self.required_commits()
-        concurrently(self.require_shard, commits)
+        for _ in concurrently(self.require_shard, commits):
+            pass  # each one is checked as it is asked for
         return [shard_name(commit.shard_id, commit.generation) for commit in commits]
 
     def required_commits(self) -> list[Commit]:

@@ -27,6 +27,7 @@ class GoalConfig(Section):
     recall: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Share of the `top_k` nearest items that are found."""
     top_k: Annotated[int, Field(gt=0)] = 10
+    """Depth of the recall."""
     memory: ByteSize | None = None
     """Of codes, row numbers and centroids, as in `64GiB`; vectors to score again stay on disk."""
     latency_ms: Annotated[float, Field(gt=0)] | None = None
