@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from jobs.bench.embedding import stand_in
 from jobs.bench.embedding.inputs import recipe_for, write_texts
@@ -15,6 +16,7 @@ from slq.engines import engine
 from slq.errors import ArtifactError, ConfigError
 from slq.index.vectors import unit
 from tests.integration.runs import read_embeddings
+from tests.unit.test_cli import refusal, slq
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -41,6 +43,18 @@ def test_all_rows_of_all_shards_arrive_in_their_order(embedded: Recipe, tmp_path
     assert lance.fingerprint == fingerprint  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="exists already"):
         export(location, engine("npy", str(tmp_path), "out"), retry_s=5)
+
+
+def test_the_command_says_what_is_where(embedded: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(embedded.model_dump(mode="json")))
+    options = ("--to", "npy", "--target", tmp_path, "--name", "vectors")
+    result = slq("export", path, *options)
+    assert result.exit_code == 0, result.output
+    assert f"500 rows are in vectors of {tmp_path}" in result.stdout.replace("\n", "")
+    assert "exists already; choose another --name" in refusal("export", path, *options)
+    text = refusal("export", path, "--to", "faiss", "--target", tmp_path)
+    assert "engine 'faiss' is unknown; choose one of npy, lance, milvus, qdrant" in text
 
 
 def test_a_damaged_shard_is_named_and_nothing_is_left(embedded: Recipe, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, ours
 from jobs.bench.measure import hardware
 from slq.index import IndexConfig
 from slq.index.codes import threads
+from slq.index.trials import recall_of
 
 PARTS = ("search", "scaling", "memory")
 TOP_K = 10
@@ -96,14 +97,6 @@ def _points(folder: Path, data: ShiftedSet, num_lists: int, num_threads: int) ->
         return [flat(vectors), *hnswlib_points(vectors, num_threads), *found]
 
 
-def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
-    """Share of the true neighbours that were found."""
-    hits = [
-        len({*one.tolist()} & {*other.tolist()}) for one, other in zip(found, truth, strict=True)
-    ]
-    return float(np.sum(hits) / truth.size)
-
-
 def _measured(
     points: Sequence[Point],
     queries: NDArray[np.float32],
@@ -124,7 +117,7 @@ def _row(point: Point, queries: NDArray[np.float32], truth: NDArray[np.int64]) -
     return {
         "side": point.side,
         "setting": point.setting,
-        "recall": round(recall(found, truth), 4),
+        "recall": round(recall_of(found, truth), 4),
         "qps": round(_rate(point, queries, _QUICK_S), 1),
         "bytes_per_vector": round(point.bytes_per_vector, 1),
     }
