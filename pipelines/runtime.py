@@ -4,13 +4,16 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from pipelines.recipe import ResourcesConfig
-from slq.errors import HardwareError, ServiceError
+from slq.errors import ClusterError, HardwareError, ServiceError
 
 log = logging.getLogger(__name__)
+_STARTS = 3
 
 
 @contextmanager
@@ -21,6 +24,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     Data then waits forever without an error.
 
     Raises:
+        ClusterError: Ray did not start.
         HardwareError: GPUs are asked for that the cluster does not have.
         ServiceError: The address cannot be reached.
     """
@@ -40,22 +44,47 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     options = (
         {} if address else {"num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
     )
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            **options,
-        )
-    except ConnectionError as error:
-        raise ServiceError(
-            f"Ray at {address} cannot be reached: {error}; check the address, the network and the token"
-        ) from None
+    _init(address, options)
     try:
         _require_gpus(resources)
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str | None, options: dict[str, Any]) -> None:
+    """Start Ray; again where it took too long, as it may on a machine that is busy with other things.
+
+    Raises:
+        ClusterError: It did not start.
+        ServiceError: The address cannot be reached.
+    """
+    try:
+        for attempt in Retrying(
+            stop=stop_after_attempt(_STARTS), retry=retry_if_exception(_is_late), reraise=True
+        ):
+            with attempt:
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    **options,
+                )
+    except ConnectionError as error:
+        raise ServiceError(
+            f"Ray at {address} cannot be reached: {error}; check the address, the network and the token"
+        ) from None
+    except Exception as error:
+        if not _is_late(error):
+            raise
+        raise ClusterError(
+            f"Ray did not start in {_STARTS} times half a minute; is this machine too busy? Run the same command again"
+        ) from None
+
+
+def _is_late(error: BaseException) -> bool:
+    """Ray 2.60 waits 30 s for its own processes, and tells by a plain exception that it gave up."""
+    return "timed out during startup" in str(error)
 
 
 def _require_gpus(resources: ResourcesConfig) -> None:
