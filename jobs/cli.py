@@ -296,6 +296,9 @@ def search(  # noqa: PLR0913 - the options of a command line
     exact: Annotated[
         bool, typer.Option("--exact", help="with --index: compare with every vector")
     ] = False,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="with --index: rank by the text's words too")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Search a running service, or an index folder directly."""
@@ -303,7 +306,8 @@ def search(  # noqa: PLR0913 - the options of a command line
 
     place = Place(url, index_dir, adapter)
     question = Question(text or None, image, like)
-    options = {"where": where, "exclude": exclude or [], "distinct": distinct, "exact": exact}
+    options: dict[str, Any] = {"where": where, "exclude": exclude or [], "distinct": distinct}
+    options |= {"exact": exact, "words": [text] if hybrid and text else None}
     with friendly_errors():
         found = answer(place, question, top_k=top_k, mode=mode, **options)
     if as_json:

@@ -62,7 +62,7 @@ def answer(
         raise ConfigError("give exactly one of --url and --index")
     if question.like is not None or any(options.values()):
         raise ConfigError(
-            "--where, --like, --exclude, --distinct and --exact search an index folder: give --index"
+            "--where, --like, --exclude, --distinct, --exact and --hybrid search an index folder: give --index"
         )
     return search_url(place.url, question, top_k=top_k, mode=mode)
 

@@ -31,6 +31,7 @@ from slq.index.config import IndexConfig
 from slq.index.items import Items
 from slq.index.parts import PARTIAL, Draft, Source, once, write_part
 from slq.index.vectors import VECTORS, StoredVectors
+from slq.index.words import WORDS, write_words
 
 INDEX = "index.faiss"
 PARTS = "parts"
@@ -176,16 +177,26 @@ def _built(
     partitions = list(enumerate(pairwise(edges)))
     each("write partitions", partial(_write_partition, build, merge), partitions)
     _require_complete(build, len(partitions))
+    folders = [*build.parts, *(build.partition(number) for number, _ in partitions)]
+    if config.words:
+        each("index words", _write_words, [build])
+        folders.append(build.home / WORDS)
     found = {}
-    for folder in [*build.parts, *(build.partition(number) for number, _ in partitions)]:
+    for folder in folders:
         of_folder = stamped(folder) or digested(folder, [path.name for path in folder.iterdir()])
         for name, digest in of_folder.items():
             found[f"{folder.relative_to(home)}/{name}"] = digest
     return found
 
 
+def _write_words(build: Build) -> None:
+    texts = (text for batch in Items(build.parts).texts() for text in batch)
+    once(build.home / WORDS, lambda folder: write_words(folder, texts))
+
+
 def _remove_leftovers(home: Path) -> None:
     """What nobody needs once all is written, and what killed tasks left."""
+    (home / WORDS / STAMPS).unlink(missing_ok=True)
     for name in (PARTS, PARTITIONS):
         for path in (home / name).glob(f"*/{STAMPS}"):
             path.unlink()

@@ -57,6 +57,8 @@ class IndexConfig(Section):
     """Of the vectors before they are coded: `random` spreads what few values hold, `opq` is trained."""
     oversample: Annotated[float, Field(ge=1)] = 4.0
     """Candidates per result that are scored again from the float16 vectors, where codes have less than sixteen bits."""
+    words: bool = False
+    """Keep the words of texts too, for hybrid search; to build them takes memory for all texts."""
     partition_bytes: Annotated[int, Field(gt=0)] = 2**30
     """Of the codes in one index file. A build needs memory for about three of them in each worker."""
     seed: int = 0

@@ -118,6 +118,18 @@ class Items:
             for batch in batches:
                 yield from _ids(batch)
 
+    def texts(self) -> Iterator[list[str | None]]:
+        """The texts of all rows, some thousand at a time.
+
+        Raises:
+            DataError: The items have none.
+        """
+        if "text" not in self._columns:
+            raise DataError("the items have no column `text`; set index.words=false")
+        for batches in self._batches:
+            for batch in batches:
+                yield batch["text"].to_pylist()
+
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, pa.Table]]:
         """First row and stored columns from `start` to `stop`, some thousand rows at a time."""
         first = 0

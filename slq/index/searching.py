@@ -18,8 +18,10 @@ from slq.index.versions import (
     read_manifest,
     require_whole,
 )
+from slq.index.words import fused
 from slq.quantization import cut
 
+_FUSED_DEPTH = 100  # of each ranking that is joined with another
 MAX_EXCLUDED = 10_000
 """Ids that one search may leave out."""
 
@@ -77,6 +79,7 @@ class VectorIndex:
         exclude: Collection[str] = (),
         distinct: bool = False,
         exact: bool = False,
+        words: Sequence[str] | None = None,
     ) -> list[list[Hit]]:
         """The best items for each query vector, best first.
 
@@ -87,6 +90,8 @@ class VectorIndex:
             exclude: Ids that are left out.
             distinct: Of items with the same content only the first.
             exact: Compare with every vector, whatever the index is.
+            words: A text for each query. Items are then ranked by vector and by words (BM25), both rankings are joined
+                by reciprocal rank fusion, and a score is the sum of reciprocal ranks.
 
         Raises:
             DataError: A vector is shorter than the index's or not finite, `where` cannot be used, or too much is
@@ -100,6 +105,11 @@ class VectorIndex:
         depth = min(top_k + len(hidden), len(self))
         while True:
             scores, rows = self._search(queries, depth, where, exact=exact)
+            if words is not None:
+                wide = max(depth, _FUSED_DEPTH)
+                if wide > depth:
+                    _, rows = self._search(queries, wide, where, exact=exact)
+                scores, rows = self._with_words(rows, words, depth, where)
             found = [
                 list(self._hits(row_scores, numbers, hidden, distinct=distinct))[:top_k]
                 for row_scores, numbers in zip(scores, rows, strict=True)
@@ -140,6 +150,33 @@ class VectorIndex:
             np.concatenate(rows, axis=1),
             depth,
         )
+
+    def _with_words(
+        self, rows: Rows, words: Sequence[str], depth: int, where: str | None
+    ) -> tuple[Scores, Rows]:
+        """Rankings by vector joined with those by words: (queries, depth) sums of reciprocal ranks, and rows."""
+        if len(words) != len(rows):
+            raise DataError(f"there are {len(words)} texts for {len(rows)} queries")
+        sums = np.full((len(rows), depth), -np.inf, np.float32)
+        joined = np.full((len(rows), depth), NO_ROW, np.int64)
+        for number, text in enumerate(words):
+            by_vector = rows[number][rows[number] != NO_ROW].tolist()
+            by_words = self._by_words(text, max(depth, _FUSED_DEPTH), where)
+            found = fused([by_vector, by_words], depth)
+            joined[number, : len(found)] = [row for row, _ in found]
+            sums[number, : len(found)] = [value for _, value in found]
+        return sums, joined
+
+    def _by_words(self, text: str, top_k: int, where: str | None) -> list[int]:
+        """Rows of all segments that share words with a text, best first."""
+        scores, rows = [], []
+        for segment, start in zip(self._segments, self._starts, strict=False):
+            found = segment.search_words(text, top_k, where)
+            scores.append(found[0])
+            rows.append(found[1] + start)
+        _, found_rows = best(np.concatenate(scores)[None], np.concatenate(rows)[None], top_k)
+        best_rows: list[int] = found_rows[0].tolist()
+        return best_rows
 
     def _hits(
         self, scores: Scores, rows: Rows, hidden: frozenset[str], *, distinct: bool

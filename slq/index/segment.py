@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from slq.arrow import vector_column
+from slq.errors import DataError
 from slq.index import codes
 from slq.index.building import INDEX, PARTITIONS, PARTS
 from slq.index.config import IndexConfig
@@ -20,6 +21,7 @@ from slq.index.filters import Filters
 from slq.index.items import Items
 from slq.index.parts import EMBEDDING
 from slq.index.vectors import VECTORS, StoredVectors
+from slq.index.words import WORDS, Words
 
 _RESCORED_AT_ONCE = 2048  # vectors, so that they stay in a processor's cache
 _FEW_ROWS = 20_000  # selected ones are compared one by one: lists would mostly hold others
@@ -43,6 +45,7 @@ class Segment:
         self.items = Items(parts)
         self.vectors = StoredVectors([part / VECTORS for part in parts])
         self.deleted = deleted
+        self._words = Words(folder / WORDS) if config.words else None
         self._filters = Filters(self.items.table, deleted)
         self._partitions = [codes.read(partition / INDEX) for partition in partitions]
         if config.kind != "flat":
@@ -108,6 +111,31 @@ class Segment:
                 queries[short], self.vectors.blocks(rows), top_k
             )
         return scores, found
+
+    def search_words(self, text: str, top_k: int, where: str | None) -> tuple[Scores, Rows]:
+        """Rows that share words with a text, best first.
+
+        Args:
+            text: The query.
+            top_k: Rows at most.
+            where: A predicate over the stored columns that they must meet.
+
+        Returns:
+            (found,) BM25 scores and rows.
+
+        Raises:
+            DataError: The segment was built without words, or `where` cannot be used.
+        """
+        if self._words is None:
+            raise DataError(
+                "the index keeps no words of texts; build it with --set index.words=true"
+            )
+        selected = self._filters.select(where)
+        mask = None
+        if selected is not None:
+            mask = np.zeros(len(self.items), np.bool_)
+            mask[selected.rows] = True
+        return self._words.search(text, top_k, mask)
 
     def _rescored(self, queries: NDArray[np.float32], found: Rows) -> Scores:
         """(queries, candidates) scores from the stored vectors, of some queries at a time."""

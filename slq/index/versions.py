@@ -30,6 +30,7 @@ from slq.index.checks import Digest, require_file, require_files
 from slq.index.config import IndexConfig
 from slq.index.parts import PARTIAL
 from slq.index.segment import Segment
+from slq.index.words import WORDS
 
 POINTER = "CURRENT"
 MANIFEST = "manifest.json"
@@ -325,7 +326,10 @@ def read_manifest(folder: Path, version: str) -> Manifest:
     with suppress(AttributeError, KeyError, TypeError):
         manifest = Manifest.from_json(values)
         names = [name for one in manifest.segments for name in one.sha256]
-        if all(name.startswith((f"{PARTS}/", f"{PARTITIONS}/")) for name in names):
+        if all(
+            name.startswith(tuple(f"{one}/" for one in (PARTS, PARTITIONS, WORDS)))
+            for name in names
+        ):
             return manifest
     raise ArtifactError(f"{path} is not of this slq; rebuild with `slq index`")
 
