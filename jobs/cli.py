@@ -307,7 +307,7 @@ def search(  # noqa: PLR0913 - the options of a command line
     place = Place(url, index_dir, adapter)
     question = Question(text or None, image, like)
     options: dict[str, Any] = {"where": where, "exclude": exclude or [], "distinct": distinct}
-    options |= {"exact": exact, "words": [text] if hybrid and text else None}
+    options |= {"exact": exact, "words": [text] if hybrid else None}
     with friendly_errors():
         found = answer(place, question, top_k=top_k, mode=mode, **options)
     if as_json:

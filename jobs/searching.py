@@ -51,6 +51,8 @@ def answer(
         ConfigError: Options do not belong together.
         SlqError: As `search_url` and `search_folder`.
     """
+    if options.get("words") is not None and not question.text:
+        raise ConfigError("--hybrid ranks by the words of a text: give one")
     if place.index_dir is not None and place.url is None:
         if mode == "fine":
             raise ConfigError(
@@ -69,7 +71,8 @@ def answer(
 
 def hits_table(found: dict[str, Any]) -> Table:
     """Results with their scores, best first."""
-    table = Table("rank", "id", "cosine", "margin", box=None)
+    is_joined = found.get("joined", False)
+    table = Table("rank", "id", "joined" if is_joined else "cosine", "margin", box=None)
     for rank, result in enumerate(found["results"], start=1):
         margin = result.get("fine_score")
         table.add_row(
@@ -143,7 +146,8 @@ def search_folder(
         vector = _encoded(index_dir, index.fingerprint, adapter, question)
         hits = index.search(vector, top_k, **options)[0]
     return {
-        "results": [{"id": hit.id, "coarse_score": hit.score, "score": hit.score} for hit in hits]
+        "joined": options.get("words") is not None,  # then scores are no cosines
+        "results": [{"id": hit.id, "coarse_score": hit.score, "score": hit.score} for hit in hits],
     }
 
 

@@ -147,5 +147,6 @@ def _is_current(folder: Path, recipe: Recipe, content: Content) -> bool:
     return (
         (is_chosen or manifest.config == recipe.index.model_dump())
         and manifest.source == content.origin
+        and manifest.num_vectors == content.num_rows
         and not any(one.num_deleted for one in manifest.segments)
     )

@@ -22,6 +22,8 @@ class Arrays(Engine):
 
     def write(self, collection: Collection) -> Iterator[int]:
         """See `Engine.write`."""
+        if "://" in self.target:
+            raise ConfigError(f"plain arrays go into a folder, and {self.target} is none")
         folder = Path(self.target, self.name)
         if folder.exists():
             raise ConfigError(f"{folder} exists already; choose another --name, or remove it")

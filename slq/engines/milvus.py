@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,24 +29,23 @@ class Milvus(SearchEngine):
 
     def write(self, collection: Collection) -> Iterator[int]:
         """See `Engine.write`; a row that is there already is replaced."""
-        client = self._client()
-        self._create(client, collection)
-        count = 0
-        for table in collection.tables:
-            vectors = unit(matrix(table[EMBEDDING]))
-            rows = table.drop_columns([EMBEDDING]).to_pylist()
-            for start in range(0, len(rows), _BATCH_ROWS):
-                stop = start + _BATCH_ROWS
-                data = [
-                    {**_known(row), EMBEDDING: vector}
-                    for row, vector in zip(
-                        rows[start:stop], vectors[start:stop].tolist(), strict=True
-                    )
-                ]
-                self._told(client.upsert, self.name, data)
-                count += len(data)
-                yield count
-        client.close()
+        with self._opened() as client:
+            self._create(client, collection)
+            count = 0
+            for table in collection.tables:
+                vectors = unit(matrix(table[EMBEDDING]))
+                rows = table.drop_columns([EMBEDDING]).to_pylist()
+                for start in range(0, len(rows), _BATCH_ROWS):
+                    stop = start + _BATCH_ROWS
+                    data = [
+                        {**_known(row), EMBEDDING: vector}
+                        for row, vector in zip(
+                            rows[start:stop], vectors[start:stop].tolist(), strict=True
+                        )
+                    ]
+                    client.upsert(self.name, data)
+                    count += len(data)
+                    yield count
 
     def _create(self, client: Any, collection: Collection) -> None:
         from pymilvus import DataType
@@ -64,16 +64,10 @@ class Milvus(SearchEngine):
         params = client.prepare_index_params()
         params.add_index(EMBEDDING, index_type="AUTOINDEX", metric_type="COSINE")
         marks = {_MARK: collection.fingerprint}
-        self._told(
-            client.create_collection,
-            self.name,
-            schema=schema,
-            index_params=params,
-            properties=marks,
-        )
+        client.create_collection(self.name, schema=schema, index_params=params, properties=marks)
 
     def _mark_of(self, client: Any) -> str | None:
-        told = self._told(client.describe_collection, self.name)
+        told = client.describe_collection(self.name)
         mark: str | None = (told.get("properties") or {}).get(_MARK)
         return mark
 
@@ -81,50 +75,46 @@ class Milvus(SearchEngine):
         self, vectors: NDArray[Any], top_k: int, *, where: str | None = None
     ) -> list[list[Found]]:
         """See `SearchEngine.search`."""
-        client = self._client()
         data = np.asarray(vectors, np.float32).tolist()
-        found = self._told(
-            client.search,
-            self.name,
-            data=data,
-            anns_field=EMBEDDING,
-            limit=top_k,
-            filter=where or "",
-        )
-        client.close()
-        return [[Found(hit["id"], float(hit["distance"])) for hit in hits] for hits in found]
+        with self._opened() as client:
+            found = client.search(
+                self.name, data=data, anns_field=EMBEDDING, limit=top_k, filter=where or ""
+            )
+            return [[Found(hit["id"], float(hit["distance"])) for hit in hits] for hits in found]
 
     @property
     def fingerprint(self) -> str:
         """See `SearchEngine.fingerprint`."""
-        client = self._client()
-        mark = self._mark_of(client)
-        client.close()
+        with self._opened() as client:
+            mark = self._mark_of(client)
         if mark is None:
             raise DataError(
                 f"collection {self.name} was not written by slq: it names no fingerprint"
             )
         return mark
 
-    def _client(self) -> Any:
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """A client; its errors as ours.
+
+        Raises:
+            ConfigError: It is not installed.
+            StorageError: The place cannot be reached, or refuses.
+        """
         try:
             from pymilvus import MilvusClient
             from pymilvus.exceptions import MilvusException
         except ModuleNotFoundError:
             raise missing("pymilvus", "milvus") from None
+        client: Any = None
         try:
-            return MilvusClient(self.target, token=os.environ.get(TOKEN, ""))
-        except MilvusException as error:
-            raise StorageError(f"Milvus at {self.target} cannot be reached: {error}") from None
-
-    def _told(self, call: Any, *arguments: Any, **options: Any) -> Any:
-        """Milvus's own errors as one of ours."""
-        from pymilvus.exceptions import MilvusException
-
-        try:
-            return call(*arguments, **options)
-        except MilvusException as error:
+            client = MilvusClient(self.target, token=os.environ.get(TOKEN, ""))
+            yield client
+        except (MilvusException, OSError) as error:
             raise StorageError(f"Milvus at {self.target}: {error}") from None
+        finally:
+            if client is not None:
+                client.close()
 
 
 def _known(row: dict[str, Any]) -> dict[str, Any]:

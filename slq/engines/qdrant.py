@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,91 +31,106 @@ class Qdrant(SearchEngine):
 
     def write(self, collection: Collection) -> Iterator[int]:
         """See `Engine.write`; a point that is there already is replaced."""
-        client, models = self._client()
-        self._create(client, models, collection)
-        count = 0
-        for table in collection.tables:
-            vectors = unit(matrix(table[EMBEDDING]))
-            rows = table.drop_columns([EMBEDDING]).to_pylist()
-            for start in range(0, len(rows), _BATCH_ROWS):
-                stop = start + _BATCH_ROWS
-                points = [
-                    models.PointStruct(id=point_id(row["id"]), vector=vector, payload=row)
-                    for row, vector in zip(
-                        rows[start:stop], vectors[start:stop].tolist(), strict=True
-                    )
-                ]
-                self._told(client.upsert, self.name, points, wait=True)
-                count += len(points)
-                yield count
-        client.close()
+        with self._opened() as (client, models):
+            self._create(client, models, collection)
+            count = 0
+            for table in collection.tables:
+                vectors = unit(matrix(table[EMBEDDING]))
+                rows = table.drop_columns([EMBEDDING]).to_pylist()
+                for start in range(0, len(rows), _BATCH_ROWS):
+                    stop = start + _BATCH_ROWS
+                    points = [
+                        models.PointStruct(id=point_id(row["id"]), vector=vector, payload=row)
+                        for row, vector in zip(
+                            rows[start:stop], vectors[start:stop].tolist(), strict=True
+                        )
+                    ]
+                    client.upsert(self.name, points, wait=True)
+                    count += len(points)
+                    yield count
 
     def _create(self, client: Any, models: Any, collection: Collection) -> None:
         if client.collection_exists(self.name):
             found = self._mark_of(client)
-            if found != collection.fingerprint:
+            is_begun = found is None and not client.count(self.name).count
+            if found != collection.fingerprint and not is_begun:
                 raise ConfigError(
                     f"collection {self.name} of {self.target} is of {found}, not of {collection.fingerprint}; "
                     "choose another --name"
                 )
-            return
-        params = models.VectorParams(size=collection.dimension, distance=models.Distance.COSINE)
-        self._told(client.create_collection, self.name, vectors_config=params)
+            if not is_begun:
+                return
+        else:
+            self._make(client, models, collection)
         vector = np.eye(1, collection.dimension, dtype=np.float32)[0].tolist()
         payload = {_MARK: collection.fingerprint}
         point = models.PointStruct(id=str(_MARKED), vector=vector, payload=payload)
-        self._told(client.upsert, self.name, [point], wait=True)
+        client.upsert(self.name, [point], wait=True)
+
+    def _make(self, client: Any, models: Any, collection: Collection) -> None:
+        params = models.VectorParams(size=collection.dimension, distance=models.Distance.COSINE)
+        client.create_collection(self.name, vectors_config=params)
 
     def _mark_of(self, client: Any) -> str | None:
-        found = self._told(client.retrieve, self.name, [str(_MARKED)])
+        found = client.retrieve(self.name, [str(_MARKED)])
         return found[0].payload.get(_MARK) if found else None
 
     def search(
         self, vectors: NDArray[Any], top_k: int, *, where: str | None = None
     ) -> list[list[Found]]:
         """See `SearchEngine.search`; predicates are Qdrant's JSON filters."""
-        client, models = self._client()
         if where is not None:
             raise DataError("Qdrant's filters are no predicates; use its own client for them")
-        items_only = models.Filter(must_not=[models.HasIdCondition(has_id=[str(_MARKED)])])
-        found = []
-        for vector in np.asarray(vectors, np.float32).tolist():
-            answer = self._told(
-                client.query_points, self.name, query=vector, limit=top_k, query_filter=items_only
-            )
-            found.append([Found(one.payload["id"], float(one.score)) for one in answer.points])
-        client.close()
-        return found
+        with self._opened() as (client, models):
+            marked = models.HasIdCondition(has_id=[str(_MARKED)])
+            items_only = models.Filter(must_not=[marked])
+            answers = [
+                client.query_points(self.name, query=vector, limit=top_k, query_filter=items_only)
+                for vector in np.asarray(vectors, np.float32).tolist()
+            ]
+        return [
+            [Found(one.payload["id"], float(one.score)) for one in answer.points]
+            for answer in answers
+        ]
 
     @property
     def fingerprint(self) -> str:
         """See `SearchEngine.fingerprint`."""
-        client, _ = self._client()
-        mark = self._mark_of(client)
-        client.close()
+        with self._opened() as (client, _):
+            mark = self._mark_of(client)
         if mark is None:
             raise DataError(
                 f"collection {self.name} was not written by slq: it names no fingerprint"
             )
         return mark
 
-    def _client(self) -> tuple[Any, Any]:
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """A client and its models; its errors as ours.
+
+        Raises:
+            ConfigError: It is not installed.
+            StorageError: The place cannot be reached, or refuses.
+        """
         try:
             from qdrant_client import QdrantClient, models
+            from qdrant_client.http.exceptions import ApiException
         except ModuleNotFoundError:
             raise missing("qdrant-client", "qdrant") from None
-        if "://" in self.target:
-            return QdrantClient(url=self.target, api_key=os.environ.get(KEY)), models
-        return QdrantClient(path=self.target), models
-
-    def _told(self, call: Any, *arguments: Any, **options: Any) -> Any:
-        """Qdrant's own errors as one of ours."""
-        from qdrant_client.http.exceptions import ApiException
-
+        client: Any = None
         try:
-            return call(*arguments, **options)
-        except (ApiException, ValueError) as error:
+            if "://" in self.target:
+                client = QdrantClient(
+                    url=self.target, api_key=os.environ.get(KEY), check_compatibility=False
+                )
+            else:
+                client = QdrantClient(path=self.target)
+            yield client, models
+        except (ApiException, OSError, RuntimeError, ValueError) as error:
             raise StorageError(f"Qdrant at {self.target}: {error}") from None
+        finally:
+            if client is not None:
+                client.close()
 
 
 def point_id(item_id: str) -> str:

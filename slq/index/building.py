@@ -13,6 +13,7 @@ how the last bit is rounded. The graph of an HNSW quantizer that several threads
 """
 
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from slq.index.config import IndexConfig
 from slq.index.items import Items
 from slq.index.parts import PARTIAL, Draft, Source, once, write_part
 from slq.index.vectors import VECTORS, StoredVectors
-from slq.index.words import WORDS, write_words
+from slq.index.words import WORDS, require_words, write_words
 
 INDEX = "index.faiss"
 PARTS = "parts"
@@ -43,6 +44,8 @@ _POINTS_PER_LIST = 256  # that training looks at; more change nothing that one c
 _DIGEST_BITS = 64
 _IDS_AT_ONCE = 2**22
 _BLOCK_ROWS = 65_536
+_MOST_THREADS = 8
+_reading = threading.Lock()
 _PARTS, _LEAST_PART_ROWS, _MOST_PART_ROWS = 64, 2**14, 2**20
 A = TypeVar("A")
 R = TypeVar("R")
@@ -62,9 +65,9 @@ class Each(Protocol):
 
 
 def here(what: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
-    """In threads of this process, one for each core."""
+    """In threads of this process, one for each core, but not more than eight: each needs memory of its own."""
     del what
-    pool = ThreadPoolExecutor(codes.num_cores())
+    pool = ThreadPoolExecutor(min(_MOST_THREADS, codes.num_cores()))
     try:
         return list(pool.map(function, arguments))
     finally:
@@ -131,9 +134,9 @@ def build_segment(
 ) -> dict[str, Digest]:
     """Write all files of a segment, or those that are not there yet.
 
-    A process needs memory for a partition, about three times `config.partition_bytes`, for the centroids of all
-    lists, for the ids of a part, and for digests of four million ids; to learn, for 256 vectors a list, twice. More
-    rows need no more of it.
+    A worker, or a thread of `here`, needs memory for a partition, about three times `config.partition_bytes`, for the
+    centroids of all lists, for the ids of a part, and for digests of four million ids; to learn, for 256 vectors a
+    list, twice. More rows need no more of it, but for the words of their texts where those are asked for.
 
     Args:
         home: Its folder.
@@ -165,12 +168,16 @@ def _built(
     build = Build(home, config, tuple(starts))
     if not build.num_rows:
         raise DataError("there are no items to index")
-    config.require_room(build.num_rows)
+    config.require_room(build.num_rows, dimension)
+    if config.words:
+        require_words()
     drafts = [
         Draft(build.part(number), first, dimension, source)
         for number, (first, source) in enumerate(zip(starts, sources, strict=False))
     ]
     each("read rows", write_part, drafts)
+    if config.words:
+        Items(build.parts).require_texts()
     _require_unique(build, each)
     edges = _coded_edges(build, dimension, each) if config.kind == "ivf" else _row_edges(build)
     merge = _write_lists if config.kind == "ivf" else _write_flat
@@ -197,11 +204,12 @@ def _write_words(build: Build) -> None:
 def _remove_leftovers(home: Path) -> None:
     """What nobody needs once all is written, and what killed tasks left."""
     (home / WORDS / STAMPS).unlink(missing_ok=True)
+    for folder in (home, home / PARTS, home / PARTITIONS):
+        for path in folder.glob(f".*{PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
     for name in (PARTS, PARTITIONS):
         for path in (home / name).glob(f"*/{STAMPS}"):
             path.unlink()
-        for path in (home / name).glob(f".*{PARTIAL}"):
-            shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(home / _WORK, ignore_errors=True)
 
 
@@ -277,7 +285,8 @@ def _trained(build: Build) -> Any:
     """The empty index; a process codes many parts."""
     path = build.work / _TRAINED / INDEX
     state = path.stat()
-    return _read(path, (state.st_mtime_ns, state.st_ino))
+    with _reading:  # or several threads would read a copy each
+        return _read(path, (state.st_mtime_ns, state.st_ino))
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Items with inputs and vectors that lie beside an index: whoever is to ask it embeds them first, and is told apart.
+"""Items with inputs and vectors that lie beside an index: a replica that is to embed queries embeds them first.
 
 A fingerprint names a model by its settings; weights that were exchanged under the same name show here.
 """
@@ -61,7 +61,7 @@ def require_canary(folder: Path, version: str, encoder: Encodes) -> int:
     found = cut(encoder.encode(list(items)), manifest.dimension)
     cosines = (stored * found).sum(axis=1)
     worst = int(cosines.argmin())
-    if cosines[worst] < _LEAST_COSINE:
+    if not cosines[worst] >= _LEAST_COSINE:  # nor where it is NaN
         raise ArtifactMismatchError(
             f"the model embeds item {items[worst].id!r} otherwise than index {folder} ({version}) holds it: cosine "
             f"{cosines[worst]:.3f}; its weights are others, though the fingerprint is the same"

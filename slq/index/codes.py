@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slq.errors import ArtifactError
-from slq.index.config import IndexConfig
+from slq.index.config import PQ_SUBSPACE, IndexConfig
 from slq.index.exact import Block, Rows, Scores, best
 
 _SCALAR_TYPES = {"float16": "SQfp16", "int8": "SQ8", "int4": "SQ4"}
-_PQ_SUBSPACE = 8  # values that one four-bit code of `pq4` stands for
 _HNSW_LINKS = 32
 _SEARCH_BREADTH = 2  # of the coarse graph, per probe
 _BUILD_BREADTH = (
@@ -69,7 +68,7 @@ def untrained(config: IndexConfig, dimension: int) -> Any:
 
 def _rotation(config: IndexConfig, dimension: int) -> str:
     if config.rotation == "opq":
-        return f"OPQ{-(-dimension // _PQ_SUBSPACE)}"
+        return f"OPQ{-(-dimension // PQ_SUBSPACE)}"
     return f"RR{dimension}" if config.rotation == "random" else ""
 
 
@@ -79,7 +78,7 @@ def _codes(config: IndexConfig, dimension: int) -> str:
     if config.codes == "rabitq":
         return "RaBitQfs"
     if config.codes == "pq4":
-        return f"PQ{-(-dimension // _PQ_SUBSPACE)}x4fs"
+        return f"PQ{-(-dimension // PQ_SUBSPACE)}x4fs"
     return _SCALAR_TYPES[config.codes]
 
 

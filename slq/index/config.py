@@ -17,7 +17,10 @@ BITS: dict[str, float] = {
     "pq4": 0.5,
 }
 """Bits that a value of a vector takes in the lists, about; `pq4` spends four on eight values."""
+PQ_SUBSPACE = 8
+"""Values that one four-bit code of `pq4` stands for."""
 _EXACT_ENOUGH_BITS = 16
+_LEAST_OPQ_ROWS = 256
 _ROW_BYTES = 8  # of a row number beside its code
 
 
@@ -38,11 +41,15 @@ class GoalConfig(Section):
     """Text queries of `data.queries` that ask."""
 
 
+SEARCH_ONLY = ("goal", "num_probes", "oversample")
+"""Keys of `IndexConfig` that no file of an index depends on."""
+
+
 class IndexConfig(Section):
     """How the index is built and searched."""
 
     goal: GoalConfig | None = None
-    """If given, everything below but `seed` and `partition_bytes` is chosen by trials."""
+    """If given, everything below but `seed`, `words` and `partition_bytes` is chosen by trials."""
     kind: Literal["flat", "ivf"] = "flat"
     """`flat` compares with every vector (exact); `ivf` visits the nearest lists only."""
     num_lists: Annotated[int, Field(gt=0)] = 64
@@ -73,14 +80,35 @@ class IndexConfig(Section):
         """Whether scores of the codes are too coarse to rank by."""
         return self.kind == "ivf" and BITS[self.codes] < _EXACT_ENOUGH_BITS
 
-    def require_room(self, count: int) -> None:
-        """Check the settings against the number of vectors.
+    def require_room(self, count: int, dimension: int) -> None:
+        """Check the settings against the vectors.
 
         Raises:
-            ConfigError: `ivf` has more lists than vectors.
+            ConfigError: There are too few of them, or their length cannot be coded so.
         """
-        if self.kind == "ivf" and self.num_lists > count:
-            raise ConfigError(
+        problem = self.unfit(count, dimension)
+        if problem is not None:
+            raise ConfigError(problem)
+
+    def unfit(self, count: int, dimension: int) -> str | None:
+        """Why vectors cannot be indexed so; None where they can."""
+        if self.kind == "flat":
+            return None
+        if self.num_lists > count:
+            return (
                 f"index.num_lists is {self.num_lists}, but there are only {count} vectors; lower it or set "
                 "index.kind=flat"
             )
+        if self.rotation == "opq" and count < _LEAST_OPQ_ROWS:
+            return (
+                f"index.rotation=opq is learnt from {_LEAST_OPQ_ROWS} vectors at least, and there are only {count}; "
+                "set index.rotation=random"
+            )
+        if self.codes == "pq4" or self.rotation == "opq":
+            parts = -(-dimension // PQ_SUBSPACE)
+            if dimension % parts:
+                return (
+                    f"vectors of {dimension} values cannot be cut into {parts} equal parts, as index.codes=pq4 and "
+                    "index.rotation=opq do; choose others"
+                )
+        return None

@@ -118,14 +118,17 @@ class Items:
             for batch in batches:
                 yield from _ids(batch)
 
-    def texts(self) -> Iterator[list[str | None]]:
-        """The texts of all rows, some thousand at a time.
+    def require_texts(self) -> None:
+        """Check that there is a column of texts.
 
         Raises:
-            DataError: The items have none.
+            DataError: There is none.
         """
         if "text" not in self._columns:
             raise DataError("the items have no column `text`; set index.words=false")
+
+    def texts(self) -> Iterator[list[str | None]]:
+        """The texts of all rows, some thousand at a time."""
         for batches in self._batches:
             for batch in batches:
                 yield batch["text"].to_pylist()

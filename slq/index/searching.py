@@ -18,7 +18,7 @@ from slq.index.versions import (
     read_manifest,
     require_whole,
 )
-from slq.index.words import fused
+from slq.index.words import best_words, fused
 from slq.quantization import cut
 
 _FUSED_DEPTH = 100  # of each ranking that is joined with another
@@ -104,11 +104,9 @@ class VectorIndex:
         top_k = min(top_k, len(self))
         depth = min(top_k + len(hidden), len(self))
         while True:
-            scores, rows = self._search(queries, depth, where, exact=exact)
+            wide = depth if words is None else max(depth, _FUSED_DEPTH)
+            scores, rows = self._search(queries, wide, where, exact=exact)
             if words is not None:
-                wide = max(depth, _FUSED_DEPTH)
-                if wide > depth:
-                    _, rows = self._search(queries, wide, where, exact=exact)
                 scores, rows = self._with_words(rows, words, depth, where)
             found = [
                 list(self._hits(row_scores, numbers, hidden, distinct=distinct))[:top_k]
@@ -159,24 +157,18 @@ class VectorIndex:
             raise DataError(f"there are {len(words)} texts for {len(rows)} queries")
         sums = np.full((len(rows), depth), -np.inf, np.float32)
         joined = np.full((len(rows), depth), NO_ROW, np.int64)
+        searched = [
+            (*segment.words(where), int(start))
+            for segment, start in zip(self._segments, self._starts, strict=False)
+        ]
+        segments = [(words_of, start, mask) for words_of, mask, start in searched]
         for number, text in enumerate(words):
             by_vector = rows[number][rows[number] != NO_ROW].tolist()
-            by_words = self._by_words(text, max(depth, _FUSED_DEPTH), where)
+            by_words = best_words(segments, text, max(depth, _FUSED_DEPTH)).tolist()
             found = fused([by_vector, by_words], depth)
             joined[number, : len(found)] = [row for row, _ in found]
             sums[number, : len(found)] = [value for _, value in found]
         return sums, joined
-
-    def _by_words(self, text: str, top_k: int, where: str | None) -> list[int]:
-        """Rows of all segments that share words with a text, best first."""
-        scores, rows = [], []
-        for segment, start in zip(self._segments, self._starts, strict=False):
-            found = segment.search_words(text, top_k, where)
-            scores.append(found[0])
-            rows.append(found[1] + start)
-        _, found_rows = best(np.concatenate(scores)[None], np.concatenate(rows)[None], top_k)
-        best_rows: list[int] = found_rows[0].tolist()
-        return best_rows
 
     def _hits(
         self, scores: Scores, rows: Rows, hidden: frozenset[str], *, distinct: bool

@@ -112,16 +112,11 @@ class Segment:
             )
         return scores, found
 
-    def search_words(self, text: str, top_k: int, where: str | None) -> tuple[Scores, Rows]:
-        """Rows that share words with a text, best first.
+    def words(self, where: str | None) -> tuple[Words, NDArray[np.bool_] | None]:
+        """Words of the texts, and (rows,) which rows may be found; None for all.
 
         Args:
-            text: The query.
-            top_k: Rows at most.
             where: A predicate over the stored columns that they must meet.
-
-        Returns:
-            (found,) BM25 scores and rows.
 
         Raises:
             DataError: The segment was built without words, or `where` cannot be used.
@@ -131,11 +126,11 @@ class Segment:
                 "the index keeps no words of texts; build it with --set index.words=true"
             )
         selected = self._filters.select(where)
-        mask = None
-        if selected is not None:
-            mask = np.zeros(len(self.items), np.bool_)
-            mask[selected.rows] = True
-        return self._words.search(text, top_k, mask)
+        if selected is None:
+            return self._words, None
+        mask = np.zeros(len(self.items), np.bool_)
+        mask[selected.rows] = True
+        return self._words, mask
 
     def _rescored(self, queries: NDArray[np.float32], found: Rows) -> Scores:
         """(queries, candidates) scores from the stored vectors, of some queries at a time."""

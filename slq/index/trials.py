@@ -112,8 +112,13 @@ def run_trials(
     with tempfile.TemporaryDirectory(prefix="slq-trials-") as name:
         for number, setting in enumerate(_settings(config, count)):
             tried = setting.model_copy(
-                update={"num_lists": max(1, round(setting.num_lists * len(vectors) / count))}
+                update={
+                    "num_lists": max(1, round(setting.num_lists * len(vectors) / count)),
+                    "words": False,
+                }
             )
+            if tried.unfit(*vectors.shape):
+                continue
             home = Path(name, str(number))
             build_segment(home, [_Sample(vectors)], vectors.shape[1], tried)
             found += _trials(home, setting, tried, queries, goal, (count, vectors.shape[1]))

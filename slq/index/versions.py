@@ -195,8 +195,12 @@ def build_into(
         home.mkdir(exist_ok=True)
         try:
             written = build(home)
-        except (ConfigError, DataError):  # it would end so again
+        except DataError:  # it would end so again
             home.rename(home.with_name(f".{name}{PARTIAL}"))
+            raise
+        except ConfigError:  # before anything was written, or as a package is missing
+            with suppress(OSError):
+                home.rmdir()
             raise
     sha256 = {name: digest.sha256 for name, digest in written.items()}
     return BuiltSegment(home, SegmentRecord(name, num_rows, config.model_dump(), sha256))

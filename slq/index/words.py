@@ -1,6 +1,8 @@
 """BM25 over the texts of a segment, for queries whose words matter as well as their meaning."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,18 @@ from slq.errors import ConfigError
 from slq.index.exact import Rows, Scores
 
 WORDS = "words"
+_NONE = "no-words"
 _TOKENS = r"(?u)\b\w+\b"  # single letters and digits too
 _RANK_OFFSET = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)
+
+
+def require_words() -> None:
+    """Check that the package is there.
+
+    Raises:
+        ConfigError: bm25s is not installed.
+    """
+    _bm25s()
 
 
 def write_words(folder: Path, texts: Iterable[str | None]) -> None:
@@ -26,8 +38,12 @@ def write_words(folder: Path, texts: Iterable[str | None]) -> None:
         ConfigError: bm25s is not installed.
         OSError: A file cannot be written.
     """
+    tokens = _tokens([text or "" for text in texts], ids=True)
+    if not any(tokens.ids):
+        (folder / _NONE).touch()
+        return
     index = _bm25s().BM25(method="lucene")
-    index.index(_tokens([text or "" for text in texts], ids=True), show_progress=False)
+    index.index(tokens, show_progress=False)
     index.save(folder, show_progress=False)
 
 
@@ -45,6 +61,12 @@ def _tokens(texts: Sequence[str], *, ids: bool) -> Any:
     )
 
 
+def words_of(text: str) -> Counter[str]:
+    """How often each word is in a text."""
+    (found,) = _tokens([text], ids=False)
+    return Counter(found)
+
+
 class Words:
     """Files of `write_words`, which stay on disk.
 
@@ -53,27 +75,84 @@ class Words:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._index: Any = _bm25s().BM25.load(folder, mmap=True, show_progress=False)
+        self._folder = folder
 
-    def search(
-        self, text: str, top_k: int, selected: NDArray[np.bool_] | None = None
-    ) -> tuple[Scores, Rows]:
-        """Rows that share words with a text, best first.
+    @cached_property
+    def _index(self) -> Any:
+        if (self._folder / _NONE).exists():
+            return None
+        return _bm25s().BM25.load(self._folder, mmap=True, show_progress=False)
+
+    @property
+    def num_texts(self) -> int:
+        """With those that have no words; 0 where none has."""
+        return 0 if self._index is None else int(self._index.scores["num_docs"])
+
+    def frequencies(self, words: Iterable[str]) -> dict[str, int]:
+        """In how many texts each word is."""
+        if self._index is None:
+            return dict.fromkeys(words, 0)
+        ends, known = self._index.scores["indptr"], self._index.vocab_dict
+        return {
+            word: int(ends[known[word] + 1] - ends[known[word]]) if word in known else 0
+            for word in words
+        }
+
+    def scores(self, words: Mapping[str, int], rarity: Mapping[str, float]) -> Scores | None:
+        """(rows,) BM25 scores; None where no text has any word.
 
         Args:
-            text: The query.
-            top_k: Rows at most; those without any of its words are never among them.
-            selected: (rows,) those that may be found; None for all.
-
-        Returns:
-            (found,) scores and rows.
+            words: Of the query, and how often each is in it.
+            rarity: Inverse document frequency of each over all that is searched, which takes the place of the one over
+                these texts.
         """
-        (tokens,) = _tokens([text], ids=False)
-        mask = None if selected is None else selected.astype(np.float32)
-        scores: Scores = np.asarray(self._index.get_scores(tokens, weight_mask=mask), np.float32)
-        rows = np.flatnonzero(scores > 0)
-        best = rows[np.lexsort((rows, -scores[rows]))[:top_k]]
-        return scores[best], best.astype(np.int64)
+        if self._index is None:
+            return None
+        own = inverse_frequencies(self.num_texts, self.frequencies(words))
+        total = np.zeros(self.num_texts, np.float32)
+        for word, often in words.items():
+            if word in self._index.vocab_dict:
+                weight = often * rarity[word] / own[word]
+                total += np.float32(weight) * np.asarray(self._index.get_scores([word]))
+        return total
+
+
+def inverse_frequencies(num_texts: int, frequencies: Mapping[str, int]) -> dict[str, float]:
+    """How rare words are: Lucene's logarithm of texts without a word over those with it."""
+    return {
+        word: float(np.log(1 + (num_texts - count + 0.5) / (count + 0.5)))
+        for word, count in frequencies.items()
+    }
+
+
+def best_words(
+    found: Sequence[tuple[Words, int, NDArray[np.bool_] | None]], text: str, top_k: int
+) -> Rows:
+    """Rows of several segments that share words with a text, best first.
+
+    Args:
+        found: Of each segment its words, its first row, and which of its rows may be found (None for all).
+        text: The query.
+        top_k: Rows at most; those without any of its words are never among them.
+    """
+    words, totals, num_texts = words_of(text), Counter[str](), 0
+    for one, _, _ in found:
+        totals.update(one.frequencies(words))
+        num_texts += one.num_texts
+    rarity = inverse_frequencies(num_texts, {word: totals[word] for word in words})
+    rows, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for one, start, selected in found:
+        values = one.scores(words, rarity)
+        if values is None:
+            continue
+        if selected is not None:
+            values = np.where(selected, values, 0)
+        some = np.flatnonzero(values > 0)
+        rows.append(some + start)
+        scores.append(values[some])
+    together, numbers = np.concatenate(scores), np.concatenate(rows)
+    best: Rows = numbers[np.lexsort((numbers, -together))[:top_k]]
+    return best
 
 
 def fused(rankings: Sequence[Sequence[int]], top_k: int) -> list[tuple[int, float]]:

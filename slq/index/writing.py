@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from slq.errors import ArtifactError, ArtifactMismatchError
 from slq.index import codes
 from slq.index.building import Each, build_segment, here, part_rows
-from slq.index.config import IndexConfig
+from slq.index.config import SEARCH_ONLY, IndexConfig
 from slq.index.exact import NO_ROW
 from slq.index.parts import Source
 from slq.index.segment import Segment
@@ -47,7 +47,7 @@ def build(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
         ConfigError: `ivf` has more lists than vectors.
     """
     count, dimension = vectors.shape
-    config.require_room(count)
+    config.require_room(count, dimension)
     index = codes.untrained(config, dimension)
     if config.kind != "flat":
         index.train(vectors)
@@ -82,7 +82,8 @@ class Content:
         """Of what is built, and how; None where nobody told where it comes from."""
         if self.origin is None:
             return None
-        told = [self.origin, self.fingerprint, self.dimension, config.model_dump()]
+        built_by = config.model_dump(exclude=set(SEARCH_ONLY))
+        told = [self.origin, self.fingerprint, self.dimension, built_by]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

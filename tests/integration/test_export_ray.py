@@ -13,7 +13,7 @@ from pipelines.embed import embed
 from pipelines.export import export
 from pipelines.recipe import Recipe
 from slq.engines import engine
-from slq.errors import ArtifactError, ConfigError
+from slq.errors import ArtifactError, ConfigError, DataError
 from slq.index.vectors import unit
 from tests.integration.runs import read_embeddings
 from tests.unit.test_cli import refusal, slq
@@ -59,8 +59,14 @@ def test_the_command_says_what_is_where(embedded: Recipe, tmp_path: Path) -> Non
 
 def test_a_damaged_shard_is_named_and_nothing_is_left(embedded: Recipe, tmp_path: Path) -> None:
     path = sorted(Path(embedded.storage.embeddings, "shards").glob("*.parquet"))[1]
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     for kind in ("npy", "lance"):
         with pytest.raises(ArtifactError, match=rf"shard .*{path.name} does not match its commit"):
             export(embedded.storage.embeddings, engine(kind, str(tmp_path), "out"), retry_s=5)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match=r"out\.lance cannot be opened"):
+        engine("lance", str(tmp_path), "out").fingerprint  # type: ignore[attr-defined]  # noqa: B018
+    path.write_bytes(whole)
+    for kind in ("npy", "lance"):
+        assert export(embedded.storage.embeddings, engine(kind, str(tmp_path), "out"), retry_s=5)

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from slq.engines import ENGINES, Collection, Found, SearchEngine, engine
-from slq.errors import ConfigError, DataError
+from slq.errors import ConfigError, DataError, StorageError
 from tests.unit.index_data import COUNT, DIMENSION, brute_force, stored, table, unit_vectors
 
 QUERIES = unit_vectors(20, seed=1)
@@ -104,6 +104,23 @@ def test_plain_files_hold_vectors_and_items_in_one_order(tmp_path: Path) -> None
     with pytest.raises(DataError, match="5 vectors came instead of 6"):
         list(place("npy", tmp_path, "broken").write(broken))
     assert [path.name for path in (tmp_path / "npy").iterdir()] == ["corpus"]
+
+
+def test_a_place_that_cannot_be_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="plain arrays go into a folder, and s3://x is none"):
+        list(engine("npy", "s3://x", "y").write(collection()))
+    with pytest.raises(StorageError, match=r"Qdrant at http://127\.0\.0\.1:1"):
+        list(engine("qdrant", "http://127.0.0.1:1", "y").write(collection()))
+    with pytest.raises(StorageError, match=r"Milvus at http://127\.0\.0\.1:1"):
+        list(engine("milvus", "http://127.0.0.1:1", "y").write(collection()))
+
+
+def test_a_refused_search_leaves_the_place_to_others(tmp_path: Path) -> None:
+    there = place("qdrant", tmp_path)
+    list(there.write(collection()))
+    with pytest.raises(StorageError, match="Qdrant at"):
+        there.search(unit_vectors(1, dimension=8), 3)
+    assert len(place("qdrant", tmp_path).search(QUERIES[:1], 3)[0]) == 3
 
 
 def test_an_unknown_engine_is_named() -> None:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 import slq.index.segment
-from slq.errors import ArtifactError, StorageError
+from slq.errors import ArtifactError, ConfigError, StorageError
 from slq.index import Content, IndexConfig, VectorIndex, build, codes, write_version
 from slq.index.building import INDEX, PARTITIONS, balanced, here, part_rows
 from slq.index.versions import SEGMENTS
@@ -147,6 +147,7 @@ STEPS = [
     ("learn lists and codes", 0),
     ("put vectors into lists", 2),
     ("write partitions", 1),
+    ("index words", 0),
 ]
 
 
@@ -155,6 +156,7 @@ def test_a_build_that_was_ended_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: int
 ) -> None:
     config, parts = small_partitions(ALL_CODES[3], 150), parts_of(100, 200)
+    config = config.model_copy(update={"words": True})
     whole = written(tmp_path / "whole", config, parts)
     expected = {p.relative_to(whole): p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     source = {"embeddings": [{"location": "x", "sha256": "1"}]}
@@ -199,8 +201,9 @@ def test_a_build_that_was_ended_before_it_was_published_is_not_built_again(
     def interrupted(*_: object) -> IndexConfig:
         raise KeyboardInterrupt
 
+    config = IVF.model_copy(update={"num_probes": 2})  # what only a search depends on may change
     with pytest.raises(KeyboardInterrupt):
-        written(tmp_path, IVF, parts_of(100), origin=source, settle=interrupted)
+        written(tmp_path, config, parts_of(100), origin=source, settle=interrupted)
     (begun,) = (tmp_path / SEGMENTS).iterdir()
 
     def nobody(what: str, *_: object, **__: object) -> list[Any]:
@@ -210,6 +213,47 @@ def test_a_build_that_was_ended_before_it_was_published_is_not_built_again(
     home = written(tmp_path, IVF, parts_of(100), origin=source, each=nobody)
     assert home.stat().st_ino == inode
     assert len(VectorIndex(tmp_path)) == COUNT
+    assert VectorIndex(tmp_path).manifest.config["num_probes"] == IVF.num_probes
+
+
+@pytest.mark.parametrize(
+    ("update", "problem"),
+    [
+        (
+            {"codes": "pq4", "dimension": 20},
+            "vectors of 20 values cannot be cut into 3 equal parts",
+        ),
+        (
+            {"rotation": "opq", "count": 200},
+            "opq is learnt from 256 vectors at least, and there are",
+        ),
+        ({"num_lists": 401}, "num_lists is 401, but there are only 400 vectors"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_read(
+    tmp_path: Path, update: dict[str, Any], problem: str
+) -> None:
+    dimension, count = update.pop("dimension", DIMENSION), update.pop("count", COUNT)
+
+    def nobody(what: str, *_: object, **__: object) -> list[Any]:
+        raise AssertionError(what)
+
+    config = IVF.model_copy(update=update)
+    content = Content([Given(table(count))], dimension, "3f2a", {"embeddings": []})
+    with pytest.raises(ConfigError, match=problem):
+        write_version(tmp_path, content, config, each=nobody)
+    assert not list((tmp_path / SEGMENTS).iterdir())
+
+
+def test_what_killed_tasks_left_is_not_published(tmp_path: Path) -> None:
+    source = {"embeddings": [{"sha256": "1"}]}
+    with pytest.raises(StorageError):
+        written(tmp_path, IVF, parts_of(100), origin=source, each=Failing("write partitions", 0))
+    (begun,) = (tmp_path / SEGMENTS).iterdir()
+    for place in ("parts/.00001.a1.partial", ".words.a2.partial", "partitions/.0000.a3.partial"):
+        (begun / place).mkdir(parents=True)
+    home = written(tmp_path, IVF, parts_of(100), origin=source)
+    assert not list(home.rglob("*.partial"))
 
 
 def test_damage_between_building_and_publishing_is_found(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Items that lie beside an index: an encoder that embeds them otherwise is refused, whatever its fingerprint says."""
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def test_an_encoder_that_embeds_the_items_as_they_are_stored_may_ask(tmp_path: P
     version = with_canary(tmp_path)
     assert require_canary(tmp_path, version, Encoder(lambda same: same)) == 4
     assert require_canary(tmp_path, version, Encoder(turned(0.02))) == 4  # as other hardware may
+    with pytest.raises(ArtifactMismatchError, match=r"embeds item 'c2' otherwise .* cosine nan"):
+        require_canary(tmp_path, version, Encoder(turned(math.nan)))
     with pytest.raises(
         ArtifactMismatchError,
         match=r"embeds item 'c2' otherwise than index .*v000001.*cosine 0\.\d+",

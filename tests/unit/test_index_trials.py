@@ -97,7 +97,7 @@ def test_trials_measure_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slq.index.trials, "_FEW_ROWS", 100)
     monkeypatch.setattr(slq.index.trials, "_PROBES", (1, 8))
     monkeypatch.setattr(slq.index.trials, "_OVERSAMPLES", (1.0, 16.0))
-    config = IndexConfig(goal=goal(num_queries=40))
+    config = IndexConfig(goal=goal(num_queries=40), words=True)
     queries = unit_vectors(40, seed=1)
     trials = run_trials(vectors(), queries, config, 4 * COUNT)
     kinds = dict.fromkeys(one.config.codes for one in trials)
@@ -109,6 +109,7 @@ def test_trials_measure_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         assert few.config.num_probes == 1
         assert few.memory == many.memory == memory_of(many.config, 4 * COUNT, DIMENSION), codes
         assert few.config.goal == config.goal
+        assert few.config.words
         assert few.config.num_lists == 4 * COUNT // 39  # of the whole, not of the sample
     lists = by_codes["pq4"][0].config.num_lists
     assert by_codes["pq4"][0].memory == 4 * COUNT * (2 + 8) + 4 * lists * DIMENSION

@@ -10,7 +10,14 @@ import pytest
 from slq.arrow import vector_column
 from slq.errors import DataError
 from slq.index import Content, IndexConfig, VectorIndex, append, compact, delete, write_version
-from slq.index.words import Words, fused, write_words
+from slq.index.words import (
+    Words,
+    best_words,
+    fused,
+    inverse_frequencies,
+    words_of,
+    write_words,
+)
 from tests.unit.index_data import COUNT, DIMENSION, Given, published, table, unit_vectors
 
 TEXTS = [
@@ -53,25 +60,66 @@ def ranked(query: str) -> list[int]:
     return sorted((n for n, value in enumerate(scores) if value), key=lambda n: (-scores[n], n))
 
 
+def scores_of(words: Words, query: str) -> list[float]:
+    counts = words_of(query)
+    rarity = inverse_frequencies(words.num_texts, words.frequencies(counts))
+    scores = words.scores(counts, rarity)
+    assert scores is not None
+    found: list[float] = scores.tolist()
+    return found
+
+
 @pytest.mark.parametrize(
     "query", ["fox", "a red bee", "Castle, castle!", "SCHL\u00d6SSER", "unknown"]
 )
 def test_scores_are_those_of_the_formula(tmp_path: Path, query: str) -> None:
     write_words(tmp_path, TEXTS)
-    scores, rows = Words(tmp_path).search(query, 10)
-    expected, wanted = bm25(query), ranked(query)
-    assert rows.tolist() == wanted
-    # A text without words counts as one empty word here, so lengths differ a little from the formula.
-    np.testing.assert_allclose(scores, [expected[n] for n in wanted], rtol=0.1)
+    words = Words(tmp_path)
+    np.testing.assert_allclose(scores_of(words, query), bm25(query), rtol=1e-5)
+    assert best_words([(words, 0, None)], query, 10).tolist() == ranked(query)
 
 
 def test_only_selected_rows_are_found(tmp_path: Path) -> None:
     write_words(tmp_path, TEXTS)
+    words = Words(tmp_path)
     selected = np.array([False, True, True, True, True, True, True])
     everything = ranked("a red fox")
     assert everything[0] == 0
-    assert Words(tmp_path).search("a red fox", 10, selected)[1].tolist() == everything[1:]
-    assert Words(tmp_path).search("a red fox", 1)[1].tolist() == [0]
+    assert best_words([(words, 0, selected)], "a red fox", 10).tolist() == everything[1:]
+    assert best_words([(words, 0, None)], "a red fox", 1).tolist() == [0]
+
+
+def test_segments_are_scored_as_if_they_were_one(tmp_path: Path) -> None:
+    """A word that is rare over all is rare in a segment of one text, where every word is in all texts."""
+    many = [f"a red fox number {n}" for n in range(200)]
+    found = []
+    for number, texts in enumerate((many, ["red zebrafish"], [None, ""])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_words(folder, texts)
+        found.append((Words(folder), (0, 200, 201)[number], None))
+    assert best_words(found, "red zebrafish", 5).tolist()[0] == 200
+    together = tmp_path / "together"
+    together.mkdir()
+    write_words(together, [*many, "red zebrafish"])
+    counts = words_of("red zebrafish")
+    whole = scores_of(Words(together), "red zebrafish")
+    rarity = inverse_frequencies(201, {"red": 201, "zebrafish": 1})
+    one = found[1][0].scores(counts, rarity)
+    assert one is not None
+    assert one[0] == pytest.approx(
+        whole[200], rel=0.35
+    )  # lengths are compared with those of a segment
+
+
+@pytest.mark.parametrize("query", ["", "!!!", "fox"])
+def test_nothing_is_found_by_no_words_or_in_none(tmp_path: Path, query: str) -> None:
+    write_words(tmp_path, [None, "", "  "])
+    assert best_words([(Words(tmp_path), 0, None)], query, 5).tolist() == []
+    other = tmp_path / "other"
+    other.mkdir()
+    write_words(other, TEXTS)
+    assert len(best_words([(Words(other), 0, None)], query, 5)) == (3 if query == "fox" else 0)
 
 
 def test_reciprocal_ranks_are_summed() -> None:

@@ -63,6 +63,8 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     assert "give --like, or a text and an image, not both" in text
     text = refusal("search", "a fox", "--url", "http://127.0.0.1:1", "--where", "true")
     assert "--exact and --hybrid search an index folder: give --index" in text
+    text = refusal("search", "--index", tmp_path, "--like", "item-7", "--hybrid")
+    assert "--hybrid ranks by the words of a text: give one" in text
     (tmp_path / "ids.txt").write_text("item-1\n")
     with pytest.raises(ConfigError, match="at most one of --append, --delete and --compact"):
         change_of("x", tmp_path / "ids.txt", compact=False)
