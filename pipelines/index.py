@@ -9,7 +9,7 @@ from typing import TypeVar
 from pipelines.choosing import CHOICE, Choice, choice_name
 from pipelines.embeddings import open_embeddings
 from pipelines.recipe import Recipe
-from pipelines.tasks import cluster_errors, collect_windowed
+from pipelines.tasks import Countdown, cluster_errors, collect_windowed
 from slq.errors import ArtifactError
 from slq.index import Content, append, compact, current_version, delete, write_version
 from slq.index.building import Each, here
@@ -70,7 +70,19 @@ def grow(recipe: Recipe, location: str) -> Path:
 def _workers(recipe: Recipe) -> Each:
     """Ray tasks, or this process where one worker is enough: it uses all cores."""
     workers = recipe.resources.index_workers
-    return here if workers == 1 else partial(each_in_tasks, workers)
+    return each_here if workers == 1 else partial(each_in_tasks, workers)
+
+
+def each_here(what: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
+    """`slq.index.building.here` with a line of progress where a step takes longer than a second."""
+    countdown = Countdown(f"index {what}", len(arguments), quiet_s=1.0)
+
+    def counted(argument: A) -> R:
+        result = function(argument)
+        countdown.ended()
+        return result
+
+    return here(what, counted, arguments)
 
 
 def each_in_tasks(
@@ -92,7 +104,7 @@ def each_in_tasks(
     task = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_called)
     starting = (task.remote(function, argument) for argument in arguments)
     with cluster_errors():
-        return collect_windowed(starting, len(arguments), what, workers)
+        return collect_windowed(starting, len(arguments), f"index {what}", workers)
 
 
 def _called(function: Callable[[A], R], argument: A) -> R:

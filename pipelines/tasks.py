@@ -1,5 +1,6 @@
 """Work in Ray tasks: how it is cut, and waiting for the results with a line of progress."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,32 @@ def collect(tasks: list[Any], what: str) -> list[Any]:
     return collect_windowed(iter(tasks), len(tasks), what, len(tasks))
 
 
+class Countdown:
+    """A line of progress as parts of a step end, at most one a second, and one at the end.
+
+    Args:
+        what: What is done, for people.
+        count: Parts.
+        quiet_s: Before the first line; a step that takes no longer shows none.
+    """
+
+    def __init__(self, what: str, count: int, *, quiet_s: float = 0.0) -> None:
+        self._what, self._count, self._ended = what, count, 0
+        self._started = time.monotonic()
+        self._next = self._started + quiet_s
+        self._counting = threading.Lock()
+
+    def ended(self, number: int = 1) -> None:
+        """So many more have; any thread may say so."""
+        with self._counting:
+            self._ended += number
+            now, left = time.monotonic(), self._count - self._ended
+            if now >= self._next or (not left and self._next > self._started + _SHOW_EVERY_S):
+                self._next = now + _SHOW_EVERY_S
+                eta = (now - self._started) / self._ended * left
+                show(f"{self._what} {self._ended}/{self._count}  ETA {duration(eta)}")
+
+
 def collect_windowed(starting: Iterator[Any], count: int, what: str, at_once: int) -> list[Any]:
     """The same of tasks that are started as others end.
 
@@ -43,7 +70,7 @@ def collect_windowed(starting: Iterator[Any], count: int, what: str, at_once: in
 
     tasks: list[Any] = []
     waiting: list[Any] = []
-    started, shown = time.monotonic(), -_SHOW_EVERY_S
+    countdown = Countdown(what, count)
     try:
         while len(tasks) < count or waiting:
             fresh = list(islice(starting, at_once - len(waiting)))
@@ -51,10 +78,7 @@ def collect_windowed(starting: Iterator[Any], count: int, what: str, at_once: in
             waiting += fresh
             ready, waiting = ray.wait(waiting, num_returns=1)
             ray.get(ready)  # raises what ended it
-            ended, now = len(tasks) - len(waiting), time.monotonic()
-            if now - shown >= _SHOW_EVERY_S or ended == count:
-                shown, eta = now, (now - started) / ended * (count - ended)
-                show(f"{what} {ended}/{count}  ETA {duration(eta)}")
+            countdown.ended(len(ready))
         results: list[Any] = ray.get(tasks)
     except BaseException as error:
         _end(waiting)  # they would only fail too, one after the other

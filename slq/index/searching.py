@@ -157,11 +157,10 @@ class VectorIndex:
             raise DataError(f"there are {len(words)} texts for {len(rows)} queries")
         sums = np.full((len(rows), depth), -np.inf, np.float32)
         joined = np.full((len(rows), depth), NO_ROW, np.int64)
-        searched = [
+        segments = [
             (*segment.words(where), int(start))
             for segment, start in zip(self._segments, self._starts, strict=False)
         ]
-        segments = [(words_of, start, mask) for words_of, mask, start in searched]
         for number, text in enumerate(words):
             by_vector = rows[number][rows[number] != NO_ROW].tolist()
             by_words = best_words(segments, text, max(depth, _FUSED_DEPTH)).tolist()

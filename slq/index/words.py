@@ -126,12 +126,12 @@ def inverse_frequencies(num_texts: int, frequencies: Mapping[str, int]) -> dict[
 
 
 def best_words(
-    found: Sequence[tuple[Words, int, NDArray[np.bool_] | None]], text: str, top_k: int
+    found: Sequence[tuple[Words, NDArray[np.bool_] | None, int]], text: str, top_k: int
 ) -> Rows:
     """Rows of several segments that share words with a text, best first.
 
     Args:
-        found: Of each segment its words, its first row, and which of its rows may be found (None for all).
+        found: Of each segment its words, which of its rows may be found (None for all), and its first row.
         text: The query.
         top_k: Rows at most; those without any of its words are never among them.
     """
@@ -141,7 +141,7 @@ def best_words(
         num_texts += one.num_texts
     rarity = inverse_frequencies(num_texts, {word: totals[word] for word in words})
     rows, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for one, start, selected in found:
+    for one, selected, start in found:
         values = one.scores(words, rarity)
         if values is None:
             continue

@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_formula(tmp_path: Path, query: str) -> None:
     write_words(tmp_path, TEXTS)
     words = Words(tmp_path)
     np.testing.assert_allclose(scores_of(words, query), bm25(query), rtol=1e-5)
-    assert best_words([(words, 0, None)], query, 10).tolist() == ranked(query)
+    assert best_words([(words, None, 0)], query, 10).tolist() == ranked(query)
 
 
 def test_only_selected_rows_are_found(tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_only_selected_rows_are_found(tmp_path: Path) -> None:
     selected = np.array([False, True, True, True, True, True, True])
     everything = ranked("a red fox")
     assert everything[0] == 0
-    assert best_words([(words, 0, selected)], "a red fox", 10).tolist() == everything[1:]
-    assert best_words([(words, 0, None)], "a red fox", 1).tolist() == [0]
+    assert best_words([(words, selected, 0)], "a red fox", 10).tolist() == everything[1:]
+    assert best_words([(words, None, 0)], "a red fox", 1).tolist() == [0]
 
 
 def test_segments_are_scored_as_if_they_were_one(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_segments_are_scored_as_if_they_were_one(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         write_words(folder, texts)
-        found.append((Words(folder), (0, 200, 201)[number], None))
+        found.append((Words(folder), None, (0, 200, 201)[number]))
     assert best_words(found, "red zebrafish", 5).tolist()[0] == 200
     together = tmp_path / "together"
     together.mkdir()
@@ -115,11 +115,11 @@ def test_segments_are_scored_as_if_they_were_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("query", ["", "!!!", "fox"])
 def test_nothing_is_found_by_no_words_or_in_none(tmp_path: Path, query: str) -> None:
     write_words(tmp_path, [None, "", "  "])
-    assert best_words([(Words(tmp_path), 0, None)], query, 5).tolist() == []
+    assert best_words([(Words(tmp_path), None, 0)], query, 5).tolist() == []
     other = tmp_path / "other"
     other.mkdir()
     write_words(other, TEXTS)
-    assert len(best_words([(Words(other), 0, None)], query, 5)) == (3 if query == "fox" else 0)
+    assert len(best_words([(Words(other), None, 0)], query, 5)) == (3 if query == "fox" else 0)
 
 
 def test_reciprocal_ranks_are_summed() -> None:
