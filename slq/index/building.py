@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from slq.errors import DataError
 from slq.index import codes
+from slq.index.arrays import read_array
 from slq.index.checks import STAMPS, Digest, digested, stamp, stamped
 from slq.index.config import IndexConfig
 from slq.index.items import Items
@@ -237,7 +238,8 @@ def _coded_edges(build: Build, dimension: int, each: Each) -> list[int]:
     """Train and code, then the first list of each partition, and the end."""
     each("learn lists and codes", partial(_write_trained, build), [dimension])
     each("put vectors into lists", partial(_write_codes, build), range(build.num_parts))
-    sizes = sum(np.diff(np.load(build.coded(n) / _ENDS), prepend=0) for n in range(build.num_parts))
+    ends = [read_array(build.coded(number) / _ENDS) for number in range(build.num_parts)]
+    sizes = np.sum([np.diff(one, prepend=0) for one in ends], axis=0)
     return balanced(sizes, build.config.partition_rows(dimension))
 
 
@@ -352,10 +354,10 @@ def _coded_range(
     folder: Path, start: int, stop: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
     """Lists, rows and codes of a part, of the lists from `start` to `stop`."""
-    ends = [0, *np.load(folder / _ENDS).tolist()]
+    ends = [0, *read_array(folder / _ENDS).tolist()]
     low, high = ends[start], ends[stop]
     sizes = np.diff(ends[start : stop + 1])
-    rows, coded = (np.load(folder / name, mmap_mode="r") for name in (_ROWS, _CODES))
+    rows, coded = (read_array(folder / name) for name in (_ROWS, _CODES))
     return np.repeat(np.arange(start, stop), sizes), rows[low:high], coded[low:high]
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from slq.errors import DataError
+from slq.index.arrays import read_array
 from slq.index.exact import NO_ROW, Rows
 
 ITEMS = "items.arrow"
@@ -102,9 +103,7 @@ class Items:
     def __init__(self, folders: Sequence[Path]) -> None:
         tables = [_open(folder / ITEMS) for folder in folders]
         self.table = pa.concat_tables(tables)
-        self._order: list[NDArray[np.uint64]] = [
-            np.load(folder / IDS, mmap_mode="r", allow_pickle=False) for folder in folders
-        ]
+        self._order: list[NDArray[np.uint64]] = [read_array(folder / IDS) for folder in folders]
         self._batches = [table.to_batches() for table in tables]
         self._starts = np.cumsum([0, *(table.num_rows for table in tables)])
         self._columns = [name for name in self.table.column_names if name != ROW]

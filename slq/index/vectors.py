@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slq.errors import DataError
+from slq.index.arrays import read_array
 from slq.index.exact import Block, Rows
 
 VECTORS = "vectors.npy"
@@ -77,9 +78,7 @@ class StoredVectors:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files: list[NDArray[np.float16]] = [
-            np.load(path, mmap_mode="r", allow_pickle=False) for path in paths
-        ]
+        self._files: list[NDArray[np.float16]] = [read_array(path) for path in paths]
         self._starts = np.cumsum([0, *(len(file) for file in self._files)])
 
     def __len__(self) -> int:

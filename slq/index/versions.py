@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from slq.errors import ArtifactError, ConfigError, DataError, StorageError
 from slq.files import file_sha256, read_json, sync, write_json
+from slq.index.arrays import read_array
 from slq.index.building import PARTITIONS, PARTS
 from slq.index.checks import Digest, require_file, require_files
 from slq.index.config import IndexConfig
@@ -425,6 +426,6 @@ def open_segments(
         deleted: NDArray[np.int64] = np.zeros(0, np.int64)
         if one.deleted_sha256 is not None:
             path = folder / manifest.version / deleted_name(one.name)
-            deleted = np.load(path, allow_pickle=False)
+            deleted = read_array(path, mapped=False)
         found.append(Segment(folder / SEGMENTS / one.name, config, deleted))
     return found

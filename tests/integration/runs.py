@@ -69,6 +69,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def enlarge(folder: Path) -> None:
-    """Give a `small_disk` 64 MiB."""
-    subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+def enlarge(folder: Path, size: str = "64m") -> None:
+    """Give a `small_disk` 64 MiB, or as much as `mount` is told."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

@@ -93,6 +93,7 @@ def test_a_full_disk_while_publishing_leaves_the_old_index_in_place(
     recipe = changed(clean, storage={"dir": small_disk / "run"})
     recipe.storage.dir.mkdir()
     folder(recipe).symlink_to(clean.storage.embeddings)
+    enlarge(small_disk, "400k")
     index(recipe)
 
     def answer() -> list[list[Hit]]:

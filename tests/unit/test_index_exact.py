@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from slq.errors import DataError
 from slq.index import items as items_module
+from slq.index.arrays import read_array
 from slq.index.exact import NO_ROW, best, exact_search
 from slq.index.items import IDS, ITEMS, Items, ItemsWriter, id_digests, write_order
 from slq.index.vectors import StoredVectors, VectorsWriter, unit
@@ -174,3 +176,11 @@ def test_memory_of_a_lookup_does_not_grow_with_items(tmp_path: Path) -> None:
     assert small[0] == sum(range(0, counts[0], counts[0] // 100))
     assert large[0] == sum(range(0, counts[1], counts[1] // 100))
     assert large[1] < small[1] + 200_000  # a list of all ids would take some 15 MB
+
+
+def test_arrays_are_read_from_many_threads_at_once(tmp_path: Path) -> None:
+    """numpy parses headers as Python, and the parser of Python 3.11.2 is not safe there."""
+    np.save(tmp_path / "a.npy", np.arange(10))
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(lambda _: int(read_array(tmp_path / "a.npy").sum()), range(2000)))
+    assert set(sums) == {45}
