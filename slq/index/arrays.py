@@ -21,7 +21,7 @@ def read_array(path: Path, *, mapped: bool = True) -> NDArray[Any]:
         OSError: It cannot be read.
         ValueError: It is no such file.
     """
-    # numpy parses the header as Python, and parsers of Python 3.11.2 that run at once in two threads fail.
+    # numpy parses the header as Python, and parsers of Python 3.11 that run in two threads at once may fail.
     with _parsing:
         found: NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         return found
