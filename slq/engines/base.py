@@ -1,14 +1,15 @@
 """What every engine is given, and what it answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from slq.errors import ConfigError
+from slq.errors import ConfigError, StorageError
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,31 @@ class SearchEngine(Engine):
         Raises:
             DataError: The place was not written by slq.
         """
+
+
+@contextmanager
+def opened(
+    where: str, connect: Callable[[], Any], errors: tuple[type[Exception], ...]
+) -> Iterator[Any]:
+    """A client that is closed in any case, and whose errors are ours.
+
+    Args:
+        where: What it reaches, for people.
+        connect: Makes it.
+        errors: What it raises where the place cannot be reached, or refuses.
+
+    Raises:
+        StorageError: One of these was raised.
+    """
+    client = None
+    try:
+        client = connect()
+        yield client
+    except errors as error:
+        raise StorageError(f"{where}: {error}") from None
+    finally:
+        if client is not None:
+            client.close()
 
 
 def missing(package: str, extra: str) -> ConfigError:

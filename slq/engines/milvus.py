@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slq.engines.base import Collection, Found, SearchEngine, missing
-from slq.errors import ConfigError, DataError, StorageError
+from slq.engines.base import Collection, Found, SearchEngine, missing, opened
+from slq.errors import ConfigError, DataError
 from slq.index.parts import EMBEDDING, matrix
 from slq.index.vectors import unit
 
@@ -106,15 +106,13 @@ class Milvus(SearchEngine):
             from pymilvus.exceptions import MilvusException
         except ModuleNotFoundError:
             raise missing("pymilvus", "milvus") from None
-        client: Any = None
-        try:
-            client = MilvusClient(self.target, token=os.environ.get(TOKEN, ""))
+
+        def connect() -> Any:
+            return MilvusClient(self.target, token=os.environ.get(TOKEN, ""))
+
+        errors = (MilvusException, OSError)
+        with opened(f"Milvus at {self.target}", connect, errors) as client:
             yield client
-        except (MilvusException, OSError) as error:
-            raise StorageError(f"Milvus at {self.target}: {error}") from None
-        finally:
-            if client is not None:
-                client.close()
 
 
 def _known(row: dict[str, Any]) -> dict[str, Any]:

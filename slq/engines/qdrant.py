@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slq.engines.base import Collection, Found, SearchEngine, missing
-from slq.errors import ConfigError, DataError, StorageError
+from slq.engines.base import Collection, Found, SearchEngine, missing, opened
+from slq.errors import ConfigError, DataError
 from slq.index.parts import EMBEDDING, matrix
 from slq.index.vectors import unit
 
@@ -117,20 +117,16 @@ class Qdrant(SearchEngine):
             from qdrant_client.http.exceptions import ApiException
         except ModuleNotFoundError:
             raise missing("qdrant-client", "qdrant") from None
-        client: Any = None
-        try:
-            if "://" in self.target:
-                client = QdrantClient(
-                    url=self.target, api_key=os.environ.get(KEY), check_compatibility=False
-                )
-            else:
-                client = QdrantClient(path=self.target)
+
+        def connect() -> Any:
+            if "://" not in self.target:
+                return QdrantClient(path=self.target)
+            key = os.environ.get(KEY)
+            return QdrantClient(url=self.target, api_key=key, check_compatibility=False)
+
+        errors = (ApiException, OSError, RuntimeError, ValueError)
+        with opened(f"Qdrant at {self.target}", connect, errors) as client:
             yield client, models
-        except (ApiException, OSError, RuntimeError, ValueError) as error:
-            raise StorageError(f"Qdrant at {self.target}: {error}") from None
-        finally:
-            if client is not None:
-                client.close()
 
 
 def point_id(item_id: str) -> str:
