@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from jobs.bench.index.build import measure_memory, measure_scaling
 from jobs.bench.index.curve import write_curve
-from jobs.bench.index.data import ShiftedSet
+from jobs.bench.index.data import EmbeddedSet, SearchedSet, ShiftedSet
 from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, ours
 from jobs.bench.measure import hardware
+from slq.errors import ConfigError
 from slq.index import IndexConfig
 from slq.index.codes import threads
 from slq.index.trials import recall_of
@@ -34,31 +35,45 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
     Args:
         arguments: Of the command line, after the benchmark's name.
+
+    Raises:
+        ConfigError: Options do not belong together, or hnswlib is not installed.
     """
     parser = argparse.ArgumentParser(prog="slq bench index", description=__doc__)
     parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
     parser.add_argument("--rows", type=int, default=200_000, help="images of the synthetic set")
     parser.add_argument("--dimension", type=int, default=896)
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        help="search what it has embedded, by its text queries (only --part search)",
+    )
     parser.add_argument("--queries", type=int, default=1000, help="texts that ask")
     parser.add_argument("--lists", type=int, default=1024)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
     parser.add_argument("--out", type=Path, help="write index.json and index.png into this folder")
     options = parser.parse_args(arguments)
-    data = ShiftedSet(options.rows, options.dimension)
+    if options.recipe is not None and set(options.part or ()) - {"search"}:
+        raise ConfigError(
+            "--recipe goes with --part search; the other parts need a set of any size"
+        )
+    synthetic = ShiftedSet(options.rows, options.dimension)
+    data = synthetic if options.recipe is None else EmbeddedSet.of(options.recipe)
+    parts = options.part or (PARTS if options.recipe is None else PARTS[:1])
     found: dict[str, Any] = {
         "bench": "index",
         "hardware": hardware(torch.device("cpu")),
-        "rows": options.rows,
-        "dimension": options.dimension,
+        "rows": data.num_rows,
+        "dimension": data.dimension,
     }
     with tempfile.TemporaryDirectory(prefix="slq-bench-") as name:
         folder = Path(name)
-        for part in options.part or PARTS:
+        for part in parts:
             if part == "search":
                 found |= _search(folder, data, options)
             elif part == "scaling":
-                found[part] = measure_scaling(folder, data, options.lists, options.repeats)
+                found[part] = measure_scaling(folder, synthetic, options.lists, options.repeats)
             else:
                 sizes = [options.rows // 20, options.rows, 5 * options.rows]
                 found[part] = measure_memory(folder, sizes, options.dimension, options.lists)
@@ -70,12 +85,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def _search(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> dict[str, Any]:
+def _search(folder: Path, data: SearchedSet, options: argparse.Namespace) -> dict[str, Any]:
     queries = data.texts(options.queries)
     points = _points(folder, data, options.lists, max(options.threads))
     truth = points[0].search(queries, TOP_K)
     return {
-        "queries": options.queries,
+        "queries": len(queries),
         "threads": {
             str(count): _measured(points, queries, truth, count, options.repeats)
             for count in options.threads
@@ -83,7 +98,7 @@ def _search(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> dict
     }
 
 
-def _points(folder: Path, data: ShiftedSet, num_lists: int, num_threads: int) -> list[Point]:
+def _points(folder: Path, data: SearchedSet, num_lists: int, num_threads: int) -> list[Point]:
     shared = {"kind": "ivf", "num_lists": num_lists}
     configs = {
         "pq4": IndexConfig.model_validate({**shared, "codes": "pq4", "rotation": "opq"}),

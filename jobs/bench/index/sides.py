@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jobs.bench.index.data import ShiftedSet
+from jobs.bench.index.data import SearchedSet
 from slq.errors import ConfigError
 from slq.index import Content, IndexConfig, VectorIndex, write_version
 from slq.index.segment import Segment
@@ -41,7 +41,7 @@ class Point:
 class Rows:
     """The set as a source."""
 
-    data: ShiftedSet
+    data: SearchedSet
 
     @property
     def num_rows(self) -> int:
@@ -95,7 +95,7 @@ def num_threads_of() -> int:
     return int(faiss.omp_get_max_threads())
 
 
-def ours(folder: Path, data: ShiftedSet, config: IndexConfig) -> list[Point]:
+def ours(folder: Path, data: SearchedSet, config: IndexConfig) -> list[Point]:
     """A segment, searched with more and more lists and candidates."""
     write_version(folder, Content([Rows(data)], data.dimension, "bench"), config)
     (record,) = VectorIndex(folder).manifest.segments
@@ -119,7 +119,7 @@ def ours(folder: Path, data: ShiftedSet, config: IndexConfig) -> list[Point]:
     return [point(n, depth) for n in probes for depth in depths]
 
 
-def matrix_of(data: ShiftedSet) -> NDArray[np.float32]:
+def matrix_of(data: SearchedSet) -> NDArray[np.float32]:
     """(rows, dimension) float32 unit vectors as an index sees them: rounded to float16, then of norm one."""
     whole = np.empty((data.num_rows, data.dimension), np.float32)
     start = 0
