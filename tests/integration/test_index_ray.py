@@ -151,9 +151,16 @@ def test_a_killed_task_is_done_again_and_the_index_is_the_same(tmp_path: Path) -
     rows = table(90, seed=3, first=400)
     write_version(tmp_path / "whole", content(Given(rows)), CODED)
 
-    def deadly(what: str, function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    def deadly(
+        what: str,
+        function: Callable[[Any], Any],
+        arguments: Sequence[Any],
+        *,
+        device: str = "cpu",
+    ) -> list[Any]:
         mark = tmp_path / what.replace(" ", "-")
-        return each_in_tasks(2, what, partial(killed_once, mark, function), arguments)
+        task = partial(killed_once, mark, function)
+        return each_in_tasks(2, what, task, arguments, device=device)
 
     reader = Deadly(rows, tmp_path / "reader-died")
     write_version(tmp_path / "killed", content(reader), CODED, each=deadly)

@@ -13,18 +13,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.bench.index.build import measure_memory, measure_scaling
+from jobs.bench.index.build import measure_device, measure_memory, measure_scaling
 from jobs.bench.index.curve import write_curve
 from jobs.bench.index.data import ShiftedSet
-from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, ours
+from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, on_gpu, ours
 from jobs.bench.measure import hardware
+from slq.errors import ConfigError
 from slq.index import IndexConfig
 from slq.index.codes import threads
+from slq.index.config import CPU
+from slq.index.devices import device_of
 from slq.index.trials import recall_of
 
-PARTS = ("search", "scaling", "memory")
+PARTS = ("search", "scaling", "memory", "device")
 TOP_K = 10
 TARGETS = (0.95, 0.98)
+_SIDES = {
+    "hnswlib": {"hnswlib"},
+    "ours": {"pq4 opq", "rabitq random"},
+    "gpu": {"gpu flat", "gpu float16", "gpu int8"},
+}
+_RATIOS = (("ours", "flat"), ("ours", "hnswlib"), ("gpu", "flat"), ("gpu", "ours"))
 _QUICK_S = 0.3  # a point's rate, to see which one to measure well
 _FP16_BYTES = 2
 
@@ -36,29 +45,39 @@ def run(arguments: list[str]) -> dict[str, Any]:
         arguments: Of the command line, after the benchmark's name.
     """
     parser = argparse.ArgumentParser(prog="slq bench index", description=__doc__)
-    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=PARTS,
+        help="repeatable; all by default, `device` with a GPU only",
+    )
     parser.add_argument("--rows", type=int, default=200_000, help="images of the synthetic set")
     parser.add_argument("--dimension", type=int, default=896)
     parser.add_argument("--queries", type=int, default=1000, help="texts that ask")
     parser.add_argument("--lists", type=int, default=1024)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default=CPU, help="cuda: measure a GPU too")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
     parser.add_argument("--out", type=Path, help="write index.json and index.png into this folder")
     options = parser.parse_args(arguments)
+    parts = _parts(options.part, options.device)
     data = ShiftedSet(options.rows, options.dimension)
     found: dict[str, Any] = {
         "bench": "index",
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware(torch.device(options.device if torch.cuda.is_available() else CPU)),
         "rows": options.rows,
         "dimension": options.dimension,
     }
     with tempfile.TemporaryDirectory(prefix="slq-bench-") as name:
         folder = Path(name)
-        for part in options.part or PARTS:
+        for part in parts:
             if part == "search":
                 found |= _search(folder, data, options)
             elif part == "scaling":
                 found[part] = measure_scaling(folder, data, options.lists, options.repeats)
+            elif part == "device":
+                asked = (options.device, options.lists, options.repeats)
+                found[part] = measure_device(folder, data, *asked)
             else:
                 sizes = [options.rows // 20, options.rows, 5 * options.rows]
                 found[part] = measure_memory(folder, sizes, options.dimension, options.lists)
@@ -70,9 +89,24 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
+def _parts(asked: Sequence[str] | None, device: str) -> Sequence[str]:
+    """What is measured.
+
+    Raises:
+        ConfigError: The GPU's part is asked for without a GPU.
+        HardwareError: The GPU is not here, or faiss has no code for it.
+    """
+    device_of(device, "--device")
+    if device != CPU:
+        return asked or PARTS
+    if "device" in (asked or ()):
+        raise ConfigError("--part device compares a GPU with the CPU; add --device cuda")
+    return asked or [part for part in PARTS if part != "device"]
+
+
 def _search(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> dict[str, Any]:
     queries = data.texts(options.queries)
-    points = _points(folder, data, options.lists, max(options.threads))
+    points = _points(folder, data, options)
     truth = points[0].search(queries, TOP_K)
     return {
         "queries": options.queries,
@@ -83,15 +117,22 @@ def _search(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> dict
     }
 
 
-def _points(folder: Path, data: ShiftedSet, num_lists: int, num_threads: int) -> list[Point]:
-    shared = {"kind": "ivf", "num_lists": num_lists}
+def _points(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> list[Point]:
+    shared = {"kind": "ivf", "num_lists": options.lists}
     configs = {
-        "pq4": IndexConfig.model_validate({**shared, "codes": "pq4", "rotation": "opq"}),
-        "rabitq": IndexConfig.model_validate({**shared, "codes": "rabitq", "rotation": "random"}),
+        "pq4 opq": IndexConfig.model_validate({**shared, "codes": "pq4", "rotation": "opq"}),
+        "rabitq random": IndexConfig.model_validate(
+            {**shared, "codes": "rabitq", "rotation": "random"}
+        ),
     }
+    if options.device != CPU:
+        configs |= on_gpu(options.device, options.lists)
+    num_threads = max(options.threads)
     with threads(num_threads):
         found = [
-            point for name, config in configs.items() for point in ours(folder / name, data, config)
+            point
+            for name, config in configs.items()
+            for point in ours(folder / name, data, name, config)
         ]
         vectors = matrix_of(data)
         return [flat(vectors), *hnswlib_points(vectors, num_threads), *found]
@@ -141,7 +182,7 @@ def _at_target(
 ) -> dict[str, Any]:
     """The fastest point of each side that reaches a recall, measured in turn; ratios are medians over rounds."""
     chosen = {"flat": 0}
-    for side, of_side in {"hnswlib": {"hnswlib"}, "ours": {"pq4 opq", "rabitq random"}}.items():
+    for side, of_side in _SIDES.items():
         good = [
             n for n, row in enumerate(rows) if row["side"] in of_side and row["recall"] >= target
         ]
@@ -155,10 +196,10 @@ def _at_target(
         side: {**rows[number], "qps": round(statistics.median(rates[side]), 1)}
         for side, number in chosen.items()
     }
-    for other in ("flat", "hnswlib"):
-        if "ours" in rates and other in rates:
-            ratios = [a / b for a, b in zip(rates["ours"], rates[other], strict=True)]
-            result[f"ours_to_{other}"] = round(statistics.median(ratios), 2)
+    for side, other in _RATIOS:
+        if side in rates and other in rates:
+            ratios = [a / b for a, b in zip(rates[side], rates[other], strict=True)]
+            result[f"{side}_to_{other}"] = round(statistics.median(ratios), 2)
     if "ours" in result:
         fp16 = _FP16_BYTES * queries.shape[1]
         result["code_share_of_fp16"] = round(result["ours"]["bytes_per_vector"] / fp16, 3)
