@@ -181,7 +181,8 @@ def code_bytes(config: IndexConfig, dimension: int) -> int:
     import faiss
 
     few = config.model_copy(update={"num_lists": 1, "quantizer": "flat"})
-    return int(faiss.extract_index_ivf(untrained(few, dimension)).code_size)
+    index = untrained(few, dimension)  # what faiss extracts from it does not keep it
+    return int(faiss.extract_index_ivf(index).code_size)
 
 
 def num_lists(index: Any) -> int:

@@ -126,8 +126,8 @@ def test_what_was_lent_to_learn_is_given_back(gpus: FakeGpus, config: IndexConfi
     device_of("cuda").train(index, vectors)
     lists = faiss.extract_index_ivf(index)
     assert lists.clustering_index is None
-    plain = faiss.extract_index_ivf(codes.untrained(config, DIMENSION))
-    assert lists.by_residual == plain.by_residual
+    plain = codes.untrained(config, DIMENSION)
+    assert lists.by_residual == faiss.extract_index_ivf(plain).by_residual
     if config.codes == "pq4":
         assert faiss.downcast_index(lists).pq.assign_index is None
     assert all(turn.pq is None for turn in codes.turns(index) if hasattr(turn, "pq"))

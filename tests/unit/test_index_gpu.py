@@ -28,7 +28,8 @@ ROWS, WIDTH, LISTS = 20_000, 64, 64
 @needs_gpu_build
 def test_faiss_says_of_itself_what_it_copies_to_a_gpu() -> None:
     for config in BUILT:
-        lists = faiss.downcast_index(faiss.extract_index_ivf(codes.untrained(config, DIMENSION)))
+        index = codes.untrained(config, DIMENSION)
+        lists = faiss.downcast_index(faiss.extract_index_ivf(index))
         implemented = faiss.isGpuIndexImplemented(lists)
         assert implemented == (config.codes in GPU_CODES) == isinstance(lists, CLONED)
         quantizer = faiss.downcast_index(lists.quantizer)
