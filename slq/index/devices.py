@@ -26,8 +26,8 @@ from slq.index.exact import Rows, Scores
 log = logging.getLogger(__name__)
 BUILDING, SEARCHING = "index.device", "index.search_device"
 """Keys that ask for a device."""
-# Scores of 512 vectors with 65,536 centroids, twice; faiss allocates what goes beyond. By itself it would take 1.5 GiB
-# for each process that shares a GPU.
+# Holds what 512 vectors need to be compared with 65,536 centroids; faiss allocates what goes beyond. By itself it would
+# take 1.5 GiB in each process that shares a GPU.
 _SCRATCH_BYTES = 2**29
 _OPQ_BITS = 8  # of the products that faiss learns a rotation with
 

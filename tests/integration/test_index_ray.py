@@ -24,7 +24,9 @@ from pipelines.recipe import Recipe
 from slq.errors import ArtifactError, ClusterError, DataError
 from slq.index import Content, IndexConfig, VectorIndex, current_version, write_version
 from slq.index.checks import STAMPS
+from slq.index.config import PLACES
 from slq.index.versions import SEGMENTS, read_manifest
+from tests.gpus import FakeGpus
 from tests.integration.runs import changed
 from tests.unit.index_data import DIMENSION, Given, table
 
@@ -82,6 +84,19 @@ def test_tasks_build_the_same_bytes_as_one_process(embedded: Recipe, tmp_path: P
     version = current_version(folder)
     assert index(recipe) == folder
     assert current_version(folder) == version  # nothing to do
+
+
+def test_where_an_index_is_built_is_no_reason_to_build_it_again(
+    embedded: Recipe, tmp_path: Path, gpus: FakeGpus
+) -> None:
+    storage = {"dir": tmp_path, "embedding_dir": embedded.storage.embeddings}
+    on_cpu = changed(embedded, index=CODED.model_dump(), storage=storage)
+    folder = index(changed(on_cpu, index={"device": "cuda"}))
+    assert gpus.searched
+    version = current_version(folder)
+    assert index(on_cpu) == folder
+    assert current_version(folder) == version
+    assert not read_manifest(folder, version).config.keys() & {*PLACES}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
