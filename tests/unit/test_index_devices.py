@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import slq.index.segment
-from slq.errors import StorageError
+from slq.errors import HardwareError, StorageError
 from slq.index import (
     Content,
     IndexConfig,
@@ -137,6 +137,20 @@ def test_what_was_lent_to_learn_is_given_back(gpus: FakeGpus, config: IndexConfi
     assert faiss.serialize_index(build(on(config), vectors)).tobytes() == expected
 
 
+@pytest.mark.parametrize("config", BUILT, ids=named)
+def test_lists_are_learnt_by_the_measure_that_faiss_takes_itself(config: IndexConfig) -> None:
+    index = codes.untrained(config, DIMENSION)
+    lists: Any = faiss.extract_index_ivf(index)
+    with devices._lent(index, faiss.clone_index):
+        is_graph = config.quantizer == "hnsw"
+        expected = faiss.METRIC_L2 if is_graph else faiss.METRIC_INNER_PRODUCT
+        assert lists.clustering_index.metric_type == expected
+        if (
+            config.codes == "rabitq"
+        ):  # or the CPU would look for the list of every vector, for nothing
+            assert not lists.by_residual
+
+
 def test_vectors_are_compared_with_every_centroid_though_the_quantizer_is_a_graph(
     gpus: FakeGpus,
 ) -> None:
@@ -209,7 +223,8 @@ def test_later_changes_learn_where_they_are_told_to(
     monkeypatch.setattr("slq.index.writing._FEW_ROWS", 0)
     write_version(tmp_path, content(), IVF)
     further = Content([Given(table(100, first=COUNT, seed=4))], DIMENSION, "3f2a")
-    append(tmp_path, further, device="cuda")
+    manifest = append(tmp_path, further, device="cuda")
+    assert all(not one.config.keys() & set(PLACES) for one in manifest.segments)
     assert [copy.ntotal for _, copy in gpus.moved] == [8, 8]
     compact(tmp_path, device="cuda")
     assert len(gpus.moved) == 4
@@ -258,6 +273,32 @@ def test_a_gpu_finds_what_the_cpu_finds(
     )
     assert rows_of(index.search(QUERIES, COUNT)) == rows_of(expected.search(QUERIES, COUNT))
     assert len(gpus.searched) == 2 * len(gpus.moved)
+
+
+def state(index: Any) -> tuple[Any, ...]:
+    """What of a partition is changed while it is moved."""
+    lists: Any = faiss.extract_index_ivf(index)
+    quantizer = faiss.downcast_index(lists.quantizer)
+    sizes = [lists.invlists.list_size(number) for number in range(lists.nlist)]
+    return type(quantizer), quantizer.ntotal, sizes, lists.ntotal, index.ntotal
+
+
+@pytest.mark.parametrize("config", SEARCHED[1:], ids=named)
+def test_partitions_are_as_before_whether_or_not_they_could_be_moved(
+    tmp_path: Path, gpus: FakeGpus, config: IndexConfig
+) -> None:
+    write_version(tmp_path, content(), config.model_copy(update={"partition_bytes": 3000}))
+    paths = sorted(tmp_path.glob(f"{SEGMENTS}/*/partitions/*/index.faiss"))
+    indexes = [codes.read(path) for path in paths]
+    codes.share_centroids(indexes)
+    before = [state(one) for one in indexes]
+    assert len(before) > 1
+    device_of("cuda").search(indexes)
+    assert [state(one) for one in indexes] == before
+    gpus.full = True
+    with pytest.raises(HardwareError, match="cannot hold the index"):
+        device_of("cuda").search(indexes)
+    assert [state(one) for one in indexes] == before
 
 
 @pytest.mark.usefixtures("lists_only")
