@@ -9,13 +9,7 @@ from typing import TypeVar
 from pipelines.choosing import CHOICE, Choice, choice_name
 from pipelines.embeddings import open_embeddings
 from pipelines.recipe import Recipe
-from pipelines.tasks import (
-    Countdown,
-    cluster_errors,
-    collect_windowed,
-    model_task,
-    require_gpus,
-)
+from pipelines.tasks import Countdown, cluster_errors, collect_windowed, require_gpus
 from slq.errors import ArtifactError, ConfigError
 from slq.index import Content, append, compact, current_version, delete, write_version
 from slq.index.building import Each, here
@@ -122,15 +116,18 @@ def each_in_tasks(
 ) -> list[R]:
     """Call a function for each argument in Ray tasks, so many at once; as `slq.index.building.Each`.
 
-    A task whose worker is lost is done again by another one. One that works on a GPU holds `gpus` of them; its process
-    keeps what it has there for the next one.
+    A task whose worker is lost is done again by another one. One that works on a GPU holds `gpus` of it, and as Ray has
+    it by itself, its process ends with it: CUDA would stay at this GPU, whichever one the next task gets.
 
     Raises:
         ClusterError: Ray gave up on lost workers.
         SlqError: Ours that ended a task, as it was raised there; so are errors of the file system.
     """
-    options = {"max_retries": _RETRIES, "scheduling_strategy": "SPREAD"}
-    task = model_task(_called, 0.0 if device == CPU else gpus, **options)
+    import ray
+
+    held = {} if device == CPU else {"num_gpus": gpus}
+    options = {"max_retries": _RETRIES, "scheduling_strategy": "SPREAD", **held}
+    task = ray.remote(num_cpus=1, **options)(_called)
     starting = (task.remote(function, argument) for argument in arguments)
     with cluster_errors():
         return collect_windowed(starting, len(arguments), f"index {what}", workers)

@@ -29,21 +29,18 @@ LEARN, FILL, LOOK = "learn lists and codes", "put vectors into lists", "look for
 
 
 class Tasks:
-    """Stands for `model_task`: calls at once what a task would call.
+    """Stands for `ray.remote`: calls at once what a task would call.
 
     Attributes:
-        asked: GPUs of a task of each step, in their order.
-        options: Of all of them.
+        options: Of the tasks of each step, in their order.
     """
 
     def __init__(self) -> None:
-        self.asked: list[float] = []
         self.options: list[dict[str, Any]] = []
 
-    def __call__(self, function: Callable[..., Any], gpus: float, **options: Any) -> "Tasks":
-        self.asked.append(gpus)
+    def __call__(self, **options: Any) -> Callable[[Any], "Tasks"]:
         self.options.append(options)
-        return self
+        return lambda _: self
 
     def remote(self, function: Callable[[Any], Any], argument: Any) -> Any:
         return function(argument)
@@ -56,7 +53,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> Tasks:
     def collected(starting: Iterator[Any], count: int, what: str, at_once: int) -> list[Any]:
         return list(starting)
 
-    monkeypatch.setattr(pipelines.index, "model_task", found)
+    monkeypatch.setattr(ray, "remote", found)
     monkeypatch.setattr(pipelines.index, "collect_windowed", collected)
     return found
 
@@ -90,13 +87,17 @@ def test_only_the_steps_that_work_on_a_gpu_hold_one(
         return workers(what, *arguments, **options)
 
     write_version(tmp_path, content(), on(BUILT[0], device), each=each)
-    asked = dict(zip(steps, tasks.asked, strict=True))
+    asked = {
+        name: options.pop("num_gpus", 0) for name, options in zip(steps, tasks.options, strict=True)
+    }
     assert {name for name, count in asked.items() if count} == (
         {LOOK, LEARN, FILL} if gpu else set()
     )
     assert {LEARN, FILL, "read rows", "compare ids", "write partitions"} <= asked.keys()
     assert asked[LEARN] == asked[FILL] == gpu
-    assert all(one == {"max_retries": 3, "scheduling_strategy": "SPREAD"} for one in tasks.options)
+    # Nothing of max_calls: Ray ends a process with a GPU after its task, and CUDA would stay where it began.
+    plain = {"num_cpus": 1, "max_retries": 3, "scheduling_strategy": "SPREAD"}
+    assert all(one == plain for one in tasks.options)
     assert len(gpus.moved) == (2 if gpu else 0)
 
 
