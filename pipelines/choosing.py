@@ -54,6 +54,7 @@ class Choice:
         Raises:
             ArtifactMismatchError: The adapter is not the one that the vectors are of.
             ConfigError: No setting reaches the goal, or there are no text queries.
+            HardwareError: A GPU is asked for that this process does not see: it tries settings itself.
             StorageError: The choice cannot be written.
         """
         config, goal = recipe.index, recipe.index.goal
@@ -74,12 +75,13 @@ class Choice:
                 "num_queries": len(queries),
                 "chosen": best.to_json(),
                 "reason": reason,
-                "config": best.config.model_dump(),
+                "config": best.config.recorded(),
                 "trials": [one.to_json() for one in trials],
             }
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
-        return cls(IndexConfig.model_validate(record["config"]), path, queries)
+        chosen = IndexConfig.model_validate(record["config"]).placed_as(config)
+        return cls(chosen, path, queries)
 
     def settle(self, segment_of: SegmentOf, config: IndexConfig) -> IndexConfig:
         """Measure the whole index, and visit more of it where the sample promised too much.
@@ -105,7 +107,7 @@ class Choice:
                     "%s is %.3g, not %g as on the sample", name, reached[name], getattr(goal, name)
                 )
         record = read_json(self.path)
-        write_json(self.path, {**record, "reached": reached, "config": settled.model_dump()})
+        write_json(self.path, {**record, "reached": reached, "config": settled.recorded()})
         return settled
 
 
@@ -116,7 +118,7 @@ def choice_name(recipe: Recipe, found: Embeddings) -> str:
         ConfigError: The queries cannot be read.
     """
     told = [
-        recipe.index.model_dump(),
+        recipe.index.model_dump(exclude={"device"}),  # where it searches decides what is fast
         found.state,
         found.fingerprint,
         file_sha256(_queries_path(recipe)),

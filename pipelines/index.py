@@ -9,10 +9,11 @@ from typing import TypeVar
 from pipelines.choosing import CHOICE, Choice, choice_name
 from pipelines.embeddings import open_embeddings
 from pipelines.recipe import Recipe
-from pipelines.tasks import Countdown, cluster_errors, collect_windowed
-from slq.errors import ArtifactError
+from pipelines.tasks import Countdown, cluster_errors, collect_windowed, require_gpus
+from slq.errors import ArtifactError, ConfigError
 from slq.index import Content, append, compact, current_version, delete, write_version
 from slq.index.building import Each, here
+from slq.index.config import CPU
 from slq.index.versions import Manifest, read_manifest, require_whole
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ def index(recipe: Recipe) -> Path:
 
     Raises:
         ArtifactError: The data set is unfinished, damaged or empty; the shard is named.
-        ConfigError: The settings do not fit to the number of vectors.
+        ConfigError: The settings do not fit to the number of vectors, or to one another.
+        HardwareError: A GPU that is asked for is not there.
         StorageError: The index cannot be written; the old version stays in place.
     """
     folder, location = recipe.storage.index, recipe.storage.embeddings
@@ -63,17 +65,35 @@ def grow(recipe: Recipe, location: str) -> Path:
     """
     found = open_embeddings(location, recipe.storage.retry_s)
     folder = recipe.storage.index
-    _tell(folder, append(folder, found.content(), each=_workers(recipe)))
+    each, device = _workers(recipe), recipe.index.device
+    _tell(folder, append(folder, found.content(), each=each, device=device))
     return folder
 
 
 def _workers(recipe: Recipe) -> Each:
-    """Ray tasks, or this process where one worker is enough: it uses all cores."""
-    workers = recipe.resources.index_workers
-    return each_here if workers == 1 else partial(each_in_tasks, workers)
+    """Ray tasks, or this process where one worker is enough: it uses all cores.
+
+    Raises:
+        ConfigError: A GPU is named, and tasks would each get another one.
+        HardwareError: Tasks ask for GPUs that the cluster does not have.
+    """
+    workers, gpus = recipe.resources.index_workers, recipe.resources.gpus_per_index_worker
+    device = recipe.index.device
+    if workers == 1:
+        return each_here
+    if device not in (CPU, "cuda"):
+        raise ConfigError(
+            f"index.device is {device}, but with resources.index_workers {workers} each task works on the GPU that Ray "
+            "gives it; set index.device=cuda"
+        )
+    if device != CPU:
+        require_gpus("resources.gpus_per_index_worker", gpus, "set index.device=cpu")
+    return partial(each_in_tasks, workers, gpus=gpus)
 
 
-def each_here(what: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
+def each_here(
+    what: str, function: Callable[[A], R], arguments: Sequence[A], *, device: str = CPU
+) -> list[R]:
     """`slq.index.building.here` with a line of progress where a step takes longer than a second."""
     countdown = Countdown(f"index {what}", len(arguments), quiet_s=1.0)
 
@@ -82,7 +102,7 @@ def each_here(what: str, function: Callable[[A], R], arguments: Sequence[A]) -> 
         countdown.ended()
         return result
 
-    return here(what, counted, arguments)
+    return here(what, counted, arguments, device=device)
 
 
 def each_in_tasks(
@@ -90,10 +110,14 @@ def each_in_tasks(
     what: str,
     function: Callable[[A], R],
     arguments: Sequence[A],
+    *,
+    device: str = CPU,
+    gpus: float = 1.0,
 ) -> list[R]:
     """Call a function for each argument in Ray tasks, so many at once; as `slq.index.building.Each`.
 
-    A task whose worker is lost is done again by another one.
+    A task whose worker is lost is done again by another one. One that works on a GPU holds `gpus` of it, and as Ray has
+    it by itself, its process ends with it: CUDA would stay at this GPU, whichever one the next task gets.
 
     Raises:
         ClusterError: Ray gave up on lost workers.
@@ -101,7 +125,9 @@ def each_in_tasks(
     """
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_called)
+    held = {} if device == CPU else {"num_gpus": gpus}
+    options = {"max_retries": _RETRIES, "scheduling_strategy": "SPREAD", **held}
+    task = ray.remote(num_cpus=1, **options)(_called)
     starting = (task.remote(function, argument) for argument in arguments)
     with cluster_errors():
         return collect_windowed(starting, len(arguments), f"index {what}", workers)
@@ -133,7 +159,7 @@ def join(recipe: Recipe) -> Path:
     """
     folder = recipe.storage.index
     config = None if recipe.index.goal else recipe.index
-    _tell(folder, compact(folder, config, _workers(recipe)))
+    _tell(folder, compact(folder, config, _workers(recipe), device=recipe.index.device))
     return folder
 
 
@@ -157,7 +183,7 @@ def _is_current(folder: Path, recipe: Recipe, content: Content) -> bool:
         return False
     is_chosen = recipe.index.goal is not None
     return (
-        (is_chosen or manifest.config == recipe.index.model_dump())
+        (is_chosen or manifest.config == recipe.index.recorded())
         and manifest.source == content.origin
         and manifest.num_vectors == content.num_rows
         and not any(one.num_deleted for one in manifest.segments)

@@ -210,6 +210,9 @@ class ResourcesConfig(Section):
     one must reach the index folder."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """GPUs of each training worker and encoder actor; fractions share a GPU between encoders."""
+    gpus_per_index_worker: Annotated[float, Field(gt=0, le=1)] = 1
+    """GPU of each index task where `index.device` is cuda, and of a service's index where `index.search_device` is;
+    fractions share it. A task finds lists there and codes on its CPU meanwhile, so several keep a GPU busy."""
     serve_replicas: Annotated[int, Field(gt=0)] = 1
     """Backbone replicas at the start."""
     serve_max_replicas: Annotated[int, Field(gt=0)] = 1

@@ -10,7 +10,8 @@ import ray
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from pipelines.recipe import ResourcesConfig
-from slq.errors import ClusterError, HardwareError, ServiceError
+from pipelines.tasks import require_gpus
+from slq.errors import ClusterError, ServiceError
 
 log = logging.getLogger(__name__)
 _STARTS = 3
@@ -88,9 +89,5 @@ def _is_late(error: BaseException) -> bool:
 
 
 def _require_gpus(resources: ResourcesConfig) -> None:
-    present = ray.cluster_resources().get("GPU", 0)
-    if resources.gpus_per_worker > present:
-        raise HardwareError(
-            f"resources.gpus_per_worker is {resources.gpus_per_worker}, but the cluster has {present:g} GPUs; "
-            "set it to 0 to run on CPUs"
-        )
+    asked, way_out = resources.gpus_per_worker, "set it to 0 to run on CPUs"
+    require_gpus("resources.gpus_per_worker", asked, way_out)

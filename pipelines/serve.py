@@ -19,9 +19,11 @@ from ray.serve.context import _get_global_client
 from pipelines.recipe import Recipe
 from pipelines.serving.ingress import Ingress
 from pipelines.serving.replicas import BackboneService, IndexService, Pinned
+from pipelines.tasks import require_gpus
 from slq.artifacts import load_adapter_config, require_same_fingerprint
-from slq.errors import ServiceError
+from slq.errors import ConfigError, ServiceError
 from slq.index import VectorIndex
+from slq.index.config import CPU
 
 log = logging.getLogger(__name__)
 APP_NAME = "slq"
@@ -49,9 +51,11 @@ def application(recipe: Recipe, pinned: Pinned) -> Any:
         ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
         **queue,
     ).bind(plain, pinned)
+    device = recipe.index.search_device
+    on_gpu = {} if device == CPU else {"num_gpus": recipe.resources.gpus_per_index_worker}
     index = IndexService.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=64, ray_actor_options={"num_cpus": 0}, **queue
-    ).bind(str(recipe.storage.index.resolve()), pinned)
+        max_ongoing_requests=64, ray_actor_options={"num_cpus": 0, **on_gpu}, **queue
+    ).bind(str(recipe.storage.index.resolve()), pinned, device)
     # The ingress only waits for the others. With Serve's default of 5 no more than 5 queries could share a pass, and
     # the rest would queue in the proxy, where nothing refuses them.
     ingress = Ingress.options(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
@@ -63,9 +67,12 @@ def check_before_start(recipe: Recipe) -> Pinned:
 
     Raises:
         ArtifactError: Adapter or index is missing or damaged.
+        ConfigError: A GPU is named for the index, whose replica gets one from Ray.
+        HardwareError: A GPU is asked for the index, and the cluster has none.
         ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
         ServiceError: The port is in use, or a service on this cluster is in the way.
     """
+    _require_search_device(recipe)
     adapter = load_adapter_config(recipe.storage.adapter)
     index = VectorIndex(recipe.storage.index)
     require_same_fingerprint(
@@ -89,6 +96,18 @@ def check_before_start(recipe: Recipe) -> Pinned:
             f"an application {APP_NAME!r} already runs on this cluster at {host}:{port}; stop it first"
         )
     return Pinned(fingerprint=index.fingerprint, index_version=index.version)
+
+
+def _require_search_device(recipe: Recipe) -> None:
+    device = recipe.index.search_device
+    if device not in (CPU, "cuda"):
+        raise ConfigError(
+            f"index.search_device is {device}, but the service's index works on the GPU that Ray gives it; set "
+            "index.search_device=cuda"
+        )
+    if device != CPU:
+        gpus, way_out = recipe.resources.gpus_per_index_worker, "set index.search_device=cpu"
+        require_gpus("resources.gpus_per_index_worker", gpus, way_out)
 
 
 def running_endpoint() -> tuple[str, int] | None:

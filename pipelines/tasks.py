@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.progress import duration, show
-from slq.errors import ClusterError, SlqError
+from slq.errors import ClusterError, HardwareError, SlqError
 
 _SHOW_EVERY_S = 1.0
 _PATIENCE_S = 20.0  # with a task that was asked to end
@@ -120,6 +120,24 @@ def cluster_errors() -> Iterator[None]:
         raise ClusterError(
             f"Ray gave up: {reason}; committed shards stay, and the same command goes on from there"
         ) from None
+
+
+def require_gpus(key: str, asked: float, way_out: str) -> None:
+    """Check that the connected cluster has GPUs; Ray would wait for them for ever.
+
+    Args:
+        key: Of the recipe, that asks for them.
+        asked: How many.
+        way_out: What to do instead, for the message.
+
+    Raises:
+        HardwareError: It has fewer.
+    """
+    import ray
+
+    present = ray.cluster_resources().get("GPU", 0)
+    if asked > present:
+        raise HardwareError(f"{key} is {asked:g}, but the cluster has {present:g} GPUs; {way_out}")
 
 
 def model_task(function: Callable[..., Any], gpus: float, **options: Any) -> Any:

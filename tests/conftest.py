@@ -11,12 +11,16 @@ import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipelines.recipe import Recipe, ResourcesConfig, StorageConfig
 from slq.benchmarks.scenes import ScenesConfig, write_scenes
 from slq.training import TrainConfig
+
+if TYPE_CHECKING:
+    from tests.gpus import FakeGpus
 
 SCENES = ScenesConfig(train=64, test=24, unseen=8, seed=7)
 
@@ -75,6 +79,16 @@ def object_store() -> Iterator[str]:
 
     with faulty_store(share=0) as store:
         yield store.bucket
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> "FakeGpus":
+    """One GPU for faiss, which is not there; `count` makes more of it."""
+    from tests.gpus import FakeGpus
+
+    found = FakeGpus()
+    found.install(monkeypatch)
+    return found
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from slq.artifacts import require_same_fingerprint
 from slq.errors import DataError, ServiceError, StorageError
 from slq.index import Hit, VectorIndex
 from slq.index.canary import require_canary
+from slq.index.config import CPU
 from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.schema import Item
@@ -192,14 +193,16 @@ class IndexService:
     Args:
         folder: The index folder.
         pinned: What the service was started with.
+        device: Where it is searched, as of `index.search_device`.
 
     Raises:
         ArtifactError: The version is gone or damaged.
         ArtifactMismatchError: It belongs to another embedding space.
+        HardwareError: The device is not here, or has too little memory.
     """
 
-    def __init__(self, folder: str, pinned: Pinned) -> None:
-        self._index = VectorIndex(Path(folder), pinned.index_version)
+    def __init__(self, folder: str, pinned: Pinned, device: str = CPU) -> None:
+        self._index = VectorIndex(Path(folder), pinned.index_version, device=device)
         pinned.require(self._index.fingerprint, found_in=f"index {folder}")
 
     def search(

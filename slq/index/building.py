@@ -8,8 +8,9 @@
 
 What a step made stays, so a build that was ended goes on from there. Codes depend on nothing but the vectors of the
 part and what was learnt, and come into a list in the order of rows: the result is bit for bit what one process builds
-from the same parts, where as many threads learn. (Their number, and that of the vectors that are turned at once, decide
-how the last bit is rounded. The graph of an HNSW quantizer that several threads learn is another one each time.)
+from the same parts, where as many threads learn, on the same device. (Their number, and that of the vectors that are
+turned at once, decide how the last bit is rounded. The graph of an HNSW quantizer that several threads learn is another
+one each time.)
 """
 
 import shutil
@@ -29,7 +30,8 @@ from slq.errors import DataError
 from slq.index import codes
 from slq.index.arrays import read_array
 from slq.index.checks import STAMPS, Digest, digested, stamp, stamped
-from slq.index.config import IndexConfig
+from slq.index.config import CPU, IndexConfig
+from slq.index.devices import Nearest, device_of
 from slq.index.items import Items
 from slq.index.parts import PARTIAL, Draft, Source, once, write_part
 from slq.index.vectors import VECTORS, StoredVectors
@@ -55,19 +57,24 @@ R = TypeVar("R")
 class Each(Protocol):
     """Who calls a step's function for each argument, in any order and in any process."""
 
-    def __call__(self, what: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
+    def __call__(
+        self, what: str, function: Callable[[A], R], arguments: Sequence[A], *, device: str = CPU
+    ) -> list[R]:
         """The results, in the order of arguments.
 
         Args:
             what: What is done, for people.
             function: Can be pickled; may be called twice for an argument.
             arguments: Can be pickled too.
+            device: What the function works on, as of `IndexConfig.device`.
         """
 
 
-def here(what: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
+def here(
+    what: str, function: Callable[[A], R], arguments: Sequence[A], *, device: str = CPU
+) -> list[R]:
     """In threads of this process, one for each core, but not more than eight: each needs memory of its own."""
-    del what
+    del what, device
     pool = ThreadPoolExecutor(min(_MOST_THREADS, codes.num_cores()))
     try:
         return list(pool.map(function, arguments))
@@ -152,6 +159,7 @@ def build_segment(
     Raises:
         ConfigError: There are more lists than vectors.
         DataError: A vector is not finite or zero, an id comes twice, or there are no rows.
+        HardwareError: `config.device` is not where the work is done.
         OSError: A file cannot be written.
     """
     written = stamped(home)
@@ -172,6 +180,8 @@ def _built(
     config.require_room(build.num_rows, dimension)
     if config.words:
         require_words()
+    if config.device != CPU:  # told before all is read
+        each("look for the GPU", _require_device, [config.device], device=config.device)
     drafts = [
         Draft(build.part(number), first, dimension, source)
         for number, (first, source) in enumerate(zip(starts, sources, strict=False))
@@ -195,6 +205,10 @@ def _built(
         for name, digest in of_folder.items():
             found[f"{folder.relative_to(home)}/{name}"] = digest
     return found
+
+
+def _require_device(name: str) -> None:
+    device_of(name)
 
 
 def _write_words(build: Build) -> None:
@@ -236,8 +250,9 @@ def _twice(build: Build, digest_range: tuple[int, int]) -> list[str]:
 
 def _coded_edges(build: Build, dimension: int, each: Each) -> list[int]:
     """Train and code, then the first list of each partition, and the end."""
-    each("learn lists and codes", partial(_write_trained, build), [dimension])
-    each("put vectors into lists", partial(_write_codes, build), range(build.num_parts))
+    device, numbers = build.config.device, range(build.num_parts)
+    each("learn lists and codes", partial(_write_trained, build), [dimension], device=device)
+    each("put vectors into lists", partial(_write_codes, build), numbers, device=device)
     ends = [read_array(build.coded(number) / _ENDS) for number in range(build.num_parts)]
     sizes = np.sum([np.diff(one, prepend=0) for one in ends], axis=0)
     return balanced(sizes, build.config.partition_rows(dimension))
@@ -279,22 +294,23 @@ def _write_trained(build: Build, dimension: int) -> None:
 def _train(folder: Path, build: Build, dimension: int) -> None:
     index = codes.untrained(build.config, dimension)
     with codes.threads(codes.num_cores()):
-        index.train(training_rows(build.stored(), build.config))
+        device_of(build.config.device).train(index, training_rows(build.stored(), build.config))
     codes.write(index, folder / INDEX)
 
 
-def _trained(build: Build) -> Any:
-    """The empty index; a process codes many parts."""
+def _trained(build: Build) -> tuple[Any, Nearest]:
+    """The empty index, and what finds the list of a vector; a process codes many parts."""
     path = build.work / _TRAINED / INDEX
     state = path.stat()
     with _reading:  # or several threads would read a copy each
-        return _read(path, (state.st_mtime_ns, state.st_ino))
+        return _read(path, (state.st_mtime_ns, state.st_ino), build.config.device)
 
 
 @lru_cache(maxsize=1)
-def _read(path: Path, state: tuple[int, int]) -> Any:
+def _read(path: Path, state: tuple[int, int], device: str) -> tuple[Any, Nearest]:
     del state  # another file under the same name is another index
-    return codes.read(path, mapped=False)
+    index = codes.read(path, mapped=False)
+    return index, device_of(device).nearest(index)
 
 
 def _write_codes(build: Build, part: int) -> None:
@@ -303,12 +319,14 @@ def _write_codes(build: Build, part: int) -> None:
 
 def _code(folder: Path, build: Build, part: int) -> None:
     """Write codes and rows of a part in the order of lists, and where each list ends."""
-    index, first = _trained(build), build.starts[part]
+    (index, nearest), first = _trained(build), build.starts[part]
     numbers, rows, unordered = [], [], folder / "unordered"
     with unordered.open("wb") as file:
         for block_rows, vectors in StoredVectors([build.part(part) / VECTORS]).blocks():
             with codes.threads(1):  # how many turn a vector decides how its last bit is rounded
-                lists, coded = codes.coded(index, vectors)
+                turned = codes.turned(index, vectors)
+                lists = nearest(turned)
+                coded = codes.coded(index, turned, lists)
             numbers.append(lists)
             rows.append(block_rows + first)
             file.write(coded.data)

@@ -99,38 +99,43 @@ def fill(index: Any, blocks: Iterable[Block]) -> None:
         index.add_with_ids(np.ascontiguousarray(vectors), rows)
 
 
-def coded(index: Any, vectors: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """What `fill` would store of vectors, and where.
+def coded(index: Any, vectors: NDArray[np.float32], numbers: Rows) -> NDArray[np.uint8]:
+    """What `fill` would store of vectors.
 
     Args:
         index: A trained one with lists.
-        vectors: (rows, dimension) float32.
+        vectors: (rows, dimension) float32, as `turned` gives them.
+        numbers: (rows,) int64 numbers of their lists.
 
     Returns:
-        (rows,) numbers of their lists, and (rows, bytes) codes.
+        (rows, bytes) codes.
     """
     import faiss
 
-    turned, lists = _turned(index, vectors), faiss.extract_index_ivf(index)
-    _, nearest = lists.quantizer.search(turned, 1)
-    numbers = np.ascontiguousarray(nearest[:, 0])
+    lists = faiss.extract_index_ivf(index)
     codes = np.zeros((len(vectors), lists.code_size), np.uint8)
-    lists.encode_vectors(
-        len(vectors), faiss.swig_ptr(turned), faiss.swig_ptr(numbers), faiss.swig_ptr(codes)
-    )
-    return numbers, codes
+    arrays = (faiss.swig_ptr(array) for array in (vectors, numbers, codes))
+    lists.encode_vectors(len(vectors), *arrays)
+    return codes
 
 
-def _turned(index: Any, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors as the lists of an index get them."""
+def turned(index: Any, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(rows, dimension) float32 vectors as the lists of an index get them."""
+    ready = np.ascontiguousarray(vectors)
+    for turn in turns(index):
+        ready = turn.apply(ready)
+    return ready
+
+
+def turns(index: Any) -> list[Any]:
+    """Transforms that vectors pass before they come to the lists of an index."""
     import faiss
 
-    whole, turned = faiss.downcast_index(index), np.ascontiguousarray(vectors)
-    if isinstance(whole, faiss.IndexPreTransform):
-        chain: Any = whole.chain  # a C++ vector, whatever faiss's stubs say
-        for number in range(chain.size()):
-            turned = faiss.downcast_VectorTransform(chain.at(number)).apply(turned)
-    return turned
+    whole = faiss.downcast_index(index)
+    if not isinstance(whole, faiss.IndexPreTransform):
+        return []
+    chain: Any = whole.chain  # a C++ vector, whatever faiss's stubs say
+    return [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
 
 
 def fill_list(index: Any, number: int, rows: Rows, codes: NDArray[np.uint8]) -> None:
@@ -176,7 +181,8 @@ def code_bytes(config: IndexConfig, dimension: int) -> int:
     import faiss
 
     few = config.model_copy(update={"num_lists": 1, "quantizer": "flat"})
-    return int(faiss.extract_index_ivf(untrained(few, dimension)).code_size)
+    index = untrained(few, dimension)  # what faiss extracts from it does not keep it
+    return int(faiss.extract_index_ivf(index).code_size)
 
 
 def num_lists(index: Any) -> int:
@@ -203,7 +209,7 @@ def write(index: Any, path: Path, *, with_centroids: bool = True) -> None:
         try:
             faiss.write_index(index, str(path))
         except RuntimeError as error:
-            raise OSError(_reason(error)) from None
+            raise OSError(reason(error)) from None
 
 
 @contextmanager
@@ -246,10 +252,10 @@ def read(path: Path, *, mapped: bool = True) -> Any:
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
-        raise ArtifactError(f"{path} is no index of this faiss: {_reason(error)}") from None
+        raise ArtifactError(f"{path} is no index of this faiss: {reason(error)}") from None
 
 
-def _reason(error: RuntimeError) -> str:
+def reason(error: RuntimeError) -> str:
     """What faiss says at the end, after its own source line: of the system, if that refused something."""
     text = str(error).strip().splitlines()[-1]
     system = re.search(r"\(([^()]+)\)$", text)
@@ -307,20 +313,20 @@ def search_partitions(
         found = [search(index, queries, top_k, selected) for index in indexes]
     else:
         first: Any = faiss.extract_index_ivf(indexes[0])
-        turned = _turned(indexes[0], queries)
-        near, numbers = first.quantizer.search(turned, first.nprobe)
+        ready = turned(indexes[0], queries)
+        near, numbers = first.quantizer.search(ready, first.nprobe)
         params = None
         if selected is not None:
             bitmap = faiss.IDSelectorBitmap(8 * len(selected), faiss.swig_ptr(selected))
             params = faiss.SearchParametersIVF(sel=bitmap, nprobe=first.nprobe)  # type: ignore[call-arg]
-        found = [_search_lists(index, turned, top_k, near, numbers, params) for index in indexes]
+        found = [_search_lists(index, ready, top_k, near, numbers, params) for index in indexes]
     scores, rows = (np.concatenate(values, axis=1) for values in zip(*found, strict=True))
     return best(scores, rows, top_k)
 
 
 def _search_lists(
     index: Any,
-    turned: NDArray[np.float32],
+    queries: NDArray[np.float32],
     top_k: int,
     near: Scores,
     numbers: Rows,
@@ -330,10 +336,10 @@ def _search_lists(
     import faiss
 
     lists: Any = faiss.extract_index_ivf(index)
-    scores = np.empty((len(turned), top_k), np.float32)
-    rows = np.empty((len(turned), top_k), np.int64)
+    scores = np.empty((len(queries), top_k), np.float32)
+    rows = np.empty((len(queries), top_k), np.int64)
     arrays = (faiss.swig_ptr(array) for array in (numbers, near, scores, rows))
-    lists.search_preassigned_c(len(turned), faiss.swig_ptr(turned), top_k, *arrays, False, params)
+    lists.search_preassigned_c(len(queries), faiss.swig_ptr(queries), top_k, *arrays, False, params)
     return scores, rows
 
 

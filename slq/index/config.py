@@ -1,8 +1,9 @@
 """How an index is built and searched."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from slq.config import Section
 from slq.errors import ConfigError
@@ -20,6 +21,11 @@ BITS: dict[str, float] = {
 PQ_SUBSPACE = 8
 """Values that one four-bit code of `pq4` stands for."""
 _EXACT_ENOUGH_BITS = 16
+CPU = "cpu"
+GPU_CODES = ("float32", "float16", "int8", "int4")
+"""Codes that faiss searches on a GPU; those that are packed for fast scanning it has for CPUs alone."""
+GPU_DEPTH = 2048
+"""Most results of a query, and most lists that it visits, on a GPU."""
 _LEAST_OPQ_ROWS = 256
 _ROW_BYTES = 8  # of a row number beside its code
 
@@ -43,13 +49,25 @@ class GoalConfig(Section):
 
 SEARCH_ONLY = ("goal", "num_probes", "oversample")
 """Keys of `IndexConfig` that no file of an index depends on."""
+PLACES = ("device", "search_device")
+"""Keys of `IndexConfig` that say where work is done; an index records them nowhere, and is used anywhere."""
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise ValueError("must be cpu, cuda or cuda:N")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_device)]
+"""`cpu`, `cuda` for the first GPU that a process sees, or `cuda:N`."""
 
 
 class IndexConfig(Section):
     """How the index is built and searched."""
 
     goal: GoalConfig | None = None
-    """If given, everything below but `seed`, `words` and `partition_bytes` is chosen by trials."""
+    """If given, everything below down to `oversample` is chosen by trials."""
     kind: Literal["flat", "ivf"] = "flat"
     """`flat` compares with every vector (exact); `ivf` visits the nearest lists only."""
     num_lists: Annotated[int, Field(gt=0)] = 64
@@ -69,6 +87,59 @@ class IndexConfig(Section):
     partition_bytes: Annotated[int, Field(gt=0)] = 2**30
     """Of the codes in one index file. A build needs memory for about three of them in each worker."""
     seed: int = 0
+    device: DeviceName = CPU
+    """Where lists and codes are learnt and vectors find their lists: `cpu`, `cuda` or `cuda:N`. Turning and coding are
+    the CPU's. What a GPU built is searched on a CPU as well, and a build that was ended goes on with either."""
+    search_device: DeviceName = CPU
+    """Where the service and the trials of `goal` search. A GPU holds all codes in its memory, so those of `float32`,
+    `float16`, `int8` or `int4` (or `flat`), and compares with all centroids whatever the quantizer. Searches with a
+    filter, for more than 2,048 candidates, or in a segment with deleted items stay on the CPU."""
+
+    @model_validator(mode="after")
+    def _can_be_searched_there(self) -> "IndexConfig":
+        problem = None if self.goal is not None else self.unsearchable()
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """Plain data for manifests: all but where work is done."""
+        return self.model_dump(exclude=set(PLACES))
+
+    def placed_as(self, other: "IndexConfig") -> "IndexConfig":
+        """The same, done where another one is."""
+        return self.model_copy(update={name: getattr(other, name) for name in PLACES})
+
+    @property
+    def most_probes(self) -> int:
+        """Lists that a query may visit."""
+        return self.num_lists if self.search_device == CPU else min(self.num_lists, GPU_DEPTH)
+
+    def require_searchable(self) -> None:
+        """Check that lists can be searched on `search_device`.
+
+        Raises:
+            ConfigError: They cannot.
+        """
+        problem = self.unsearchable()
+        if problem is not None:
+            raise ConfigError(problem)
+
+    def unsearchable(self) -> str | None:
+        """Why lists cannot be searched on `search_device`; None where they can."""
+        if self.search_device == CPU or self.kind == "flat":
+            return None
+        if self.codes not in GPU_CODES:
+            return (
+                f"index.search_device is {self.search_device}, but faiss searches index.codes={self.codes} on CPUs "
+                f"only; set index.search_device=cpu, or choose one of {', '.join(GPU_CODES)}"
+            )
+        if self.num_probes > GPU_DEPTH:
+            return (
+                f"index.search_device is {self.search_device}, where a query visits {GPU_DEPTH} lists at most, and "
+                f"index.num_probes is {self.num_probes}; lower it, or set index.search_device=cpu"
+            )
+        return None
 
     def partition_rows(self, dimension: int) -> int:
         """Vectors in one index file, about."""

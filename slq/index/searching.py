@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slq.errors import DataError
+from slq.index.config import CPU
 from slq.index.exact import NO_ROW, Rows, Scores, best
 from slq.index.segment import row_of
 from slq.index.vectors import require_directions
@@ -42,18 +43,26 @@ class VectorIndex:
         folder: The index folder.
         version: A version's name; the current one by default.
         num_probes: Lists that a search visits, instead of as many as the index was built for.
+        device: Where it is searched, as of `IndexConfig.search_device`; a GPU holds all codes in its memory.
 
     Raises:
         ArtifactError: There is no index, or a file does not match its recorded sha256.
+        ConfigError: The index cannot be searched on `device`.
+        HardwareError: `device` is not here, or has too little memory.
     """
 
     def __init__(
-        self, folder: Path, version: str | None = None, *, num_probes: int | None = None
+        self,
+        folder: Path,
+        version: str | None = None,
+        *,
+        num_probes: int | None = None,
+        device: str = CPU,
     ) -> None:
         self.version = version or current_version(folder)
         self.manifest = read_manifest(folder, self.version)
         require_whole(folder, self.manifest)
-        self._segments = open_segments(folder, self.manifest, num_probes=num_probes)
+        self._segments = open_segments(folder, self.manifest, num_probes=num_probes, device=device)
         sizes = [one.num_rows for one in self.manifest.segments]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 

@@ -4,6 +4,7 @@ parts/00000/        what is stored of the rows of one source, their vectors and 
 partitions/0000/    codes of a range of lists, of all parts
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from slq.arrow import vector_column
 from slq.errors import DataError
 from slq.index import codes
 from slq.index.building import INDEX, PARTITIONS, PARTS
-from slq.index.config import IndexConfig
+from slq.index.config import CPU, IndexConfig
+from slq.index.devices import SEARCHING, device_of
 from slq.index.exact import NO_ROW, Rows, Scores, best, exact_search, padded
 from slq.index.filters import Filters
 from slq.index.items import Items
@@ -23,6 +25,7 @@ from slq.index.parts import EMBEDDING
 from slq.index.vectors import VECTORS, StoredVectors
 from slq.index.words import WORDS, Words
 
+log = logging.getLogger(__name__)
 _RESCORED_AT_ONCE = 2048  # vectors, so that they stay in a processor's cache
 _FEW_ROWS = 20_000  # selected ones are compared one by one: lists would mostly hold others
 
@@ -34,6 +37,10 @@ class Segment:
         folder: Where they are.
         config: How it is searched; `num_probes` and `oversample` may differ from those it was built with.
         deleted: (deleted,) int64 rows that are found no more.
+
+    Raises:
+        ConfigError: It cannot be searched on `config.search_device`.
+        HardwareError: That is not here, or has too little memory.
     """
 
     def __init__(self, folder: Path, config: IndexConfig, deleted: NDArray[np.int64]) -> None:
@@ -47,14 +54,28 @@ class Segment:
         self.deleted = deleted
         self._words = Words(folder / WORDS) if config.words else None
         self._filters = Filters(self.items.table, deleted)
-        self._partitions = [codes.read(partition / INDEX) for partition in partitions]
+        indexes = [codes.read(partition / INDEX) for partition in partitions]
         if config.kind != "flat":
-            codes.share_centroids(self._partitions)
-            for index in self._partitions:
+            codes.share_centroids(indexes)
+            for index in indexes:
                 codes.set_probes(index, config.num_probes)
+        self._search = device_of(self._search_device(folder), SEARCHING).search(indexes)
 
     def __len__(self) -> int:
         return len(self.items) - len(self.deleted)
+
+    def _search_device(self, folder: Path) -> str:
+        """The one that is asked for; the CPU where each search must leave out rows, which a GPU cannot."""
+        self._config.require_searchable()
+        device = self._config.search_device
+        if device == CPU or not len(self.deleted):
+            return device
+        log.warning(
+            "segment %s has %d deleted items, so it is searched on the CPU and not on %s; `slq index --compact` "
+            "removes them",
+            *(folder.name, len(self.deleted), device),
+        )
+        return CPU
 
     def alive(self, start: int, stop: int) -> Iterator[pa.Table]:
         """Rows from `start` to `stop` that are not deleted, as a source gives them."""
@@ -95,8 +116,7 @@ class Segment:
         wanted = min(len(self) if rows is None else len(rows), top_k)
         depth = min(round(wanted * self._config.oversample), len(self.items))
         is_rescored = self._config.is_rescored
-        scores, found = codes.search_partitions(
-            self._partitions,
+        scores, found = self._search(
             queries,
             depth if is_rescored else wanted,
             None if selected is None else selected.bits,

@@ -105,7 +105,10 @@ def run_trials(
         count: Vectors of the whole corpus.
 
     Returns:
-        For each kind of codes, more and more lists and candidates.
+        For each kind of codes that `config.search_device` can search, more and more lists and candidates.
+
+    Raises:
+        HardwareError: A device is not here.
     """
     goal = config.goal or GoalConfig()
     found: list[Trial] = []
@@ -117,7 +120,7 @@ def run_trials(
                     "words": False,
                 }
             )
-            if tried.unfit(*vectors.shape):
+            if tried.unfit(*vectors.shape) or tried.unsearchable():
                 continue
             home = Path(name, str(number))
             build_segment(home, [_Sample(vectors)], vectors.shape[1], tried)
@@ -291,18 +294,19 @@ def verified(
         truth: Their nearest rows.
 
     Returns:
-        The settings, and what they reach; with all lists and most candidates at the end, whatever they reach.
+        The settings, and what they reach; with all lists (on a GPU, 2,048) and most candidates at the end, whatever
+        they reach.
     """
     goal = config.goal or GoalConfig()
     while True:
         recall, latency, rate = measured(segment_of(config), queries, truth)
         reached = {"recall": recall, "latency_ms": latency, "queries_per_s": rate}
-        is_last = config.num_probes >= config.num_lists and config.oversample >= _OVERSAMPLES[-1]
+        is_last = config.num_probes >= config.most_probes and config.oversample >= _OVERSAMPLES[-1]
         if recall >= goal.recall or config.kind == "flat" or is_last:
             return config, reached
         config = config.model_copy(
             update={
-                "num_probes": min(config.num_lists, 2 * config.num_probes),
+                "num_probes": min(config.most_probes, 2 * config.num_probes),
                 "oversample": min(_OVERSAMPLES[-1], 2 * config.oversample),
             }
         )

@@ -23,12 +23,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from slq.errors import ArtifactError, ConfigError, DataError, StorageError
+from slq.errors import ArtifactError, ConfigError, DataError, HardwareError, StorageError
 from slq.files import file_sha256, read_json, sync, write_json
 from slq.index.arrays import read_array
 from slq.index.building import PARTITIONS, PARTS
 from slq.index.checks import Digest, require_file, require_files
-from slq.index.config import IndexConfig
+from slq.index.config import CPU, IndexConfig
 from slq.index.parts import PARTIAL
 from slq.index.segment import Segment
 from slq.index.words import WORDS
@@ -199,12 +199,12 @@ def build_into(
         except DataError:  # it would end so again
             home.rename(home.with_name(f".{name}{PARTIAL}"))
             raise
-        except ConfigError:  # before anything was written, or as a package is missing
+        except (ConfigError, HardwareError):  # before anything was written, most often
             with suppress(OSError):
                 home.rmdir()
             raise
     sha256 = {name: digest.sha256 for name, digest in written.items()}
-    return BuiltSegment(home, SegmentRecord(name, num_rows, config.model_dump(), sha256))
+    return BuiltSegment(home, SegmentRecord(name, num_rows, config.recorded(), sha256))
 
 
 def publish(
@@ -409,7 +409,7 @@ def require_whole(folder: Path, manifest: Manifest, *, again: bool = False) -> N
 
 
 def open_segments(
-    folder: Path, manifest: Manifest, *, num_probes: int | None = None
+    folder: Path, manifest: Manifest, *, num_probes: int | None = None, device: str = CPU
 ) -> list[Segment]:
     """The segments of a version, which stay on disk.
 
@@ -417,10 +417,16 @@ def open_segments(
         folder: The index folder.
         manifest: Of the version.
         num_probes: Lists that a search visits, instead of as many as each was built for.
+        device: Where they are searched, as of `IndexConfig.search_device`.
+
+    Raises:
+        ConfigError: A segment cannot be searched there.
+        HardwareError: The device is not here, or has too little memory.
     """
     found = []
     for one in manifest.segments:
         config = IndexConfig.model_validate(one.config)
+        config = config.model_copy(update={"search_device": device})
         if num_probes is not None:
             config = config.model_copy(update={"num_probes": num_probes})
         deleted: NDArray[np.int64] = np.zeros(0, np.int64)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from slq.errors import ArtifactError, ArtifactMismatchError
 from slq.index import codes
 from slq.index.building import Each, build_segment, here, part_rows
-from slq.index.config import SEARCH_ONLY, IndexConfig
+from slq.index.config import CPU, PLACES, SEARCH_ONLY, IndexConfig
+from slq.index.devices import device_of
 from slq.index.exact import NO_ROW
 from slq.index.parts import Source
 from slq.index.segment import Segment
@@ -43,14 +44,17 @@ Settle = Callable[[SegmentOf, IndexConfig], IndexConfig]
 def build(config: IndexConfig, vectors: NDArray[np.float32]) -> Any:
     """A faiss index in memory of (n, dimension) float32 unit vectors with explicit ids 0..n-1.
 
+    It is learnt on `config.device`, and filled and searched by the CPU.
+
     Raises:
         ConfigError: `ivf` has more lists than vectors.
+        HardwareError: `config.device` is not here.
     """
     count, dimension = vectors.shape
     config.require_room(count, dimension)
-    index = codes.untrained(config, dimension)
+    index, device = codes.untrained(config, dimension), device_of(config.device)
     if config.kind != "flat":
-        index.train(vectors)
+        device.train(index, vectors)
     codes.fill(index, [(np.arange(count, dtype=np.int64), vectors)])
     return index
 
@@ -82,7 +86,7 @@ class Content:
         """Of what is built, and how; None where nobody told where it comes from."""
         if self.origin is None:
             return None
-        built_by = config.model_dump(exclude=set(SEARCH_ONLY))
+        built_by = config.model_dump(exclude={*SEARCH_ONLY, *PLACES})
         told = [self.origin, self.fingerprint, self.dimension, built_by]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -107,18 +111,19 @@ def write_version(
     Raises:
         ConfigError: There are more lists than vectors.
         DataError: A vector is not finite or zero, or an id comes twice.
+        HardwareError: `config.device` or `config.search_device` is not there.
         StorageError: It cannot be written, or another process changes the index; the old version stays in place.
     """
     with changing(folder):
         built = _segment(folder, content, config, each)
         if settle is not None:
             config = settle(lambda one: Segment(built.home, one, _NONE), config)
-        record = replace(built.record, config=config.model_dump())
+        record = replace(built.record, config=config.recorded())
         manifest = Manifest(
             "",
             content.fingerprint,
             content.dimension,
-            config.model_dump(),
+            config.recorded(),
             [record],
             content.origin or {},
         )
@@ -135,7 +140,7 @@ def _segment(folder: Path, content: Content, config: IndexConfig, each: Each) ->
     )
 
 
-def append(folder: Path, content: Content, *, each: Each = here) -> Manifest:
+def append(folder: Path, content: Content, *, each: Each = here, device: str = CPU) -> Manifest:
     """A new version with further rows; an item that is there already is replaced.
 
     The rows become a segment of their own: `compact` joins it with the others.
@@ -144,16 +149,18 @@ def append(folder: Path, content: Content, *, each: Each = here) -> Manifest:
         folder: The index folder.
         content: The rows. Lists of its origin are joined with those of the version; its canary is left out.
         each: As of `write_version`.
+        device: As of `IndexConfig`.
 
     Raises:
         ArtifactError: There is no index.
         ArtifactMismatchError: The new rows are of another embedding space or of another length.
+        HardwareError: `device` is not there.
         StorageError: As of `write_version`.
     """
     with changing(folder):
         before = read_manifest(folder, current_version(folder))
         _require_same_space(folder, before, content.fingerprint, content.dimension)
-        config = IndexConfig.model_validate(before.config)
+        config = IndexConfig.model_validate({**before.config, "device": device})
         if content.num_rows < _FEW_ROWS:
             # Too few to learn lists and codes from, and fast to compare with.
             config = config.model_copy(update={"kind": "flat"})
@@ -256,21 +263,31 @@ def _alive(folder: Path, manifest: Manifest) -> Iterator[_Alive]:
                 yield _Alive(folder, manifest.version, number, start, stop, left)
 
 
-def compact(folder: Path, config: IndexConfig | None = None, each: Each = here) -> Manifest:
+def compact(
+    folder: Path,
+    config: IndexConfig | None = None,
+    each: Each = here,
+    *,
+    device: str | None = None,
+) -> Manifest:
     """A new version of one segment, without deleted rows, trained anew.
 
     Args:
         folder: The index folder.
         config: How it is built; as before by default.
         each: As of `write_version`.
+        device: Where, as of `IndexConfig`; that of `config` by default.
 
     Raises:
         ArtifactError: There is no index, or every item of it is deleted.
+        HardwareError: The device is not there.
     """
     with changing(folder):
         before = read_manifest(folder, current_version(folder))
         require_whole(folder, before)
         wanted = config or IndexConfig.model_validate(before.config)
+        if device is not None:
+            wanted = wanted.model_copy(update={"device": device})
         if not before.num_vectors:
             raise ArtifactError(
                 f"index {folder} holds no items any more; build it anew with `slq index`"
@@ -278,5 +295,5 @@ def compact(folder: Path, config: IndexConfig | None = None, each: Each = here) 
         alive = list(_alive(folder, before))
         left = Content(alive, before.dimension, before.fingerprint)
         built = _segment(folder, left, wanted, each)
-        joined = replace(before, config=wanted.model_dump(), segments=[built.record])
+        joined = replace(before, config=wanted.recorded(), segments=[built.record])
         return publish(folder, joined, {}, built=built, onto=before.version)

@@ -29,8 +29,10 @@ from pipelines.recipe import Recipe
 from slq.errors import ArtifactError, ClusterError, ConfigError, DataError
 from slq.index import Content, IndexConfig, VectorIndex, current_version, write_version
 from slq.index.checks import STAMPS
+from slq.index.config import PLACES
 from slq.index.parts import matrix
 from slq.index.versions import SEGMENTS, read_manifest
+from tests.gpus import FakeGpus
 from tests.integration.runs import changed
 from tests.unit.index_data import DIMENSION, Given, table
 
@@ -80,7 +82,7 @@ def test_the_benchmark_searches_what_a_recipe_has_embedded(
     queries = data.texts(7)
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
     exact = flat(matrix_of(data))
-    points = ours(tmp_path / "bench", data, IndexConfig(kind="ivf", num_lists=4))
+    points = ours(tmp_path / "bench", data, "float32", IndexConfig(kind="ivf", num_lists=4))
     assert [point.setting for point in points] == ["probes=4 oversample=1"]
     cosines = queries @ matrix_of(data).T
     best = [
@@ -112,6 +114,19 @@ def test_tasks_build_the_same_bytes_as_one_process(embedded: Recipe, tmp_path: P
     version = current_version(folder)
     assert index(recipe) == folder
     assert current_version(folder) == version  # nothing to do
+
+
+def test_where_an_index_is_built_is_no_reason_to_build_it_again(
+    embedded: Recipe, tmp_path: Path, gpus: FakeGpus
+) -> None:
+    storage = {"dir": tmp_path, "embedding_dir": embedded.storage.embeddings}
+    on_cpu = changed(embedded, index=CODED.model_dump(), storage=storage)
+    folder = index(changed(on_cpu, index={"device": "cuda"}))
+    assert gpus.searched
+    version = current_version(folder)
+    assert index(on_cpu) == folder
+    assert current_version(folder) == version
+    assert not read_manifest(folder, version).config.keys() & {*PLACES}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -181,9 +196,16 @@ def test_a_killed_task_is_done_again_and_the_index_is_the_same(tmp_path: Path) -
     rows = table(90, seed=3, first=400)
     write_version(tmp_path / "whole", content(Given(rows)), CODED)
 
-    def deadly(what: str, function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    def deadly(
+        what: str,
+        function: Callable[[Any], Any],
+        arguments: Sequence[Any],
+        *,
+        device: str = "cpu",
+    ) -> list[Any]:
         mark = tmp_path / what.replace(" ", "-")
-        return each_in_tasks(2, what, partial(killed_once, mark, function), arguments)
+        task = partial(killed_once, mark, function)
+        return each_in_tasks(2, what, task, arguments, device=device)
 
     reader = Deadly(rows, tmp_path / "reader-died")
     write_version(tmp_path / "killed", content(reader), CODED, each=deadly)

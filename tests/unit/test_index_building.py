@@ -132,10 +132,15 @@ class Failing:
         self.step, self.after, self.error = step, after, error
 
     def __call__(
-        self, what: str, function: Callable[[Any], Any], arguments: Sequence[Any]
+        self,
+        what: str,
+        function: Callable[[Any], Any],
+        arguments: Sequence[Any],
+        *,
+        device: str = "cpu",
     ) -> list[Any]:
         if what != self.step:
-            return here(what, function, arguments)
+            return here(what, function, arguments, device=device)
         for argument in arguments[: self.after]:
             function(argument)
         raise self.error("the node is gone")

@@ -13,19 +13,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.bench.index.build import measure_memory, measure_scaling
+from jobs.bench.index.build import measure_device, measure_memory, measure_scaling
 from jobs.bench.index.curve import write_curve
 from jobs.bench.index.data import EmbeddedSet, SearchedSet, ShiftedSet
-from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, ours
+from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, on_gpu, ours
 from jobs.bench.measure import hardware
 from slq.errors import ConfigError
 from slq.index import IndexConfig
 from slq.index.codes import threads
+from slq.index.config import CPU
+from slq.index.devices import device_of
 from slq.index.trials import recall_of
 
-PARTS = ("search", "scaling", "memory")
+PARTS = ("search", "scaling", "memory", "device")
 TOP_K = 10
 TARGETS = (0.95, 0.98)
+_SIDES = {
+    "hnswlib": {"hnswlib"},
+    "ours": {"pq4 opq", "rabitq random"},
+    "gpu": {"gpu flat", "gpu float16", "gpu int8"},
+}
+_RATIOS = (("ours", "flat"), ("ours", "hnswlib"), ("gpu", "flat"), ("gpu", "ours"))
 _QUICK_S = 0.3  # a point's rate, to see which one to measure well
 _FP16_BYTES = 2
 
@@ -40,7 +48,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
         ConfigError: Options do not belong together, or hnswlib is not installed.
     """
     parser = argparse.ArgumentParser(prog="slq bench index", description=__doc__)
-    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=PARTS,
+        help="repeatable; all by default, `device` with a GPU only",
+    )
     parser.add_argument("--rows", type=int, default=200_000, help="images of the synthetic set")
     parser.add_argument("--dimension", type=int, default=896)
     parser.add_argument(
@@ -51,19 +64,16 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--queries", type=int, default=1000, help="texts that ask")
     parser.add_argument("--lists", type=int, default=1024)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default=CPU, help="cuda: measure a GPU too")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
     parser.add_argument("--out", type=Path, help="write index.json and index.png into this folder")
     options = parser.parse_args(arguments)
-    if options.recipe is not None and set(options.part or ()) - {"search"}:
-        raise ConfigError(
-            "--recipe goes with --part search; the other parts need a set of any size"
-        )
+    parts = _parts(options)
     synthetic = ShiftedSet(options.rows, options.dimension)
     data = synthetic if options.recipe is None else EmbeddedSet.of(options.recipe)
-    parts = options.part or (PARTS if options.recipe is None else PARTS[:1])
     found: dict[str, Any] = {
         "bench": "index",
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware(torch.device(options.device if torch.cuda.is_available() else CPU)),
         "rows": data.num_rows,
         "dimension": data.dimension,
     }
@@ -74,6 +84,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
                 found |= _search(folder, data, options)
             elif part == "scaling":
                 found[part] = measure_scaling(folder, synthetic, options.lists, options.repeats)
+            elif part == "device":
+                asked = (options.device, options.lists, options.repeats)
+                found[part] = measure_device(folder, synthetic, *asked)
             else:
                 sizes = [options.rows // 20, options.rows, 5 * options.rows]
                 found[part] = measure_memory(folder, sizes, options.dimension, options.lists)
@@ -85,9 +98,31 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
+def _parts(options: argparse.Namespace) -> Sequence[str]:
+    """What is measured.
+
+    Raises:
+        ConfigError: A part does not belong to what is searched, or the GPU's part is asked for without a GPU.
+        HardwareError: The GPU is not here, or faiss has no code for it.
+    """
+    asked: Sequence[str] = options.part or ()
+    device_of(options.device, "--device")
+    if options.recipe is not None:
+        if set(asked) - {"search"}:
+            raise ConfigError(
+                "--recipe goes with --part search; the other parts need a set of any size"
+            )
+        return ("search",)
+    if options.device != CPU:
+        return asked or PARTS
+    if "device" in asked:
+        raise ConfigError("--part device compares a GPU with the CPU; add --device cuda")
+    return asked or [part for part in PARTS if part != "device"]
+
+
 def _search(folder: Path, data: SearchedSet, options: argparse.Namespace) -> dict[str, Any]:
     queries = data.texts(options.queries)
-    points = _points(folder, data, options.lists, max(options.threads))
+    points = _points(folder, data, options)
     truth = points[0].search(queries, TOP_K)
     return {
         "queries": len(queries),
@@ -98,15 +133,22 @@ def _search(folder: Path, data: SearchedSet, options: argparse.Namespace) -> dic
     }
 
 
-def _points(folder: Path, data: SearchedSet, num_lists: int, num_threads: int) -> list[Point]:
-    shared = {"kind": "ivf", "num_lists": num_lists}
+def _points(folder: Path, data: SearchedSet, options: argparse.Namespace) -> list[Point]:
+    shared = {"kind": "ivf", "num_lists": options.lists}
     configs = {
-        "pq4": IndexConfig.model_validate({**shared, "codes": "pq4", "rotation": "opq"}),
-        "rabitq": IndexConfig.model_validate({**shared, "codes": "rabitq", "rotation": "random"}),
+        "pq4 opq": IndexConfig.model_validate({**shared, "codes": "pq4", "rotation": "opq"}),
+        "rabitq random": IndexConfig.model_validate(
+            {**shared, "codes": "rabitq", "rotation": "random"}
+        ),
     }
+    if options.device != CPU:
+        configs |= on_gpu(options.device, options.lists)
+    num_threads = max(options.threads)
     with threads(num_threads):
         found = [
-            point for name, config in configs.items() for point in ours(folder / name, data, config)
+            point
+            for name, config in configs.items()
+            for point in ours(folder / name, data, name, config)
         ]
         vectors = matrix_of(data)
         return [flat(vectors), *hnswlib_points(vectors, num_threads), *found]
@@ -156,7 +198,7 @@ def _at_target(
 ) -> dict[str, Any]:
     """The fastest point of each side that reaches a recall, measured in turn; ratios are medians over rounds."""
     chosen = {"flat": 0}
-    for side, of_side in {"hnswlib": {"hnswlib"}, "ours": {"pq4 opq", "rabitq random"}}.items():
+    for side, of_side in _SIDES.items():
         good = [
             n for n, row in enumerate(rows) if row["side"] in of_side and row["recall"] >= target
         ]
@@ -170,10 +212,10 @@ def _at_target(
         side: {**rows[number], "qps": round(statistics.median(rates[side]), 1)}
         for side, number in chosen.items()
     }
-    for other in ("flat", "hnswlib"):
-        if "ours" in rates and other in rates:
-            ratios = [a / b for a, b in zip(rates["ours"], rates[other], strict=True)]
-            result[f"ours_to_{other}"] = round(statistics.median(ratios), 2)
+    for side, other in _RATIOS:
+        if side in rates and other in rates:
+            ratios = [a / b for a, b in zip(rates[side], rates[other], strict=True)]
+            result[f"{side}_to_{other}"] = round(statistics.median(ratios), 2)
     if "ours" in result:
         fp16 = _FP16_BYTES * queries.shape[1]
         result["code_share_of_fp16"] = round(result["ours"]["bytes_per_vector"] / fp16, 3)

@@ -16,9 +16,11 @@ from pipelines.index import each_in_tasks
 from pipelines.recipe import ResourcesConfig
 from pipelines.runtime import connect
 from slq.index import Content, IndexConfig, VectorIndex, write_version
+from slq.index.building import Each, here
+from slq.index.config import CPU
 
 _PART_BATCHES = 2
-_ASSIGN = "put vectors into lists"
+_LEARN, _ASSIGN = "learn lists and codes", "put vectors into lists"
 _LOADS = 5
 
 
@@ -52,22 +54,27 @@ def content_of(data: ShiftedSet) -> Content:
 
 
 class Timed:
-    """Does a build's steps in Ray tasks, and keeps the seconds of each.
+    """Keeps the seconds of each step of a build.
 
     Args:
-        workers: Tasks at once.
+        each: Does them.
     """
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, each: Each) -> None:
+        self._each = each
         self.seconds: dict[str, float] = {}
 
     def __call__(
-        self, what: str, function: Callable[[Any], Any], arguments: Sequence[Any]
+        self,
+        what: str,
+        function: Callable[[Any], Any],
+        arguments: Sequence[Any],
+        *,
+        device: str = CPU,
     ) -> list[Any]:
         """As `slq.index.building.Each`."""
         began = time.perf_counter()
-        found = each_in_tasks(self._workers, what, function, arguments)
+        found: list[Any] = self._each(what, function, arguments, device=device)
         self.seconds[what] = time.perf_counter() - began
         return found
 
@@ -84,7 +91,7 @@ def measure_scaling(folder: Path, data: ShiftedSet, num_lists: int, repeats: int
         for number in range(repeats):
             found = []
             for workers in (1, 2):
-                timed = Timed(workers)
+                timed = Timed(partial(each_in_tasks, workers))
                 home = folder / f"scaling-{number}-{workers}"
                 write_version(home, content_of(data), config, each=timed)
                 found.append(timed.seconds[_ASSIGN])
@@ -94,6 +101,41 @@ def measure_scaling(folder: Path, data: ShiftedSet, num_lists: int, repeats: int
         "two_to_one": round(statistics.median(ratios), 2),
         "ratios": [round(ratio, 2) for ratio in ratios],
         "seconds": [[round(value, 2) for value in found] for found in seconds],
+    }
+
+
+def measure_device(
+    folder: Path, data: ShiftedSet, device: str, num_lists: int, repeats: int
+) -> dict[str, Any]:
+    """`cpu_to_gpu`: seconds of a step on all cores of this machine over those with the GPU, median over rounds.
+
+    A warm-up round, which starts CUDA, is not counted.
+    """
+    found: dict[str, Any] = {}
+    for codes, rotation in (("rabitq", "random"), ("pq4", "opq")):
+        coding = {"kind": "ivf", "num_lists": num_lists, "codes": codes, "rotation": rotation}
+        seconds: dict[str, list[dict[str, float]]] = {CPU: [], device: []}
+        for number in range(repeats + 1):
+            for place, of_place in seconds.items():
+                timed = Timed(here)
+                config = IndexConfig.model_validate({**coding, "device": place})
+                home = folder / f"device-{codes}-{number}-{place.replace(':', '-')}"
+                write_version(home, content_of(data), config, each=timed)
+                of_place.append(timed.seconds)
+        found[f"{codes} {rotation}"] = {
+            step: _compared(
+                [one[step] for one in seconds[CPU]], [one[step] for one in seconds[device]]
+            )
+            for step in (_LEARN, _ASSIGN)
+        }
+    return found
+
+
+def _compared(on_cpu: Sequence[float], on_gpu: Sequence[float]) -> dict[str, Any]:
+    rounds = list(zip(on_cpu, on_gpu, strict=True))[1:]
+    return {
+        "cpu_to_gpu": round(statistics.median(a / b for a, b in rounds), 2),
+        "seconds": [[round(a, 2), round(b, 2)] for a, b in rounds],
     }
 
 

@@ -9,7 +9,15 @@ from matplotlib.figure import Figure
 
 from jobs.report.style import COLOURS, INK, LINE, MUTED
 
-_SIDES = {"flat": INK, "hnswlib": "#CC79A7", "pq4 opq": COLOURS["slq"], "rabitq random": "#009E73"}
+_SIDES = {
+    "flat": INK,
+    "hnswlib": "#CC79A7",
+    "pq4 opq": COLOURS["slq"],
+    "rabitq random": "#009E73",
+    "gpu flat": MUTED,
+    "gpu float16": "#E69F00",
+    "gpu int8": "#56B4E9",
+}
 
 
 def write_curve(found: Mapping[str, Any], target: Path) -> Path:

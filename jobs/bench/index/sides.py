@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from jobs.bench.index.data import SearchedSet
 from slq.errors import ConfigError
 from slq.index import Content, IndexConfig, VectorIndex, write_version
+from slq.index.config import CPU
 from slq.index.segment import Segment
 from slq.index.versions import SEGMENTS
 
@@ -95,13 +96,29 @@ def num_threads_of() -> int:
     return int(faiss.omp_get_max_threads())
 
 
-def ours(folder: Path, data: SearchedSet, config: IndexConfig) -> list[Point]:
-    """A segment, searched with more and more lists and candidates."""
+def on_gpu(device: str, num_lists: int) -> dict[str, IndexConfig]:
+    """Settings of ours that are learnt, filled and searched on a GPU, by name."""
+    places = {"device": device, "search_device": device}
+    found = {"gpu flat": IndexConfig.model_validate(places)}
+    for codes in ("float16", "int8"):
+        lists = {"kind": "ivf", "num_lists": num_lists, "codes": codes, **places}
+        found[f"gpu {codes}"] = IndexConfig.model_validate(lists)
+    return found
+
+
+def ours(folder: Path, data: SearchedSet, name: str, config: IndexConfig) -> list[Point]:
+    """A segment, searched with more and more lists and candidates.
+
+    Args:
+        folder: Where it is written.
+        data: What is searched.
+        name: Of the side.
+        config: How it is built, and where it is searched. A GPU holds the codes once for each point: there are fewer.
+    """
     write_version(folder, Content([Rows(data)], data.dimension, "bench"), config)
     (record,) = VectorIndex(folder).manifest.segments
     home = folder / SEGMENTS / record.name
     size = sum(path.stat().st_size for path in home.glob("partitions/*/index.faiss"))
-    name = f"{config.codes} {config.rotation}"
 
     def point(probes: int, oversample: float) -> Point:
         chosen = config.model_copy(update={"num_probes": probes, "oversample": oversample})
@@ -114,9 +131,11 @@ def ours(folder: Path, data: SearchedSet, config: IndexConfig) -> list[Point]:
             name, f"probes={probes} oversample={oversample:g}", search, size / data.num_rows
         )
 
-    depths = (2.0, 4.0, 8.0, 16.0, 32.0) if config.is_rescored else (1.0,)
+    if config.kind == "flat":
+        return [point(config.num_probes, 1.0)]
+    depths = (2.0, 4.0, 8.0, 16.0, 32.0) if config.search_device == CPU else (4.0,)
     probes = [n for n in (4, 8, 16, 32, 64, 128, 256) if n <= config.num_lists]
-    return [point(n, depth) for n in probes for depth in depths]
+    return [point(n, depth) for n in probes for depth in (depths if config.is_rescored else (1.0,))]
 
 
 def matrix_of(data: SearchedSet) -> NDArray[np.float32]:
