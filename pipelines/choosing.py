@@ -56,7 +56,7 @@ class Choice:
             ConfigError: No setting reaches the goal, or there are no text queries.
             StorageError: The choice cannot be written.
         """
-        config, goal = recipe.index, recipe.index.goal
+        config, goal = recipe.index.own, recipe.index.goal
         if goal is None:
             raise ConfigError("index.goal is not set; nothing is to be chosen")
         path = recipe.storage.index / CHOICES / f"{choice_name(recipe, found)}.json"
@@ -116,7 +116,7 @@ def choice_name(recipe: Recipe, found: Embeddings) -> str:
         ConfigError: The queries cannot be read.
     """
     told = [
-        recipe.index.model_dump(),
+        recipe.index.own.model_dump(),
         found.state,
         found.fingerprint,
         file_sha256(_queries_path(recipe)),
