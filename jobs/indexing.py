@@ -39,7 +39,7 @@ def change_of(
     if unwanted is not None:
         ids = _lines(unwanted)
         return _of_versions("--delete", lambda recipe: shrink(recipe, ids))
-    return _of_versions("--compact", join) if compact else _build
+    return _of_versions("--compact", join) if compact else build
 
 
 def _of_versions(change: str, flow: Callable[[Recipe], Path]) -> Callable[[Recipe], Path]:
@@ -52,7 +52,8 @@ def _of_versions(change: str, flow: Callable[[Recipe], Path]) -> Callable[[Recip
     return checked
 
 
-def _build(recipe: Recipe) -> Path | str:
+def build(recipe: Recipe) -> Path | str:
+    """Build the index, or fill the collection of the engine that holds it."""
     return _index_and_tell(recipe) if recipe.index.engine == FAISS else fill(recipe)
 
 

@@ -13,7 +13,7 @@ from slq.engines.base import Collection, Mark, SearchEngine, missing, told
 from slq.engines.predicates import Among, Comparison, Group, Kind, Like, Null, Predicate, Value
 from slq.engines.rows import checked_vectors, kinds, require_all
 from slq.engines.searching import EngineIndex, Stored, Wanted
-from slq.errors import ConfigError, SlqError, StorageError
+from slq.errors import ArtifactError, ConfigError, SlqError, StorageError
 from slq.index import Hit
 from slq.index.parts import EMBEDDING
 
@@ -85,6 +85,10 @@ class Lance(SearchEngine):
         """See `SearchEngine.open`; a version is a number of the table's, and older ones can be opened."""
         number = int(version) if version is not None and version.isdecimal() else None
         table = self._table(number)
+        if table is None and number is not None and self._table(None) is not None:
+            raise ArtifactError(
+                f"{self} has no version {version} any more; start again with its latest"
+            )
         found = None if table is None else self._mark_of(table)
         mark = self.require_ready(found, version, "" if table is None else str(table.version))
         return LanceIndex(self.uri, table, mark)

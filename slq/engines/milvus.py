@@ -79,7 +79,8 @@ class Milvus(LiveEngine):
 
     def _drop_others(self, client: Any, version: str) -> None:
         client.load_collection(self.name)
-        client.delete(self.name, filter=f'{SOURCE} != "{version}"')
+        # With less than strong consistency rows that were just replaced would be seen, and deleted, as they were.
+        client.delete(self.name, filter=f'{SOURCE} != "{version}"', consistency_level="Strong")
 
     def _count(self, client: Any, version: str | None) -> int:
         client.load_collection(self.name)
@@ -115,9 +116,11 @@ class Milvus(LiveEngine):
             return _lite.client(self.target)
 
         def disconnect(client: Any) -> None:
-            client.close()
-            if self.is_exclusive:
-                _lite.leave(self.target)
+            try:
+                client.close()
+            finally:
+                if self.is_exclusive:
+                    _lite.leave(self.target)
 
         return opened(f"Milvus at {self.target}", connect, disconnect, errors())
 

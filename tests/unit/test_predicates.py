@@ -46,7 +46,8 @@ def rows() -> pa.Table:
         )
 
     days = [date(2024, 1, 28) + timedelta(days=n) for n in range(8)]
-    times = [datetime(2024, 1, 31, 23, 59, 58) + timedelta(seconds=n, microseconds=n * 250_000) for n in range(6)]  # fmt: skip
+    first = datetime(2024, 1, 31, 23, 59, 58)
+    times = [first + timedelta(milliseconds=1250 * n) for n in range(6)]
     return pa.table(
         {
             "id": [f"item-{n}" for n in range(ROWS)],

@@ -185,7 +185,7 @@ def test_what_an_engine_cannot_do_names_what_can(index: SearchIndex, kind: str) 
     with pytest.raises(DataError, match=message):
         index.search(QUERIES[:1], 3, words=["a fox"])
     if kind == "qdrant":
-        with pytest.raises(DataError, match="Qdrant has no patterns; index.engine faiss, lance"):
+        with pytest.raises(DataError, match=r"Qdrant has no patterns; index.engine faiss, lance"):
             index.search(QUERIES[:1], 3, where="text like 't1%'")
         with pytest.raises(DataError, match="Qdrant orders numbers, dates and times alone"):
             index.search(QUERIES[:1], 3, where="text < 't1'")
