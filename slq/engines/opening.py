@@ -49,7 +49,8 @@ def unfit_target(kind: str, target: str) -> str | None:
     except ValueError:
         has_secret = False
     if has_secret:
-        variables = ENGINES[kind].credentials or "the environment of that engine"
+        known = ENGINES.get(kind)
+        variables = (known and known.credentials) or "the environment of that engine"
         return (
             "an address holds no user, password or query: recipes and logs would show them; leave it out and set "
             f"{variables}"

@@ -144,13 +144,12 @@ class _Reader:
         self._place = min(self._place + 1, len(self._tokens) - 1)
         return token
 
-    def _takes(self, *words: str) -> bool:
-        """Whether these words or signs come next; then they are behind us."""
-        coming = self._tokens[self._place : self._place + len(words)]
-        found = tuple(text.lower() for kind, text in coming if kind in ("word", "sign"))
-        if found != words:
+    def _takes(self, word: str) -> bool:
+        """Whether this word or sign comes next; then it is behind us."""
+        kind, text = self._tokens[self._place]
+        if kind not in ("word", "sign") or text.lower() != word:
             return False
-        self._place += len(words)
+        self._place += 1
         return True
 
     def _expect(self, word: str) -> None:

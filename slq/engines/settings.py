@@ -17,8 +17,7 @@ class IndexSettings(IndexConfig):
     """How the index is built and searched, and what holds it."""
 
     engine: Literal["faiss", "lance", "milvus", "qdrant"] = "faiss"
-    """What holds and searches the vectors: files of ours, or another engine, to which all keys but `target` and
-    `collection` mean nothing."""
+    """What holds and searches the vectors: files of ours, or another engine, which takes none of the keys above."""
     target: str | None = None
     """Where another engine is: a folder, a file, or an address without credentials; below `storage.dir` if null."""
     collection: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=255)] = "slq"
@@ -26,6 +25,9 @@ class IndexSettings(IndexConfig):
 
     @model_validator(mode="after")
     def _fits_its_engine(self) -> "IndexSettings":
+        problem = None if self.target is None else unfit_target(self.engine, self.target)
+        if problem is not None:  # the first thing to be told: other errors show all keys
+            raise PydanticCustomError(SECRET, "{problem}", {"problem": problem})
         if self.engine == FAISS:
             if self.target is not None:
                 raise ValueError(
@@ -42,9 +44,6 @@ class IndexSettings(IndexConfig):
             raise ValueError(
                 f"{', '.join(set_anyway)} say how faiss builds an index, and engine is {self.engine}; leave them out"
             )
-        problem = None if self.target is None else unfit_target(self.engine, self.target)
-        if problem is not None:
-            raise PydanticCustomError(SECRET, "{problem}", {"problem": problem})
         return self
 
     @property

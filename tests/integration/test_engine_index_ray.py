@@ -81,6 +81,54 @@ def nearest(recipe: Recipe, text: str) -> tuple[list[str], Any]:
     return [table["id"][int(n)].as_py() for n in order], scores[order]
 
 
+# ---- before any service runs ----
+
+
+def test_a_service_is_pinned_to_fingerprint_and_version(embedded: Recipe, tmp_path: Path) -> None:
+    moved = changed(
+        embedded,
+        index={"engine": "lance", "target": str(tmp_path)},
+        serve={"port": free_port()},
+    )
+    with pytest.raises(ArtifactError, match=r"there is no table .* write it with `slq index`"):
+        check_before_start(moved)
+    fill(moved)
+    pinned = check_before_start(moved)
+    replica = IndexService.func_or_class(moved.index_place, pinned)
+    assert replica.describe()["index_version"] == pinned.index_version
+    with pytest.raises(ArtifactMismatchError, match=r"0{64}"):
+        IndexService.func_or_class(moved.index_place, Pinned("0" * 64, pinned.index_version))
+    with pytest.raises(ArtifactError, match="has no version 99 any more"):
+        IndexService.func_or_class(moved.index_place, Pinned(pinned.fingerprint, "99"))
+    other = changed(moved, storage={"dir": tmp_path / "other"})
+    other = with_untrained_adapter(other, seed=9)
+    with pytest.raises(ArtifactMismatchError, match="rebuild it with `slq embed` and `slq index`"):
+        check_before_start(other)
+    with pytest.raises(ArtifactMismatchError, match="rebuild it with `slq embed` and `slq index`"):
+        evaluate(other)
+    embed(other)
+    with pytest.raises(ConfigError, match=r"is of fingerprint .*; choose another name"):
+        fill(other)
+
+
+def test_a_replica_tries_its_model_on_items_that_were_kept(
+    embedded: Recipe, tmp_path: Path
+) -> None:
+    moved = changed(embedded, index={"engine": "lance", "target": str(tmp_path)})
+    fill(moved)
+    pinned = check_before_start(changed(moved, serve={"port": free_port()}))
+    BackboneService.func_or_class(moved.model_dump(mode="json"), pinned)
+    (kept,) = (embedded.storage.index / KEPT).glob("*.parquet")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match="does not match the sha256"):
+        BackboneService.func_or_class(moved.model_dump(mode="json"), pinned)
+    kept.write_bytes(whole)
+
+
+# ---- with one ----
+
+
 def test_the_same_command_again_changes_nothing(
     indexed: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,48 +211,6 @@ def test_the_command_line_searches_the_engine(
         "search", "--recipe", path, "--like", ids[0], "--where", f"id <> '{ids[1]}'", "--json"
     )
     assert not {ids[0], ids[1]} & {one["id"] for one in json.loads(like.stdout)["results"]}
-
-
-def test_a_service_is_pinned_to_fingerprint_and_version(embedded: Recipe, tmp_path: Path) -> None:
-    moved = changed(
-        embedded,
-        index={"engine": "lance", "target": str(tmp_path)},
-        serve={"port": free_port()},
-    )
-    with pytest.raises(ArtifactError, match=r"there is no table .* write it with `slq index`"):
-        check_before_start(moved)
-    fill(moved)
-    pinned = check_before_start(moved)
-    replica = IndexService.func_or_class(moved.index_place, pinned)
-    assert replica.describe()["index_version"] == pinned.index_version
-    with pytest.raises(ArtifactMismatchError, match=r"0{64}"):
-        IndexService.func_or_class(moved.index_place, Pinned("0" * 64, pinned.index_version))
-    with pytest.raises(ArtifactError, match="has no version 99 any more"):
-        IndexService.func_or_class(moved.index_place, Pinned(pinned.fingerprint, "99"))
-    other = changed(moved, storage={"dir": tmp_path / "other"})
-    other = with_untrained_adapter(other, seed=9)
-    with pytest.raises(ArtifactMismatchError, match="rebuild it with `slq embed` and `slq index`"):
-        check_before_start(other)
-    with pytest.raises(ArtifactMismatchError, match="rebuild it with `slq embed` and `slq index`"):
-        evaluate(other)
-    embed(other)
-    with pytest.raises(ConfigError, match=r"is of fingerprint .*; choose another name"):
-        fill(other)
-
-
-def test_a_replica_tries_its_model_on_items_that_were_kept(
-    embedded: Recipe, tmp_path: Path
-) -> None:
-    moved = changed(embedded, index={"engine": "lance", "target": str(tmp_path)})
-    fill(moved)
-    pinned = check_before_start(changed(moved, serve={"port": free_port()}))
-    BackboneService.func_or_class(moved.model_dump(mode="json"), pinned)
-    (kept,) = (embedded.storage.index / KEPT).glob("*.parquet")
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:-1])
-    with pytest.raises(ArtifactError, match="does not match the sha256"):
-        BackboneService.func_or_class(moved.model_dump(mode="json"), pinned)
-    kept.write_bytes(whole)
 
 
 def test_an_index_of_files_is_evaluated_too(embedded: Recipe) -> None:

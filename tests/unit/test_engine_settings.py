@@ -82,6 +82,10 @@ def test_credentials_in_a_recipe_are_refused_and_shown_nowhere(tmp_path: Path) -
     assert "leave it out and set QDRANT_API_KEY" in text
     assert "hunter2" not in text
     target = "http://root:hunter2@db:19530"
+    for others in ({}, {"engine": "milvus", "kind": "ivf"}):  # whatever else is wrong
+        text = refusal("index", recipe_file(tmp_path, target=target, **others))
+        assert "an address holds no user" in text
+        assert "hunter2" not in text
     text = refusal("export", recipe_file(tmp_path), "--to", "milvus", "--target", target)
     assert "set MILVUS_TOKEN" in text
     assert "hunter2" not in text
