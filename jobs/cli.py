@@ -276,39 +276,45 @@ def search(  # noqa: PLR0913 - the options of a command line
     index_dir: Annotated[
         Path | None, typer.Option("--index", help="an index folder to search without a service")
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="a recipe whose index to search without a service, in whichever engine"),
+    ] = None,
+    overrides: Overrides = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="adapter folder for --index; its neighbour by default")
+        Path | None,
+        typer.Option(help="adapter folder; the recipe's or the index folder's neighbour if none"),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="results")] = 5,
     mode: Annotated[str, typer.Option(help="auto, coarse or fine")] = "auto",
     where: Annotated[
-        str | None, typer.Option(help="with --index: predicate over stored columns, in SQL")
+        str | None, typer.Option(help="without --url: predicate over stored columns, in SQL")
     ] = None,
     like: Annotated[
-        str | None, typer.Option(help="with --index: look for items like the one of this id")
+        str | None, typer.Option(help="without --url: look for items like the one of this id")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="with --index: an id to leave out (repeatable)")
+        list[str] | None, typer.Option(help="without --url: an id to leave out (repeatable)")
     ] = None,
     distinct: Annotated[
-        bool, typer.Option("--distinct", help="with --index: of equal items only the first")
+        bool, typer.Option("--distinct", help="without --url: of equal items only the first")
     ] = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="with --index: compare with every vector")
+        bool, typer.Option("--exact", help="without --url: compare with every vector")
     ] = False,
     hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="with --index: rank by the text's words too")
+        bool, typer.Option("--hybrid", help="without --url: rank by the text's words too")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search a running service, or an index folder directly."""
-    from jobs.searching import Place, Question, answer, hits_table
+    """Search a running service, or an index directly."""
+    from jobs.searching import Place, Question, answer, hits_table, named_recipe
 
-    place = Place(url, index_dir, adapter)
     question = Question(text or None, image, like)
     options: dict[str, Any] = {"where": where, "exclude": exclude or [], "distinct": distinct}
     options |= {"exact": exact, "words": [text] if hybrid else None}
     with friendly_errors():
+        place = Place(url, index_dir, named_recipe(recipe, overrides), adapter)
         found = answer(place, question, top_k=top_k, mode=mode, **options)
     if as_json:
         print(json.dumps(found))

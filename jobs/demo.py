@@ -47,14 +47,14 @@ def run_demo(recipe: Recipe) -> None:
 
 
 def _flows(recipe: Recipe) -> dict[str, Any]:
+    from jobs.indexing import build
     from pipelines.embed import embed
-    from pipelines.index import index
     from pipelines.train import train
 
     return {
         "train": lambda: train(recipe),
         "embed": lambda: embed(recipe),
-        "index": lambda: index(recipe),
+        "index": lambda: build(recipe),
     }
 
 

@@ -8,8 +8,9 @@ from rich.table import Table
 
 from jobs.console import err
 from pipelines.choosing import CHOICE, CHOICES
-from pipelines.index import grow, index, join, shrink
+from pipelines.index import fill, grow, index, join, require_own, shrink
 from pipelines.recipe import Recipe
+from slq.engines import FAISS
 from slq.errors import ConfigError
 from slq.files import read_json
 from slq.index import current_version, prune, roll_back, versions
@@ -20,8 +21,8 @@ PREVIOUS = "previous"
 
 def change_of(
     further: str | None, unwanted: Path | None, *, compact: bool
-) -> Callable[[Recipe], Path]:
-    """The flow that a command line asks for: `index`, or a change of what is there.
+) -> Callable[[Recipe], Path | str]:
+    """The flow that a command line asks for: `index` or `fill`, or a change of what is there.
 
     Args:
         further: Location of a data set whose rows are added.
@@ -34,11 +35,26 @@ def change_of(
     if sum((further is not None, unwanted is not None, compact)) > 1:
         raise ConfigError("give at most one of --append, --delete and --compact")
     if further is not None:
-        return lambda recipe: grow(recipe, further)
+        return _of_versions("--append", lambda recipe: grow(recipe, further))
     if unwanted is not None:
         ids = _lines(unwanted)
-        return lambda recipe: shrink(recipe, ids)
-    return join if compact else _index_and_tell
+        return _of_versions("--delete", lambda recipe: shrink(recipe, ids))
+    return _of_versions("--compact", join) if compact else build
+
+
+def _of_versions(change: str, flow: Callable[[Recipe], Path]) -> Callable[[Recipe], Path]:
+    """A flow that only an index of faiss has."""
+
+    def checked(recipe: Recipe) -> Path:
+        require_own(recipe, change)
+        return flow(recipe)
+
+    return checked
+
+
+def build(recipe: Recipe) -> Path | str:
+    """Build the index, or fill the collection of the engine that holds it."""
+    return _index_and_tell(recipe) if recipe.index.engine == FAISS else fill(recipe)
 
 
 def _index_and_tell(recipe: Recipe) -> Path:

@@ -14,6 +14,7 @@ SYSTEM_NAMES = {
     "untrained": "zero-shot untrained latents",
     "slq": "SLQ (trained)",
     "slq_fine": "SLQ + fine stage",
+    "slq_index": "SLQ through the index",
 }
 
 

@@ -1,4 +1,4 @@
-"""One search, over HTTP or in an index folder."""
+"""One search, over HTTP or in an index."""
 
 import base64
 from dataclasses import dataclass
@@ -8,22 +8,42 @@ from typing import Any
 import httpx
 from rich.table import Table
 
+from pipelines.recipe import Recipe, load_recipe
+from slq.engines import IndexPlace
 from slq.errors import ConfigError, ServiceError
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where to search: exactly one of a service and an index folder.
+    """Where to search: exactly one of a service, an index folder, and what a recipe names.
 
     Attributes:
         url: Of a service.
         index_dir: An index folder.
-        adapter: Of the encoder for a folder; its neighbour by default.
+        recipe: Of a run whose index, in files of ours or in another engine, is searched.
+        adapter: Of the encoder; by default the recipe's, or the folder's neighbour.
     """
 
     url: str | None = None
     index_dir: Path | None = None
+    recipe: Recipe | None = None
     adapter: Path | None = None
+
+    @property
+    def index(self) -> tuple[IndexPlace, Path] | None:
+        """The index that is searched without a service, and the adapter; None where a service is.
+
+        Raises:
+            ConfigError: Not exactly one place is given.
+        """
+        if sum(one is not None for one in (self.url, self.index_dir, self.recipe)) != 1:
+            raise ConfigError("give exactly one of --url, --index and --recipe")
+        if self.index_dir is not None:
+            adapter = self.adapter or self.index_dir.parent / "adapter"
+            return IndexPlace.of_folder(self.index_dir), adapter
+        if self.recipe is not None:
+            return self.recipe.index_place, self.adapter or self.recipe.storage.adapter
+        return None
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,19 @@ class Question:
     text: str | None = None
     image: Path | None = None
     like: str | None = None
+
+
+def named_recipe(path: Path | None, overrides: list[str] | None) -> Recipe | None:
+    """The recipe that a command line names, if any.
+
+    Raises:
+        ConfigError: It cannot be loaded, or there is none that keys could be set in.
+    """
+    if path is None:
+        if overrides:
+            raise ConfigError("--set changes keys of a recipe: give --recipe")
+        return None
+    return load_recipe(path, overrides)
 
 
 def answer(
@@ -45,28 +78,26 @@ def answer(
         question: What for.
         top_k: Results.
         mode: `auto`, `coarse` or `fine`.
-        options: Of `VectorIndex.search`; a service takes none.
+        options: Of `SearchIndex.search`; a service takes none.
 
     Raises:
         ConfigError: Options do not belong together.
-        SlqError: As `search_url` and `search_folder`.
+        SlqError: As `search_url` and `search_index`.
     """
     if options.get("words") is not None and not question.text:
         raise ConfigError("--hybrid ranks by the words of a text: give one")
-    if place.index_dir is not None and place.url is None:
+    index = place.index
+    if index is not None:
         if mode == "fine":
             raise ConfigError(
-                "--mode fine needs a service: use --url, or --mode coarse with --index"
+                "--mode fine needs a service: use --url, or --mode coarse without one"
             )
-        adapter = place.adapter or place.index_dir.parent / "adapter"
-        return search_folder(place.index_dir, adapter, question, top_k=top_k, **options)
-    if place.url is None or place.index_dir is not None:
-        raise ConfigError("give exactly one of --url and --index")
+        return search_index(*index, question, top_k=top_k, **options)
     if question.like is not None or any(options.values()):
         raise ConfigError(
-            "--where, --like, --exclude, --distinct, --exact and --hybrid search an index folder: give --index"
+            "--where, --like, --exclude, --distinct, --exact and --hybrid search an index: give --index or --recipe"
         )
-    return search_url(place.url, question, top_k=top_k, mode=mode)
+    return search_url(str(place.url), question, top_k=top_k, mode=mode)
 
 
 def hits_table(found: dict[str, Any]) -> Table:
@@ -118,40 +149,39 @@ def search_url(url: str, question: Question, *, top_k: int, mode: str) -> dict[s
     return found
 
 
-def search_folder(
-    index_dir: Path, adapter: Path, question: Question, *, top_k: int, **options: Any
+def search_index(
+    place: IndexPlace, adapter: Path, question: Question, *, top_k: int, **options: Any
 ) -> dict[str, Any]:
-    """Coarse search in an index folder, without any service.
+    """Coarse search in an index, without any service.
 
     Args:
-        index_dir: The index folder.
+        place: Where the index is.
         adapter: Of the encoder; not asked for where an item is.
         question: What to look for.
         top_k: Results.
-        options: Of `VectorIndex.search`.
+        options: Of `SearchIndex.search`.
 
     Raises:
         ArtifactMismatchError: Index and adapter belong to different embedding spaces.
         ConfigError: An item is given beside a text or an image.
         DataError: There is no such item, or an option cannot be used.
+        StorageError: The engine that holds the index cannot be reached.
     """
-    from slq.index import VectorIndex
-
-    index = VectorIndex(index_dir)
-    if question.like is not None:
-        if question.text or question.image:
-            raise ConfigError("give --like, or a text and an image, not both")
-        hits = index.more_like(question.like, top_k, **options)
-    else:
-        vector = _encoded(index_dir, index.fingerprint, adapter, question)
-        hits = index.search(vector, top_k, **options)[0]
+    with place.open() as index:
+        if question.like is not None:
+            if question.text or question.image:
+                raise ConfigError("give --like, or a text and an image, not both")
+            hits = index.more_like(question.like, top_k, **options)
+        else:
+            vector = _encoded(place, index.fingerprint, adapter, question)
+            hits = index.search(vector, top_k, **options)[0]
     return {
         "joined": options.get("words") is not None,  # then scores are no cosines
         "results": [{"id": hit.id, "coarse_score": hit.score, "score": hit.score} for hit in hits],
     }
 
 
-def _encoded(index_dir: Path, fingerprint: str, adapter: Path, question: Question) -> Any:
+def _encoded(place: IndexPlace, fingerprint: str, adapter: Path, question: Question) -> Any:
     """(1, dimension) vector of a text, an image, or both."""
     from slq.artifacts import require_same_fingerprint
     from slq.encoder import Encoder, as_item
@@ -160,7 +190,7 @@ def _encoded(index_dir: Path, fingerprint: str, adapter: Path, question: Questio
     require_same_fingerprint(
         fingerprint,
         encoder.fingerprint,
-        expected_in=f"index {index_dir}",
+        expected_in=f"index {place}",
         found_in=f"adapter {adapter}",
         remedy="pass the index's own adapter with --adapter",
     )

@@ -57,7 +57,7 @@ class Choice:
             HardwareError: A GPU is asked for that this process does not see: it tries settings itself.
             StorageError: The choice cannot be written.
         """
-        config, goal = recipe.index, recipe.index.goal
+        config, goal = recipe.index.own, recipe.index.goal
         if goal is None:
             raise ConfigError("index.goal is not set; nothing is to be chosen")
         path = recipe.storage.index / CHOICES / f"{choice_name(recipe, found)}.json"
@@ -118,7 +118,8 @@ def choice_name(recipe: Recipe, found: Embeddings) -> str:
         ConfigError: The queries cannot be read.
     """
     told = [
-        recipe.index.model_dump(exclude={"device"}),  # where it searches decides what is fast
+        # Where it searches decides what is fast, where it is built does not.
+        recipe.index.own.model_dump(exclude={"device"}),
         found.state,
         found.fingerprint,
         file_sha256(_queries_path(recipe)),

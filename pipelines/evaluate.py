@@ -15,8 +15,8 @@ from pipelines.loading import (
     require_shorter,
     use_processors,
 )
-from pipelines.ranking import Scores, run_file, run_table, summarise
-from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe
+from pipelines.ranking import Scores, run_file, run_table, shared_best, summarise
+from pipelines.recipe import EMBED_AS_SLQ, LENGTH_MARK, VARIANT_MARK, Recipe
 from pipelines.tasks import collect, model_task, parts
 from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.backbones import Backbone
@@ -24,6 +24,7 @@ from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
 from slq.errors import StorageError
 from slq.files import write_json
+from slq.index import SearchIndex
 from slq.quantization import cut
 from slq.reranker import Reranker
 from slq.schema import Item
@@ -33,9 +34,12 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """Measure every system of the recipe; writes results.json and run files, and returns the results."""
     require_shorter(recipe, "eval.dimensions", recipe.eval.dimensions)
     space = embedding_space(recipe)
+    if "slq_index" in recipe.eval.systems:
+        with open_index(recipe):
+            pass  # found before any work is done
     benchmark = load_benchmark(recipe)
-    scores = score_systems(recipe, benchmark)
-    results = {**space, **summarise(recipe, benchmark, scores)}
+    scores, facts = score_systems(recipe, benchmark)
+    results = {**space, **facts, **summarise(recipe, benchmark, scores)}
     folder = recipe.storage.evaluation
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,7 @@ def embedding_space(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ArtifactError: A trained system is asked for and there is no adapter; found before any work is done.
     """
-    if not {"slq", "slq_fine"} & set(recipe.eval.systems):
+    if not {"slq", *EMBED_AS_SLQ} & set(recipe.eval.systems):
         section = recipe.backbone
         revision = backbone_revision(section.name, section.revision)
         return {"backbone": {"model": section.name, "revision": revision}, "fingerprint": ""}
@@ -79,26 +83,68 @@ def measured_systems(recipe: Recipe) -> list[str]:
     return systems
 
 
-def score_systems(recipe: Recipe, benchmark: Benchmark) -> dict[str, Scores]:
-    """Embed gallery and queries in parallel tasks, then score the best candidates in others."""
+def open_index(recipe: Recipe) -> SearchIndex:
+    """The index of the recipe, of the space of its adapter.
+
+    Raises:
+        ArtifactError: There is no index, or no adapter.
+        ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
+        StorageError: An engine cannot be reached.
+    """
+    index = recipe.index_place.open()
+    try:
+        require_same_fingerprint(
+            index.fingerprint,
+            load_adapter_config(recipe.storage.adapter).fingerprint,
+            expected_in=f"index {recipe.index_place}",
+            found_in=f"adapter {recipe.storage.adapter}",
+            remedy="rebuild it with `slq embed` and `slq index`",
+        )
+    except BaseException:
+        index.close()
+        raise
+    return index
+
+
+def score_systems(recipe: Recipe, benchmark: Benchmark) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """Embed gallery and queries in parallel tasks, then score the best candidates in others, or ask the index.
+
+    Returns:
+        Scores of each system, and what else is told of the index where it was asked.
+    """
     vectors = _embed_everything(recipe, benchmark)
     num_items = len(benchmark.items)
     scores: dict[str, Scores] = {}
+    facts: dict[str, Any] = {}
     for system in measured_systems(recipe):
-        found = vectors["slq" if system == "slq_fine" else system]
-        coarse = found[num_items:] @ found[:num_items].T
-        scores[system] = Scores(coarse, np.full_like(coarse, np.nan))
+        found = vectors["slq" if system in EMBED_AS_SLQ else system]
+        exact = Scores.of_similarities(found[num_items:] @ found[:num_items].T)
+        if system == "slq_index":
+            scores[system], facts = _through_index(recipe, benchmark, found[num_items:], exact)
+            continue
+        scores[system] = exact
         for length in recipe.eval.dimensions if system == "slq" else ():
             short = cut(found, length)
             coarse = short[num_items:] @ short[:num_items].T
-            name = f"{system}{LENGTH_MARK}{length}"
-            scores[name] = Scores(coarse, np.full_like(coarse, np.nan))
+            scores[f"{system}{LENGTH_MARK}{length}"] = Scores.of_similarities(coarse)
     if "slq_fine" in scores:
         coarse = scores["slq_fine"].coarse
         best = np.argsort(-coarse, axis=1, kind="stable")[:, : recipe.rerank.depth]
         margins = _score_best(recipe, benchmark, best)
         np.put_along_axis(scores["slq_fine"].fine, best, margins, axis=1)
-    return scores
+    return scores, facts
+
+
+def _through_index(
+    recipe: Recipe, benchmark: Benchmark, queries: NDArray[np.float32], exact: Scores
+) -> tuple[Scores, dict[str, Any]]:
+    """What the index gives for (queries, dimension) vectors, and how much of the exact ranking is in it."""
+    depth = max(recipe.eval.ks)
+    with open_index(recipe) as index:
+        found = Scores.of_hits(benchmark, index.search(queries, depth))
+        told = {"engine": recipe.index.engine, "version": index.version, "num_vectors": len(index)}
+    kept = {f"kept@{k}": shared_best(exact, found, k) for k in recipe.eval.ks}
+    return found, {"index": {**told, **kept}}
 
 
 def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray[np.float32]]:
@@ -141,8 +187,8 @@ def _loaded(recipe_json: str) -> tuple[Recipe, Backbone]:
 def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.float32]]:
     """Vectors of items for every system of the recipe, from one prefix pass."""
     recipe, backbone = _loaded(recipe_json)
-    wanted = [s for s in measured_systems(recipe) if s != "slq_fine"]
-    if "slq_fine" in recipe.eval.systems and "slq" not in wanted:
+    wanted = [s for s in measured_systems(recipe) if s not in EMBED_AS_SLQ]
+    if {*EMBED_AS_SLQ} & set(recipe.eval.systems) and "slq" not in wanted:
         wanted.append("slq")
     encoders = {system: encoder_of(recipe, system, backbone) for system in wanted}
     for system, encoder in encoders.items():

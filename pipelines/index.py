@@ -1,4 +1,8 @@
-"""Builds index versions from the committed shards of embedding data sets, and changes what they hold."""
+"""Builds index versions from the committed shards of embedding data sets, and changes what they hold.
+
+Another engine that holds the vectors is written by the code of `slq export`; its collections are changed by writing a
+new state of the data set.
+"""
 
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -8,11 +12,14 @@ from typing import TypeVar
 
 from pipelines.choosing import CHOICE, Choice, choice_name
 from pipelines.embeddings import open_embeddings
+from pipelines.export import hand_over
 from pipelines.recipe import Recipe
 from pipelines.tasks import Countdown, cluster_errors, collect_windowed, require_gpus
+from slq.engines import FAISS
 from slq.errors import ArtifactError, ConfigError
 from slq.index import Content, append, compact, current_version, delete, write_version
 from slq.index.building import Each, here
+from slq.index.canary import keep_canary
 from slq.index.config import CPU
 from slq.index.versions import Manifest, read_manifest, require_whole
 
@@ -47,9 +54,47 @@ def index(recipe: Recipe) -> Path:
             folder, content, choice.config, each=_workers(recipe), settle=choice.settle
         )
     else:
-        manifest = write_version(folder, content, recipe.index, each=_workers(recipe))
+        manifest = write_version(folder, content, recipe.index.own, each=_workers(recipe))
     _tell(folder, manifest)
     return folder
+
+
+def fill(recipe: Recipe) -> str:
+    """Write the data set into the collection of another engine; does nothing when it holds all of it already.
+
+    Returns:
+        Which collection.
+
+    Raises:
+        ArtifactError: The data set is unfinished, damaged or empty; the shard is named.
+        ConfigError: The collection is of another embedding space or was not written by slq, or a package is missing.
+        DataError: A vector is not finite or zero, or an id comes twice.
+        StorageError: The engine cannot be reached, or refuses.
+    """
+    place = recipe.index_place
+    found = open_embeddings(recipe.storage.embeddings, recipe.storage.retry_s)
+    rows = hand_over(found, place.engine)
+    if found.canary is not None:
+        keep_canary(place.folder, found.canary, found.fingerprint)
+    log.info("%s: %d vectors of dimension %d", place, rows, found.dimension)
+    return str(place)
+
+
+def require_own(recipe: Recipe, change: str) -> None:
+    """Refuse a change of versions where another engine holds the vectors.
+
+    Args:
+        recipe: The resolved recipe.
+        change: What is asked for, as on the command line.
+
+    Raises:
+        ConfigError: One does.
+    """
+    if recipe.index.engine != FAISS:
+        raise ConfigError(
+            f"{change} changes an index of faiss, and index.engine is {recipe.index.engine}: change the data set and "
+            "run `slq index` again, or use the engine's own client"
+        )
 
 
 def grow(recipe: Recipe, location: str) -> Path:
@@ -158,7 +203,7 @@ def join(recipe: Recipe) -> Path:
         ArtifactError: There is no index, or nothing is left of it.
     """
     folder = recipe.storage.index
-    config = None if recipe.index.goal else recipe.index
+    config = None if recipe.index.goal else recipe.index.own
     _tell(folder, compact(folder, config, _workers(recipe), device=recipe.index.device))
     return folder
 
@@ -183,7 +228,7 @@ def _is_current(folder: Path, recipe: Recipe, content: Content) -> bool:
         return False
     is_chosen = recipe.index.goal is not None
     return (
-        (is_chosen or manifest.config == recipe.index.recorded())
+        (is_chosen or manifest.config == recipe.index.own.recorded())
         and manifest.source == content.origin
         and manifest.num_vectors == content.num_rows
         and not any(one.num_deleted for one in manifest.segments)

@@ -1,5 +1,6 @@
 """From scores to numbers: rankings, metrics of every subset with intervals, and run files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from pipelines.benchmark import Benchmark
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe
 from slq.arrow import RUN
+from slq.errors import DataError
+from slq.index import Hit
 from slq.metrics import (
     bootstrap_interval,
     hits,
@@ -22,10 +25,41 @@ from slq.metrics import (
 
 @dataclass(frozen=True)
 class Scores:
-    """Similarities of one system: (queries, items) float32, and fine margins where a pair was scored, else NaN."""
+    """Similarities of one system.
+
+    Attributes:
+        coarse: (queries, items) float32; -inf where an index did not give an item.
+        fine: The same of margins where a pair was scored, else NaN.
+        is_whole: Whether every item has a similarity, so that items can also look for queries.
+    """
 
     coarse: NDArray[np.float32]
     fine: NDArray[np.float32]
+    is_whole: bool = True
+
+    @classmethod
+    def of_similarities(cls, coarse: NDArray[np.float32]) -> "Scores":
+        """Without a fine stage."""
+        return cls(coarse, np.full_like(coarse, np.nan))
+
+    @classmethod
+    def of_hits(cls, benchmark: Benchmark, found: Sequence[Sequence[Hit]]) -> "Scores":
+        """What an index gave for each query.
+
+        Raises:
+            DataError: It holds an item that is not in the gallery, so that its ranks say nothing of it.
+        """
+        column = {item.id: n for n, item in enumerate(benchmark.items)}
+        coarse = np.full(benchmark.relevant.shape, -np.inf, np.float32)
+        for row, ranking in zip(coarse, found, strict=True):
+            for hit in ranking:
+                if hit.id not in column:
+                    raise DataError(
+                        f"the index holds item {hit.id!r}, and the gallery does not; measure slq_index with the "
+                        "data.corpus that the index was built from"
+                    )
+                row[column[hit.id]] = hit.score
+        return cls(coarse, np.full_like(coarse, np.nan), is_whole=False)
 
 
 def run_file(system: str) -> str:
@@ -80,7 +114,8 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
         per_query[system] = hits(ranked, 1)
         report = {name: _metrics(ranked[mask], ks) for name, mask in subsets(benchmark).items()}
         results["systems"][system] = {"text_to_image": report}
-        if np.isnan(found.fine).all():  # the fine stage ranks items for a query, not the reverse
+        # The fine stage and an index rank items for a query, not the reverse.
+        if found.is_whole and np.isnan(found.fine).all():
             reverse = _reverse(benchmark, found.coarse, ks)
             results["systems"][system]["image_to_text"] = reverse
     if {"slq", "slq_fine"} <= set(scores):
@@ -117,13 +152,24 @@ def _reverse(
     return reports
 
 
+def shared_best(first: Scores, second: Scores, depth: int) -> float:
+    """Share of the `depth` best items of each query by the first scores that are among those by the second."""
+    depth = min(depth, first.coarse.shape[1])
+    best, other = (
+        np.argsort(-scores.coarse, axis=1, kind="stable")[:, :depth] for scores in (first, second)
+    )
+    given = np.isfinite(np.take_along_axis(second.coarse, other, axis=1))
+    same = (best[:, :, None] == np.where(given, other, -1)[:, None, :]).any(axis=2)
+    return float(same.mean())
+
+
 def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:
     """The ranking as a run file, `depth` items per query."""
     final = final_scores(scores)
     order = np.argsort(-final, axis=1, kind="stable")[:, :depth]
     rows = []
     for q, best in enumerate(order):
-        for rank, i in enumerate(best, start=1):
+        for rank, i in enumerate(best[np.isfinite(final[q, best])], start=1):
             margin = float(scores.fine[q, i])
             rows.append(
                 {

@@ -11,8 +11,8 @@ from slq.benchmarks.karpathy import KarpathyConfig
 from slq.benchmarks.mmeb import MmebConfig
 from slq.benchmarks.scenes import ScenesConfig
 from slq.config import Section
+from slq.engines import IndexPlace, IndexSettings
 from slq.errors import ConfigError
-from slq.index import IndexConfig
 from slq.training import AdapterSettings, TrainConfig
 
 
@@ -152,7 +152,9 @@ class RerankConfig(Section):
     """Pairs per forward pass."""
 
 
-System = Literal["last_token", "untrained", "slq", "slq_fine"]
+System = Literal["last_token", "untrained", "slq", "slq_fine", "slq_index"]
+EMBED_AS_SLQ = ("slq_fine", "slq_index")
+"""Systems that rank the vectors of `slq` in another way."""
 VARIANT_MARK, LENGTH_MARK = ":", "@"
 """What stands between `slq` and the name of a variant, or the length of cut vectors, where systems are named."""
 
@@ -161,8 +163,9 @@ class EvalConfig(Section):
     """What is measured."""
 
     systems: tuple[System, ...] = ("last_token", "untrained", "slq", "slq_fine")
-    """Zero-shot last token, zero-shot untrained latents, trained SLQ, and SLQ with the fine stage. With SLQ its
-    variants are measured too, as `slq:NAME`."""
+    """Zero-shot last token, zero-shot untrained latents, trained SLQ, and SLQ with the fine stage; `slq_index` ranks
+    what SLQ embeds through the index that `slq index` has built. With SLQ its variants are measured too, as
+    `slq:NAME`."""
     dimensions: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Shorter lengths to which SLQ's vectors are cut and measured again, as `slq@48`; see train.matryoshka."""
     ks: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 5, 10)
@@ -269,12 +272,17 @@ class Recipe(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     mine: MineConfig = Field(default_factory=MineConfig)
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
-    index: IndexConfig = Field(default_factory=IndexConfig)
+    index: IndexSettings = Field(default_factory=IndexSettings)
     rerank: RerankConfig = Field(default_factory=RerankConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
+
+    @property
+    def index_place(self) -> IndexPlace:
+        """Where the index is, in files of ours or in another engine."""
+        return self.index.place(self.storage.index)
 
     @model_validator(mode="after")
     def _sharding_needs_the_same_passes(self) -> "Recipe":
@@ -329,21 +337,27 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
         name = str(Path(name).resolve())
     caches = {name: getattr(recipe.train, name) for name in ("disk_cache", "vision_cache")}
     adapters = {key: path.resolve() for key, path in recipe.embed.adapters.items()}
-    place = recipe.storage.embedding_dir
-    if place is not None and "://" not in place:
-        place = str(Path(place).resolve())
     sections = {
         "embed": recipe.embed.model_copy(update={"adapters": adapters}),
         "backbone": recipe.backbone.model_copy(update={"name": name}),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
+        "index": recipe.index.model_copy(update={"target": _absolute(recipe.index.target)}),
         "storage": recipe.storage.model_copy(
-            update={"dir": recipe.storage.dir.resolve(), "embedding_dir": place}
+            update={
+                "dir": recipe.storage.dir.resolve(),
+                "embedding_dir": _absolute(recipe.storage.embedding_dir),
+            }
         ),
         "train": recipe.train.model_copy(
             update={name: path and path.resolve() for name, path in caches.items()}
         ),
     }
     return recipe.model_copy(update=sections)
+
+
+def _absolute(place: str | None) -> str | None:
+    """A folder or a file from the root on; addresses are so already."""
+    return place if place is None or "://" in place else str(Path(place).resolve())
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

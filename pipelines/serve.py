@@ -22,7 +22,6 @@ from pipelines.serving.replicas import BackboneService, IndexService, Pinned
 from pipelines.tasks import require_gpus
 from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.errors import ConfigError, ServiceError
-from slq.index import VectorIndex
 from slq.index.config import CPU
 
 log = logging.getLogger(__name__)
@@ -53,9 +52,13 @@ def application(recipe: Recipe, pinned: Pinned) -> Any:
     ).bind(plain, pinned)
     device = recipe.index.search_device
     on_gpu = {} if device == CPU else {"num_gpus": recipe.resources.gpus_per_index_worker}
+    # One replica, however many backbones: a file of Milvus Lite or a folder of Qdrant lets only one process in.
     index = IndexService.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=64, ray_actor_options={"num_cpus": 0, **on_gpu}, **queue
-    ).bind(str(recipe.storage.index.resolve()), pinned, device)
+        num_replicas=1,
+        max_ongoing_requests=64,
+        ray_actor_options={"num_cpus": 0, **on_gpu},
+        **queue,
+    ).bind(recipe.index_place, pinned, device)
     # The ingress only waits for the others. With Serve's default of 5 no more than 5 queries could share a pass, and
     # the rest would queue in the proxy, where nothing refuses them.
     ingress = Ingress.options(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
@@ -74,11 +77,12 @@ def check_before_start(recipe: Recipe) -> Pinned:
     """
     _require_search_device(recipe)
     adapter = load_adapter_config(recipe.storage.adapter)
-    index = VectorIndex(recipe.storage.index)
+    with recipe.index_place.open() as index:  # what only one process can open is the replica's
+        found = Pinned(fingerprint=index.fingerprint, index_version=index.version)
     require_same_fingerprint(
-        index.fingerprint,
+        found.fingerprint,
         adapter.fingerprint,
-        expected_in=f"index {recipe.storage.index}",
+        expected_in=f"index {recipe.index_place}",
         found_in=f"adapter {recipe.storage.adapter}",
         remedy="rebuild it with `slq embed` and `slq index`",
     )
@@ -95,7 +99,7 @@ def check_before_start(recipe: Recipe) -> Pinned:
         raise ServiceError(
             f"an application {APP_NAME!r} already runs on this cluster at {host}:{port}; stop it first"
         )
-    return Pinned(fingerprint=index.fingerprint, index_version=index.version)
+    return found
 
 
 def _require_search_device(recipe: Recipe) -> None:
@@ -158,7 +162,7 @@ def start(recipe: Recipe) -> str:
         stop()
         raise
     url = f"http://{recipe.serve.host}:{recipe.serve.port}"
-    log.info("serving %s (%s %s, docs at /docs)", url, recipe.storage.index, pinned.index_version)
+    log.info("serving %s (%s %s, docs at /docs)", url, recipe.index_place, pinned.index_version)
     return url
 
 

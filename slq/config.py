@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slq.errors import ConfigError
 
+SECRET = "secret"
+"""Type of a validation error whose value must not be shown."""
+
 
 class Section(BaseModel):
     """One frozen section of a recipe; unknown keys are errors."""
@@ -35,6 +38,8 @@ class Section(BaseModel):
 def _explain(model: type[BaseModel], item: Any, source: str) -> str:
     location = tuple(part for part in item["loc"] if isinstance(part, str))
     path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == SECRET:
+        return f"{source}: {path}: {item['msg']}"
     if item["type"] != "extra_forbidden":
         return f"{source}: {path}: {item['msg']} (got {item['input']!r})"
     known = _fields_at(model, location[:-1])

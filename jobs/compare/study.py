@@ -214,6 +214,10 @@ class _Resolver:
             raise ConfigError(
                 f"{where}: hit@1 of `slq` is compared; add it to eval.systems and 1 to eval.ks"
             )
+        if "slq_index" in systems:
+            raise ConfigError(
+                f"{where}: a study builds no index that `slq_index` could ask; leave it out of eval.systems"
+            )
         last: _Settings = {"eval.systems": systems}
         recipe = self.recipe(name, config.set, last, miner)
         if (recipe.train.negatives > 0) != (miner is not None):

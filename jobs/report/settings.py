@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.recipe import Recipe, load_recipe
 from slq.artifacts import ADAPTER_CONFIG
+from slq.engines import FAISS
 from slq.files import read_json
 
 JOBS = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
             f"seed {train.seed}",
         ),
         ("gallery", f"{results['num_items']:,} items, {results['num_queries']:,} queries"),
-        ("index", recipe.index.kind),
+        ("index", recipe.index.kind if recipe.index.engine == FAISS else recipe.index.engine),
     ]
     if "slq_fine" in results["systems"]:
         framing = rerank.framing.replace("_", "/")

@@ -11,6 +11,7 @@ COLOURS = {
     "untrained": "#56B4E9",
     "slq": "#0072B2",
     "slq_fine": "#D55E00",
+    "slq_index": "#009E73",
 }
 INK, MUTED, LINE, RIGHT = "#1c2430", "#5b6675", "#dde3ea", "#0b7a45"
 _THUMBNAIL_PIXELS = 192

@@ -38,9 +38,9 @@ class Table:
 def metric_context(results: Mapping[str, Any]) -> dict[str, Any]:
     """The depths that were measured, the chance level, and the three tables."""
     systems = list(results["systems"])
-    coarse = [name for name in systems if name != "slq_fine"]  # the fine stage asks by text only
+    # The fine stage and an index are asked by text only.
+    coarse = [name for name in systems if "image_to_text" in results["systems"][name]]
     depths = hit_depths(results)
-    reverse = all("image_to_text" in results["systems"][name] for name in coarse)
     return {
         "depths": depths,
         "chance": f"{100 * depths[0] / results['num_items']:.1f}",
@@ -48,9 +48,7 @@ def metric_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "deeper": metrics_table(results, "text_to_image", systems, depths[1:])
         if len(depths) > 1
         else None,
-        "reverse": metrics_table(results, "image_to_text", coarse, depths)
-        if coarse and reverse
-        else None,
+        "reverse": metrics_table(results, "image_to_text", coarse, depths) if coarse else None,
     }
 
 

@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,9 +18,9 @@ from pipelines.corpus import fetch_image
 from pipelines.loading import encoder_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
 from slq.artifacts import require_same_fingerprint
+from slq.engines import IndexPlace
 from slq.errors import DataError, ServiceError, StorageError
-from slq.index import Hit, VectorIndex
-from slq.index.canary import require_canary
+from slq.index import Hit
 from slq.index.config import CPU
 from slq.media import decode_image
 from slq.reranker import Reranker
@@ -99,7 +98,8 @@ class BackboneService:
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
-        require_canary(self._recipe.storage.index, pinned.index_version, self._encoder)
+        place = self._recipe.index_place
+        place.require_canary(pinned.index_version, pinned.fingerprint, self._encoder)
         rerank = self._recipe.rerank
         self._reranker = Reranker(
             scoring_backbone(self._recipe, self._encoder),
@@ -191,7 +191,7 @@ class IndexService:
     """One loaded index version.
 
     Args:
-        folder: The index folder.
+        place: Where the index is.
         pinned: What the service was started with.
         device: Where it is searched, as of `index.search_device`.
 
@@ -199,18 +199,19 @@ class IndexService:
         ArtifactError: The version is gone or damaged.
         ArtifactMismatchError: It belongs to another embedding space.
         HardwareError: The device is not here, or has too little memory.
+        StorageError: The engine that holds it cannot be reached, or only one process can open it and another one has.
     """
 
-    def __init__(self, folder: str, pinned: Pinned, device: str = CPU) -> None:
-        self._index = VectorIndex(Path(folder), pinned.index_version, device=device)
-        pinned.require(self._index.fingerprint, found_in=f"index {folder}")
+    def __init__(self, place: IndexPlace, pinned: Pinned, device: str = CPU) -> None:
+        self._index = place.open(pinned.index_version, device=device)
+        pinned.require(self._index.fingerprint, found_in=f"index {place}")
 
     def search(
         self, vector: NDArray[np.float32], top_k: int
     ) -> tuple[list[Hit], list[dict[str, Any]], str]:
         """Hits of one query vector, their stored columns, and the version that answered."""
         found = self._index.search(vector[None, :], top_k)[0]
-        return found, [self._index.row(hit.row) for hit in found], self._index.version
+        return found, self._index.columns_of(found), self._index.version
 
     def describe(self) -> dict[str, Any]:
         """What `/info` says about the index."""
@@ -223,5 +224,5 @@ class IndexService:
 
     def uri_of(self, item_id: str) -> str | None:
         """Where the item's image lies, or None when there is no such item."""
-        row = self._index.find(item_id)
-        return None if row is None else self._index.row(row)["uri"]
+        item = self._index.item(item_id)
+        return None if item is None else item["uri"]

@@ -5,7 +5,8 @@ reader never sees half of one; every file's sha256 stands in its manifest and is
 """
 
 from slq.index.config import IndexConfig
-from slq.index.searching import Hit, VectorIndex
+from slq.index.contract import Hit, SearchIndex
+from slq.index.searching import VectorIndex
 from slq.index.versions import current_version, prune, roll_back, versions
 from slq.index.writing import Content, append, build, compact, delete, write_version
 
@@ -13,6 +14,7 @@ __all__ = [
     "Content",
     "Hit",
     "IndexConfig",
+    "SearchIndex",
     "VectorIndex",
     "append",
     "build",

@@ -3,6 +3,8 @@
 A fingerprint names a model by its settings; weights that were exchanged under the same name show here.
 """
 
+import hashlib
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from slq.errors import ArtifactError, ArtifactMismatchError
+from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
+from slq.files import read_json, write_json
 from slq.index.checks import require_file
 from slq.index.parts import EMBEDDING, matrix
 from slq.index.vectors import unit
@@ -20,6 +23,7 @@ from slq.media import decode_image
 from slq.quantization import cut
 from slq.schema import Item
 
+KEPT = "canaries"
 _LEAST_COSINE = 0.99  # other hardware and types stay far above, other weights far below
 
 
@@ -49,6 +53,55 @@ def require_canary(folder: Path, version: str, encoder: Encodes) -> int:
     if manifest.canary_sha256 is None:
         return 0
     require_file(path, manifest.canary_sha256)
+    return _require_same(path, encoder, f"index {folder} ({version})")
+
+
+def keep_canary(folder: Path, data: bytes, fingerprint: str) -> None:
+    """Store items of an embedding space whose vectors another engine holds.
+
+    Args:
+        folder: Of the run's index.
+        data: A Parquet file.
+        fingerprint: Of the embedding space.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    home = folder / KEPT
+    path, record = home / f"{fingerprint}.parquet", home / f"{fingerprint}.json"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error}; free space or choose another folder"
+        ) from None
+    write_json(record, {"sha256": hashlib.sha256(data).hexdigest()})
+
+
+def require_kept_canary(folder: Path, fingerprint: str, encoder: Encodes) -> int:
+    """As `require_canary`, with the items of `keep_canary`; 0 where none were kept.
+
+    Args:
+        folder: Of the run's index.
+        fingerprint: Of the embedding space.
+        encoder: Is to embed queries.
+
+    Raises:
+        ArtifactError: The file is missing or is not what was written.
+        ArtifactMismatchError: The encoder gives other vectors; the worst item is named.
+    """
+    record = folder / KEPT / f"{fingerprint}.json"
+    if not record.exists():
+        return 0
+    path = record.with_suffix(".parquet")
+    require_file(path, read_json(record)["sha256"])
+    return _require_same(path, encoder, "the collection of its index")
+
+
+def _require_same(path: Path, encoder: Encodes, holder: str) -> int:
     try:
         table = pq.read_table(path, columns=["id", "text", "image", EMBEDDING])
     except (OSError, KeyError, pa.ArrowException) as error:
@@ -58,12 +111,12 @@ def require_canary(folder: Path, version: str, encoder: Encodes) -> int:
         for row in table.drop_columns([EMBEDDING]).to_pylist()
     ]
     stored = unit(matrix(table[EMBEDDING]))
-    found = cut(encoder.encode(list(items)), manifest.dimension)
+    found = cut(encoder.encode(list(items)), stored.shape[1])
     cosines = (stored * found).sum(axis=1)
     worst = int(cosines.argmin())
     if not cosines[worst] >= _LEAST_COSINE:  # nor where it is NaN
         raise ArtifactMismatchError(
-            f"the model embeds item {items[worst].id!r} otherwise than index {folder} ({version}) holds it: cosine "
+            f"the model embeds item {items[worst].id!r} otherwise than {holder} holds it: cosine "
             f"{cosines[worst]:.3f}; its weights are others, though the fingerprint is the same"
         )
     return len(items)

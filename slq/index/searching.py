@@ -1,7 +1,6 @@
 """A loaded version of an index, and everything that it can be asked."""
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from numpy.typing import NDArray
 
 from slq.errors import DataError
 from slq.index.config import CPU
+from slq.index.contract import Hit, SearchIndex, checked_ids, checked_queries
 from slq.index.exact import NO_ROW, Rows, Scores, best
 from slq.index.segment import row_of
-from slq.index.vectors import require_directions
 from slq.index.versions import (
     current_version,
     open_segments,
@@ -20,23 +19,11 @@ from slq.index.versions import (
     require_whole,
 )
 from slq.index.words import best_words, fused
-from slq.quantization import cut
 
 _FUSED_DEPTH = 100  # of each ranking that is joined with another
-MAX_EXCLUDED = 10_000
-"""Ids that one search may leave out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One search result; `row` counts over all segments of the version."""
-
-    id: str
-    score: float
-    row: int
-
-
-class VectorIndex:
+class VectorIndex(SearchIndex):
     """A loaded version of an index. Its files stay on disk; what is asked for often stays in memory by itself.
 
     Args:
@@ -90,26 +77,9 @@ class VectorIndex:
         exact: bool = False,
         words: Sequence[str] | None = None,
     ) -> list[list[Hit]]:
-        """The best items for each query vector, best first.
-
-        Args:
-            vectors: (queries, dimension) float32 unit vectors; longer ones are cut as the index's own were.
-            top_k: Results per query; fewer come back when the index is smaller.
-            where: A predicate over the stored columns, in SQL: `price < 20 and lang = 'de'`.
-            exclude: Ids that are left out.
-            distinct: Of items with the same content only the first.
-            exact: Compare with every vector, whatever the index is.
-            words: A text for each query. Items are then ranked by vector and by words (BM25), both rankings are joined
-                by reciprocal rank fusion, and a score is the sum of reciprocal ranks.
-
-        Raises:
-            DataError: A vector is shorter than the index's or not finite, `where` cannot be used, or too much is
-                excluded.
-        """
-        if len(exclude) > MAX_EXCLUDED:
-            raise DataError(f"{len(exclude)} ids are excluded; {MAX_EXCLUDED} are allowed")
-        queries = self._queries(vectors)
-        hidden = frozenset(exclude)
+        """See `SearchIndex.search`; predicates are DuckDB's."""
+        hidden = checked_ids(exclude)
+        queries = checked_queries(vectors, self.dimension)
         top_k = min(top_k, len(self))
         depth = min(top_k + len(hidden), len(self))
         while True:
@@ -129,17 +99,6 @@ class VectorIndex:
             if not (distinct and missing) or depth >= len(self):
                 return found
             depth = min(2 * depth, len(self))
-
-    def _queries(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        queries = np.ascontiguousarray(vectors, dtype=np.float32)
-        if queries.ndim != 2:
-            raise DataError(
-                f"queries have the shape {queries.shape}; (queries, dimension) is asked"
-            )
-        if queries.shape[1] != self.dimension:
-            queries = cut(queries, self.dimension)
-        require_directions(queries)
-        return queries
 
     def _search(
         self, queries: NDArray[np.float32], depth: int, where: str | None, *, exact: bool
@@ -212,12 +171,17 @@ class VectorIndex:
         segment, row = self._place(number)
         return self._segments[segment].items.row(row)
 
-    def vectors_of(self, item_ids: Sequence[str]) -> NDArray[np.float32]:
-        """(items, dimension) float32 unit vectors of items.
+    def columns_of(self, hits: Iterable[Hit]) -> list[dict[str, Any]]:
+        """See `SearchIndex.columns_of`."""
+        return [self.row(hit.row) for hit in hits]
 
-        Raises:
-            DataError: There is no such item.
-        """
+    def item(self, item_id: str) -> dict[str, Any] | None:
+        """See `SearchIndex.item`."""
+        number = self.find(item_id)
+        return None if number is None else self.row(number)
+
+    def vectors_of(self, item_ids: Sequence[str]) -> NDArray[np.float32]:
+        """See `SearchIndex.vectors_of`."""
         found = []
         for name in item_ids:
             number = self.find(name)
@@ -227,17 +191,5 @@ class VectorIndex:
             found.append(self._segments[segment].vectors.rows(np.array([row])))
         return np.concatenate(found) if found else np.zeros((0, self.dimension), np.float32)
 
-    def more_like(self, item_id: str, top_k: int, **options: Any) -> list[Hit]:
-        """Items like one of the index, without itself.
-
-        Args:
-            item_id: Of the item.
-            top_k: Results.
-            options: Of `search`.
-
-        Raises:
-            DataError: There is no such item, or an option cannot be used.
-        """
-        hidden = {*options.pop("exclude", ()), item_id}
-        (hits,) = self.search(self.vectors_of([item_id]), top_k, exclude=hidden, **options)
-        return hits
+    def close(self) -> None:
+        """Nothing is to be closed: the mapped files go with the index."""

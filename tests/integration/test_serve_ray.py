@@ -43,6 +43,7 @@ from pipelines.serving.replicas import BackboneService, IndexService, Pinned, ea
 from slq.arrow import ITEMS, vector_column
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
+from slq.engines import IndexPlace
 from slq.errors import ArtifactError, ArtifactMismatchError, DataError, ServiceError
 from slq.index import Content, IndexConfig, VectorIndex, write_version
 from slq.media import decode_image
@@ -193,11 +194,11 @@ def test_a_replica_keeps_the_index_version_that_the_service_started_with(
     vector = vector_column(np.eye(1, 64, dtype=np.float16))
     rows = pa.table({"id": ["x"], "embedding": vector, "text": ["x"], "content_hash": ["x"]})
     write_version(folder, Content([Given(rows)], 64, "other"), IndexConfig())
-    replica = IndexService.func_or_class(str(folder), start_of_service)
+    replica = IndexService.func_or_class(IndexPlace.of_folder(folder), start_of_service)
     assert replica.describe()["index_version"] == "v000001"
     for wrong in (Pinned("0" * 64, "v000001"), Pinned(start_of_service.fingerprint, "v000002")):
         with pytest.raises(ArtifactMismatchError, match=wrong.fingerprint):
-            IndexService.func_or_class(str(folder), wrong)
+            IndexService.func_or_class(IndexPlace.of_folder(folder), wrong)
 
 
 def test_a_replica_whose_model_embeds_otherwise_refuses_to_start(

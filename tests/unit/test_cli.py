@@ -180,7 +180,7 @@ def test_an_unknown_option_is_a_usage_error() -> None:
 
 @pytest.mark.parametrize("places", [(), ("--url", "http://127.0.0.1:1", "--index", "runs/x")])
 def test_a_search_needs_exactly_one_place(places: tuple[str, ...]) -> None:
-    assert "give exactly one of --url and --index" in refusal("search", "a fox", *places)
+    assert "give exactly one of --url, --index and --recipe" in refusal("search", "a fox", *places)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from slq.index import (
     segment,
     write_version,
 )
-from slq.index.searching import MAX_EXCLUDED
+from slq.index.contract import MAX_EXCLUDED
 from tests.unit.index_data import (
     COUNT,
     DIMENSION,

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slq.arrow import vector_column
-from slq.errors import ArtifactError, ArtifactMismatchError
+from slq.engines import IndexPlace
+from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 from slq.index import Content, append, compact, current_version, delete, write_version
-from slq.index.canary import require_canary
+from slq.index.canary import KEPT, keep_canary, require_canary
 from slq.index.versions import CANARY
 from tests.unit.index_data import COUNT, DIMENSION, FLAT, Given, published, table, unit_vectors
 
@@ -106,3 +107,27 @@ def test_a_damaged_file_is_refused_and_an_index_without_one_is_not(tmp_path: Pat
         require_canary(tmp_path / "with", version, Encoder(lambda same: same))
     published(tmp_path / "without")
     assert require_canary(tmp_path / "without", "v000001", Encoder(turned(9))) == 0
+
+
+def test_where_another_engine_holds_the_vectors_the_items_lie_beside_the_run(
+    tmp_path: Path,
+) -> None:
+    place = IndexPlace("milvus", "http://db:19530", "slq", tmp_path)
+    same, other = Encoder(lambda given: given), Encoder(lambda given: -given)
+    assert place.require_canary("any", "3f2a", other) == 0  # none were kept
+    keep_canary(tmp_path, canary(), "3f2a")
+    assert place.require_canary("any", "3f2a", same) == 4
+    assert place.require_canary("any", "91bc", other) == 0
+    with pytest.raises(ArtifactMismatchError, match="otherwise than the collection of its index"):
+        place.require_canary("any", "3f2a", other)
+    longer = Encoder(lambda given: np.concatenate([given, given], axis=1))
+    assert place.require_canary("any", "3f2a", longer) == 4  # an index of cut vectors
+    path = tmp_path / KEPT / "3f2a.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"3f2a\.parquet does not match the sha256"):
+        place.require_canary("any", "3f2a", same)
+    keep_canary(tmp_path, canary(), "3f2a")
+    assert place.require_canary("any", "3f2a", same) == 4
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        keep_canary(tmp_path / "file", canary(), "3f2a")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from jobs.indexing import change_of
-from pipelines import index as stages
 from slq.errors import ConfigError
 from slq.index import current_version, delete
 from tests.unit.index_data import COUNT, IVF, published
@@ -62,7 +61,11 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     text = refusal("search", "a fox", "--index", tmp_path, "--like", "item-7")
     assert "give --like, or a text and an image, not both" in text
     text = refusal("search", "a fox", "--url", "http://127.0.0.1:1", "--where", "true")
-    assert "--exact and --hybrid search an index folder: give --index" in text
+    assert "--exact and --hybrid search an index: give --index or --recipe" in text
+    text = refusal("search", "a fox", "--index", tmp_path, "--url", "http://127.0.0.1:1")
+    assert "give exactly one of --url, --index and --recipe" in text
+    text = refusal("search", "a fox", "--index", tmp_path, "--set", "index.engine=lance")
+    assert "--set changes keys of a recipe: give --recipe" in text
     text = refusal("search", "--index", tmp_path, "--like", "item-7", "--hybrid")
     assert "--hybrid ranks by the words of a text: give one" in text
     (tmp_path / "ids.txt").write_text("item-1\n")
@@ -73,7 +76,6 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 
 
 def test_a_change_is_the_flow_that_was_asked_for(tmp_path: Path) -> None:
-    assert change_of(None, None, compact=True) is stages.join
     (tmp_path / "ids.txt").write_text("item-1\n\nitem-2\nitem-1\n")
     from pipelines.recipe import Recipe
 
@@ -85,6 +87,6 @@ def test_a_change_is_the_flow_that_was_asked_for(tmp_path: Path) -> None:
     change_of(None, tmp_path / "ids.txt", compact=False)(recipe)
     found = json.loads(slq("versions", tmp_path / "index", "--json").stdout)
     assert [one["vectors"] for one in found] == [COUNT, COUNT - 2]
-    stages.join(recipe)
+    change_of(None, None, compact=True)(recipe)
     found = json.loads(slq("versions", tmp_path / "index", "--json").stdout)
     assert (found[-1]["vectors"], found[-1]["deleted"]) == (COUNT - 2, 0)
