@@ -19,6 +19,7 @@ from pipelines.recipe import Recipe
 from pipelines.serve import application, check_before_start
 from pipelines.serving.replicas import Pinned
 from pipelines.tasks import require_gpus
+from slq.engines import IndexPlace
 from slq.errors import ConfigError, HardwareError
 from slq.index import VectorIndex, write_version
 from tests.gpus import FakeGpus, real_gpus
@@ -170,7 +171,7 @@ def test_an_index_searched_where_the_service_says(tmp_path: Path, gpus: FakeGpus
 
     manifest = write_version(tmp_path, content(), BUILT[0])
     pinned = Pinned(manifest.fingerprint, manifest.version)
-    replica = IndexService.func_or_class(str(tmp_path), pinned, "cuda")
+    replica = IndexService.func_or_class(IndexPlace.of_folder(tmp_path), pinned, "cuda")
     hits, _, version = replica.search(QUERIES[0], 5)
     assert version == manifest.version
     assert rows_of([hits]) == rows_of(VectorIndex(tmp_path).search(QUERIES[:1], 5))

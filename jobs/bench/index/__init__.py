@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
     parser.add_argument("--out", type=Path, help="write index.json and index.png into this folder")
     options = parser.parse_args(arguments)
-    parts = _parts(options)
+    parts = _parts(options.part, options.device, is_own=options.recipe is not None)
     synthetic = ShiftedSet(options.rows, options.dimension)
     data = synthetic if options.recipe is None else EmbeddedSet.of(options.recipe)
     found: dict[str, Any] = {
@@ -98,24 +98,28 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def _parts(options: argparse.Namespace) -> Sequence[str]:
+def _parts(asked: Sequence[str] | None, device: str, *, is_own: bool = False) -> Sequence[str]:
     """What is measured.
+
+    Args:
+        asked: On the command line.
+        device: Of `--device`.
+        is_own: Whether the user's own vectors are searched.
 
     Raises:
         ConfigError: A part does not belong to what is searched, or the GPU's part is asked for without a GPU.
         HardwareError: The GPU is not here, or faiss has no code for it.
     """
-    asked: Sequence[str] = options.part or ()
-    device_of(options.device, "--device")
-    if options.recipe is not None:
-        if set(asked) - {"search"}:
+    device_of(device, "--device")
+    if is_own:
+        if set(asked or ()) - {"search"}:
             raise ConfigError(
                 "--recipe goes with --part search; the other parts need a set of any size"
             )
         return ("search",)
-    if options.device != CPU:
+    if device != CPU:
         return asked or PARTS
-    if "device" in asked:
+    if "device" in (asked or ()):
         raise ConfigError("--part device compares a GPU with the CPU; add --device cuda")
     return asked or [part for part in PARTS if part != "device"]
 
