@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from slq.errors import DataError
 from slq.index.exact import NO_ROW, Rows, Scores, best
 from slq.index.segment import row_of
+from slq.index.shares import Candidates, Scan, scanned
 from slq.index.vectors import require_directions
 from slq.index.versions import (
     current_version,
@@ -42,18 +43,28 @@ class VectorIndex:
         folder: The index folder.
         version: A version's name; the current one by default.
         num_probes: Lists that a search visits, instead of as many as the index was built for.
+        has_codes: Whether the codes are held here; if not, each search is told who scans them.
 
     Raises:
         ArtifactError: There is no index, or a file does not match its recorded sha256.
     """
 
     def __init__(
-        self, folder: Path, version: str | None = None, *, num_probes: int | None = None
+        self,
+        folder: Path,
+        version: str | None = None,
+        *,
+        num_probes: int | None = None,
+        has_codes: bool = True,
     ) -> None:
         self.version = version or current_version(folder)
         self.manifest = read_manifest(folder, self.version)
         require_whole(folder, self.manifest)
-        self._segments = open_segments(folder, self.manifest, num_probes=num_probes)
+        held: Collection[int] | None = None if has_codes else ()
+        self._segments = open_segments(
+            folder, self.manifest, num_probes=num_probes, held=[held] * len(self.manifest.segments)
+        )
+        self._has_codes = has_codes
         sizes = [one.num_rows for one in self.manifest.segments]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -80,6 +91,7 @@ class VectorIndex:
         distinct: bool = False,
         exact: bool = False,
         words: Sequence[str] | None = None,
+        scan: Scan | None = None,
     ) -> list[list[Hit]]:
         """The best items for each query vector, best first.
 
@@ -92,6 +104,7 @@ class VectorIndex:
             exact: Compare with every vector, whatever the index is.
             words: A text for each query. Items are then ranked by vector and by words (BM25), both rankings are joined
                 by reciprocal rank fusion, and a score is the sum of reciprocal ranks.
+            scan: Who looks through the codes, where they are not held here.
 
         Raises:
             DataError: A vector is shorter than the index's or not finite, `where` cannot be used, or too much is
@@ -105,7 +118,7 @@ class VectorIndex:
         depth = min(top_k + len(hidden), len(self))
         while True:
             wide = depth if words is None else max(depth, _FUSED_DEPTH)
-            scores, rows = self._search(queries, wide, where, exact=exact)
+            scores, rows = self._search(queries, wide, where, exact=exact, scan=scan)
             if words is not None:
                 scores, rows = self._with_words(rows, words, depth, where)
             found = [
@@ -133,11 +146,22 @@ class VectorIndex:
         return queries
 
     def _search(
-        self, queries: NDArray[np.float32], depth: int, where: str | None, *, exact: bool
+        self,
+        queries: NDArray[np.float32],
+        depth: int,
+        where: str | None,
+        *,
+        exact: bool,
+        scan: Scan | None,
     ) -> tuple[Scores, Rows]:
         """The best of all segments, rows counted over all."""
+        depths = [segment.depth(depth, where=where, exact=exact) for segment in self._segments]
+        candidates: Sequence[Candidates | None] = [None] * len(depths)
+        if any(depths):
+            candidates = (scan or self._own_scan)(queries, depths, where)
         found = [
-            segment.search(queries, depth, where=where, exact=exact) for segment in self._segments
+            segment.ranked(queries, depth, of_segment, where=where)
+            for segment, of_segment in zip(self._segments, candidates, strict=True)
         ]
         rows = [
             np.where(numbers == NO_ROW, NO_ROW, numbers + start)
@@ -148,6 +172,13 @@ class VectorIndex:
             np.concatenate(rows, axis=1),
             depth,
         )
+
+    def _own_scan(
+        self, queries: NDArray[np.float32], depths: Sequence[int], where: str | None
+    ) -> list[Candidates | None]:
+        if not self._has_codes:
+            raise ValueError("this index holds no codes; tell each search who scans them")
+        return scanned(self._segments, queries, depths, where)
 
     def _with_words(
         self, rows: Rows, words: Sequence[str], depth: int, where: str | None
