@@ -255,6 +255,15 @@ def read(path: Path, *, mapped: bool = True) -> Any:
         raise ArtifactError(f"{path} is no index of this faiss: {reason(error)}") from None
 
 
+def read_centroids(path: Path) -> Any:
+    """An index file without what is in its lists; it cannot be searched."""
+    import faiss
+
+    index = read(path)
+    faiss.extract_index_ivf(index).replace_invlists(None, False)  # type: ignore[arg-type]  # which frees them
+    return index
+
+
 def reason(error: RuntimeError) -> str:
     """What faiss says at the end, after its own source line: of the system, if that refused something."""
     text = str(error).strip().splitlines()[-1]
@@ -303,17 +312,29 @@ def search_partitions(
     queries: NDArray[np.float32],
     top_k: int,
     selected: NDArray[np.uint8] | None = None,
+    *,
+    centroids: Any = None,
 ) -> tuple[Scores, Rows]:
-    """The best rows of all partitions, which visit the lists that are nearest in all of them; as `search`."""
+    """The best rows of some partitions, which visit the lists that are nearest in all there are.
+
+    Args:
+        indexes: Those that are searched.
+        queries: As of `search`.
+        top_k: As of `search`.
+        selected: As of `search`.
+        centroids: The index of lists that tells which are nearest; by default the first of those that are searched. If
+            it is given, a partition is searched in the same way, to the bit, whether alone or beside others.
+    """
     import faiss
 
-    if len(indexes) == 1:
+    if len(indexes) == 1 and centroids is None:
         return search(indexes[0], queries, top_k, selected)
     if isinstance(faiss.downcast_index(indexes[0]), faiss.IndexIDMap):
         found = [search(index, queries, top_k, selected) for index in indexes]
     else:
-        first: Any = faiss.extract_index_ivf(indexes[0])
-        ready = turned(indexes[0], queries)
+        whole = indexes[0] if centroids is None else centroids
+        first: Any = faiss.extract_index_ivf(whole)
+        ready = turned(whole, queries)
         near, numbers = first.quantizer.search(ready, first.nprobe)
         params = None
         if selected is not None:

@@ -167,13 +167,10 @@ def test_a_service_refuses_a_gpu_that_it_cannot_have(monkeypatch: pytest.MonkeyP
 
 
 def test_an_index_searched_where_the_service_says(tmp_path: Path, gpus: FakeGpus) -> None:
-    from pipelines.serving.replicas import IndexService
-
     manifest = write_version(tmp_path, content(), BUILT[0])
-    pinned = Pinned(manifest.fingerprint, manifest.version)
-    replica = IndexService.func_or_class(IndexPlace.of_folder(tmp_path), pinned, "cuda")
-    hits, _, version = replica.search(QUERIES[0], 5)
-    assert version == manifest.version
+    index = IndexPlace.of_folder(tmp_path).open(device="cuda")
+    hits = index.search(QUERIES[:1], 5)[0]
+    assert index.version == manifest.version
     assert rows_of([hits]) == rows_of(VectorIndex(tmp_path).search(QUERIES[:1], 5))
     assert gpus.searched == [(1, 5)]
 

@@ -1,0 +1,164 @@
+"""The partitions of an index behind one router: all are asked at once, and what is lost or late is told."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.serving.calls import answer_of, cause_of
+from slq.errors import ArtifactError, UnavailableError
+from slq.index.shares import Candidates
+
+log = logging.getLogger(__name__)
+_LOOK_AGAIN_S = 0.05
+Answer = list[Candidates | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a partition has.
+
+    Attributes:
+        vectors: How many codes it holds of each version that is loaded.
+        coming: Versions that are being loaded.
+        refused: Why versions cannot be loaded.
+    """
+
+    vectors: dict[str, int] = field(default_factory=dict)
+    coming: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Fleet:
+    """Handles of partitions.
+
+    A partition that did not answer once is lost: it is not waited for again before it answers to `hold`.
+
+    Args:
+        partitions: Handles of `PartitionService`, in the order of their numbers.
+        timeout_s: How long they have for an answer.
+    """
+
+    def __init__(self, partitions: Sequence[Any], timeout_s: float) -> None:
+        self._partitions = partitions
+        self._timeout_s = timeout_s
+        self._lost: dict[int, str] = {}
+        self._holding = [Holding() for _ in partitions]
+
+    def __len__(self) -> int:
+        return len(self._partitions)
+
+    @property
+    def num_ok(self) -> int:
+        """Partitions that are not lost."""
+        return len(self) - len(self._lost)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What `/info` says about them."""
+        return [
+            {
+                "number": number,
+                "ok": number not in self._lost,
+                "problem": self._lost.get(number),
+                "num_vectors": holding.vectors,
+            }
+            for number, holding in enumerate(self._holding)
+        ]
+
+    async def scan(
+        self,
+        version: str,
+        queries: NDArray[np.float32],
+        depths: Sequence[int],
+        where: str | None,
+    ) -> dict[int, Answer]:
+        """What each partition finds; those that are lost, late, or do not hold the version are missing.
+
+        Args:
+            version: That all of them answer from.
+            queries: As of `slq.index.shares.Scan`.
+            depths: As of `Scan`.
+            where: As of `Scan`.
+        """
+        asked = [number for number in range(len(self)) if number not in self._lost]
+        answers: dict[int, Answer | None] = await self._ask(
+            asked, lambda partition: partition.scan.remote(version, queries, depths, where)
+        )
+        absent = [number for number, answer in answers.items() if answer is None]
+        if absent:
+            log.warning("partitions %s do not hold index version %s", absent, version)
+        return {number: answer for number, answer in answers.items() if answer is not None}
+
+    async def hold(self, versions: Iterable[str], anew: str | None = None) -> None:
+        """Tell all partitions which versions to hold, and learn which of them answer.
+
+        Args:
+            versions: Names; others are let go of after a while.
+            anew: The one that is tried even if it was refused before.
+        """
+        names = sorted(versions)
+        found = await self._ask(
+            range(len(self)), lambda partition: partition.hold.remote(names, anew)
+        )
+        for number, holding in found.items():
+            self._holding[number] = holding
+            if self._lost.pop(number, None) is not None:
+                log.info("partition %d of the index answers again", number)
+
+    async def bring(self, version: str, others: Callable[[], Collection[str]]) -> None:
+        """Wait until every partition that answers at all holds a version.
+
+        Args:
+            version: Its name.
+            others: Names of versions that stay.
+
+        Raises:
+            ArtifactError: A partition cannot load it.
+            UnavailableError: No partition answers.
+        """
+        anew: str | None = version
+        while True:
+            await self.hold({*others(), version}, anew)
+            anew = None
+            alive = [n for n in range(len(self)) if n not in self._lost]
+            if not alive:
+                raise UnavailableError("no partition of the index answers; try again later")
+            for number in alive:
+                if version in self._holding[number].refused:
+                    reason = self._holding[number].refused[version]
+                    raise ArtifactError(f"partition {number} cannot load it: {reason}")
+            if all(version in self._holding[number].vectors for number in alive):
+                return
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _ask(
+        self, numbers: Iterable[int], call: Callable[[Any], Awaitable[Any]]
+    ) -> dict[int, Any]:
+        """Answers by number; whoever has none is lost from now on, but for those that have too much to do."""
+        tasks = {
+            number: asyncio.ensure_future(answer_of(call(self._partitions[number])))
+            for number in numbers
+        }
+        if tasks:
+            await asyncio.wait(tasks.values(), timeout=self._timeout_s)
+        answers: dict[int, Any] = {}
+        for number, task in tasks.items():
+            if not task.done():
+                task.cancel()
+                self._lose(number, f"no answer within {self._timeout_s:g} s")
+                continue
+            error = task.exception()
+            if error is None:
+                answers[number] = task.result()
+            elif not isinstance(error, UnavailableError):
+                self._lose(number, str(cause_of(error)).strip().splitlines()[0])
+        return answers
+
+    def _lose(self, number: int, reason: str) -> None:
+        if number not in self._lost:
+            log.warning("partition %d of the index is lost: %s", number, reason)
+        self._lost[number] = reason

@@ -1,0 +1,161 @@
+"""Moves a replica from one index version to another while it answers.
+
+A new version is loaded beside the one that answers, and proves good before anything is asked of it. Whoever began with
+a version ends with it.
+"""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pipelines.serving.course import Course, Record
+from pipelines.serving.shelf import Shelf
+from slq.errors import DataError, RefusedVersionError, ServiceError, SlqError, StorageError
+from slq.index import current_version, versions
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+CURRENT, PREVIOUS = "current", "previous"
+
+
+class Follower(Generic[T]):
+    """Keeps a replica at the version that its service is on, and the service at the one it shall be on.
+
+    Args:
+        folder: The index folder.
+        record: Where the service is.
+        shelf: Loads versions, and says whether they are good; the one that the service is on is there.
+        keep_previous: Whether the version before stays loaded, so that a way back takes no time.
+        follow: Whether the service goes where the index's pointer goes, unless someone sent it elsewhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        shelf: Shelf[T],
+        *,
+        keep_previous: bool = True,
+        follow: bool = False,
+    ) -> None:
+        self._folder = folder
+        self._record = record
+        self._shelf = shelf
+        self._keep_previous = keep_previous
+        self._follow = follow
+        course = record.read()
+        self.version = course.version
+        self._previous = course.previous
+        self._moving = asyncio.Lock()
+        self.problem: str | None = None
+
+    @property
+    def wanted(self) -> set[str]:
+        """Versions that are to be loaded wherever parts of an index are."""
+        kept = {self._previous} if self._keep_previous and self._previous is not None else set()
+        return {self.version, *kept, *self._shelf.coming}
+
+    async def tick(self) -> None:
+        """Look whether the service has moved, or should; what goes wrong is logged, once."""
+        try:
+            await self._tick()
+            problem = None
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next tick may do better
+            problem = f"{type(error).__name__}: {error}"
+            if problem != self.problem and not isinstance(error, RefusedVersionError):
+                log.warning("index version %s stays: %s", self.version, problem)
+        self.problem = problem
+
+    async def _tick(self) -> None:
+        course = await asyncio.to_thread(self._record.read)
+        if course.version != self.version:  # another replica went there, or was told to
+            await self._shelf.bring(course.version)
+            self._answer_from(course.version, course.previous)
+            return
+        await self._bring_previous()
+        if course.follows:
+            newest = await asyncio.to_thread(current_version, self._folder)
+            if course.is_new(newest):
+                await self._go(newest, follows=True, only_if_following=True)
+
+    async def _bring_previous(self) -> None:
+        """After a restart the version before is not there yet."""
+        version = self._previous
+        if not self._keep_previous or version is None or self._shelf.get(version) is not None:
+            return
+        try:
+            await self._shelf.bring(version)
+        except ServiceError:
+            return  # the next tick may do better
+        except Exception as error:  # noqa: BLE001 - it is only for a way back
+            log.warning("index version %s is no way back any more: %s", version, error)
+            self._previous = None
+
+    async def send(self, wanted: str) -> Course:
+        """Move the service to a version.
+
+        Args:
+            wanted: Its name; or `current`, where the index's pointer points (which is followed again then, if the
+                service follows it at all); or `previous`, where it was before. The pointer is not followed from a name
+                or from `previous` on.
+
+        Returns:
+            Where the service is afterwards.
+
+        Raises:
+            DataError: There is no such version.
+            RefusedVersionError: It proved bad; the service stays where it is.
+            SlqError: It cannot be tried now.
+        """
+        course = await asyncio.to_thread(self._record.read)
+        version = await asyncio.to_thread(self._named, wanted, course)
+        return await self._go(version, follows=wanted == CURRENT and self._follow)
+
+    def _named(self, wanted: str, course: Course) -> str:
+        if wanted == CURRENT:
+            return current_version(self._folder)
+        known = versions(self._folder)
+        if wanted == PREVIOUS:
+            older = [name for name in known if name < course.version]
+            found = course.previous or (older[-1] if older else None)
+            if found is None:
+                raise DataError(f"there is no version before {course.version} to go back to")
+            return found
+        if wanted not in known and self._shelf.get(wanted) is None:
+            raise DataError(f"there is no version {wanted}; the index has {', '.join(known)}")
+        return wanted
+
+    async def _go(self, version: str, *, follows: bool, only_if_following: bool = False) -> Course:
+        try:
+            await self._shelf.bring(version)
+        except (ServiceError, StorageError):  # nothing is wrong with the version
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a file or model does, this version is not served
+            reason = (
+                str(error) if isinstance(error, SlqError) else f"{type(error).__name__}: {error}"
+            )
+            await asyncio.to_thread(
+                self._record.change, lambda course: course.refusing(version, reason)
+            )
+            log.warning("index version %s is refused, %s stays: %s", version, self.version, reason)
+            raise RefusedVersionError(
+                f"index version {version} is refused, {self.version} stays: {reason}"
+            ) from None
+
+        def moved(course: Course) -> Course:
+            if only_if_following and not course.follows:  # someone sent it elsewhere meanwhile
+                return course
+            return course.moved(version, follows=follows)
+
+        async with self._moving:
+            course = await asyncio.to_thread(self._record.change, moved)
+            if self._shelf.get(course.version) is not None:  # else the next tick brings it
+                self._answer_from(course.version, course.previous)
+        return course
+
+    def _answer_from(self, version: str, previous: str | None) -> None:
+        if version != self.version:
+            log.info("answering from index version %s instead of %s", version, self.version)
+        self.version, self._previous = version, previous
+        self._shelf.drop_all_but(self.wanted)
