@@ -61,7 +61,7 @@ class Choice:
         if goal is None:
             raise ConfigError("index.goal is not set; nothing is to be chosen")
         path = recipe.storage.index / CHOICES / f"{choice_name(recipe, found)}.json"
-        queries = _text_queries(recipe, found, goal)
+        queries = text_queries(recipe, found, goal.num_queries)
         if path.exists():
             record = read_json(path)
             log.info("settings were chosen before: %s", record["reason"])
@@ -150,8 +150,18 @@ def _sample(found: Embeddings, goal: GoalConfig, seed: int) -> NDArray[np.float1
     return np.concatenate(taken)[: goal.sample_rows]
 
 
-def _text_queries(recipe: Recipe, found: Embeddings, goal: GoalConfig) -> NDArray[np.float32]:
-    """(queries, dimension) vectors of texts, chosen by the seed."""
+def text_queries(recipe: Recipe, found: Embeddings, most: int) -> NDArray[np.float32]:
+    """(queries, dimension) float32 unit vectors of texts of `data.queries`, chosen by the seed.
+
+    Args:
+        recipe: The resolved recipe.
+        found: What they shall search.
+        most: How many; all where there are fewer.
+
+    Raises:
+        ArtifactMismatchError: The adapter is not the one that the vectors are of.
+        ConfigError: There are no text queries.
+    """
     from slq.encoder import Encoder
 
     path = _queries_path(recipe)
@@ -164,7 +174,7 @@ def _text_queries(recipe: Recipe, found: Embeddings, goal: GoalConfig) -> NDArra
     texts = [row["text"] for row in rows if row["text"]]
     if not texts:
         raise ConfigError(f"index.goal is measured on text queries, and {path} has none")
-    count = min(goal.num_queries, len(texts))
+    count = min(most, len(texts))
     chosen = np.random.default_rng(recipe.index.seed).choice(len(texts), count, replace=False)
     encoder = Encoder.from_pretrained(recipe.storage.adapter)
     require_same_fingerprint(

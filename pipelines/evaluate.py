@@ -13,7 +13,7 @@ from pipelines.loading import (
     backbone_of,
     encoder_of,
     require_shorter,
-    use_threads,
+    use_processors,
 )
 from pipelines.ranking import Scores, run_file, run_table, summarise
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe
@@ -134,7 +134,7 @@ def _score_best(
 def _loaded(recipe_json: str) -> tuple[Recipe, Backbone]:
     """One backbone per worker process, whatever the number of its tasks."""
     recipe = Recipe.model_validate_json(recipe_json)
-    use_threads(recipe.eval.num_threads)
+    use_processors(recipe.eval.num_threads)
     return recipe, backbone_of(recipe)
 
 

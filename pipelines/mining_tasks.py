@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.loading import encoder_of, scoring_backbone, use_threads
+from pipelines.loading import encoder_of, scoring_backbone, use_processors
 from pipelines.pairs import Pairs
 from pipelines.recipe import MineConfig, Recipe
 from slq.artifacts import require_same_fingerprint
@@ -89,7 +89,7 @@ class Mined:
 def _encoder(job: Job) -> tuple[Recipe, Encoder]:
     """One encoder per worker process, whatever the number of its tasks."""
     recipe = Recipe.model_validate_json(job.recipe_json)
-    use_threads(recipe.embed.num_threads)
+    use_processors(recipe.embed.num_threads)
     encoder = encoder_of(recipe)
     require_same_fingerprint(
         job.fingerprint,

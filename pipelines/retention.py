@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipelines.loading import backbone_of, use_threads
+from pipelines.loading import backbone_of, use_processors
 from pipelines.recipe import Recipe
 from pipelines.tasks import collect
 from slq.artifacts import load_adapter
@@ -40,7 +40,7 @@ def retention(recipe: Recipe, adapter: Path | None, *, num_scenes: int) -> dict[
 def measure(recipe_json: str, adapter: Path | None, num_scenes: int) -> dict[str, Any]:
     """`retention` in this process."""
     recipe = Recipe.model_validate_json(recipe_json)
-    use_threads(recipe.eval.num_threads)
+    use_processors(recipe.eval.num_threads)
     section = recipe.backbone.model_copy(update={"device": "cpu", "dtype": "float32"})
     backbone = backbone_of(recipe.model_copy(update={"backbone": section}))
     before = backbone.weights_sha256()

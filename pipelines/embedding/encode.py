@@ -25,7 +25,7 @@ from pipelines.embedding.pieces import (
     failure_block,
     is_failure,
 )
-from pipelines.loading import use_threads
+from pipelines.loading import use_processors
 from slq.backbones.prompting import Prompt, Prompts
 from slq.errors import DataError, HardwareError, MediaError, SlqError
 
@@ -49,7 +49,7 @@ class EncodePieces:
     def __init__(self, flow: Flow) -> None:
         leave_without_destructors()
         section = flow.recipe.embed
-        use_threads(1 if section.deterministic else section.num_threads)
+        use_processors(1 if section.deterministic else section.num_threads)
         torch.use_deterministic_algorithms(section.deterministic)
         self._turn, self._care = threading.Lock(), threading.Lock()
         self._announcer = Announcer(flow.journal)

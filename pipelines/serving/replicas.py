@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from pipelines.corpus import fetch_image
-from pipelines.loading import encoder_of, scoring_backbone, use_threads
+from pipelines.loading import encoder_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
 from slq.artifacts import require_same_fingerprint
 from slq.errors import DataError, ServiceError, StorageError
@@ -95,7 +95,7 @@ class BackboneService:
 
     def __init__(self, recipe: dict[str, Any], pinned: Pinned) -> None:
         self._recipe = Recipe.model_validate(recipe)
-        use_threads(self._recipe.serve.num_threads)
+        use_processors(self._recipe.serve.num_threads)
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")

@@ -1,16 +1,21 @@
 """InternVL3 in its native transformers form: a running index for positions, 256 visual tokens per 448 px tile."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from slq.backbones.decoder_vlm import DecoderVLMBackbone
+from slq.backbones.levels import LevelImages, channels_first
+from slq.media import to_rgb
 
 _PADDING_GREY = (127, 127, 127)
 
 
-class InternVLBackbone(DecoderVLMBackbone):
+class InternVLBackbone(LevelImages, DecoderVLMBackbone):
     """The InternVL family, one tile per image: padded to a square with grey, as SLQ trains it."""
 
     image_settings: ClassVar[Mapping[str, Any]] = {"crop_to_patches": False}
@@ -26,6 +31,19 @@ class InternVLBackbone(DecoderVLMBackbone):
         super().fit_processor()
         self.processor.image_processor.size = {"height": self.tile, "width": self.tile}
         self.processor.image_seq_length = self.tokens_per_image
+
+    @property
+    def probe_side(self) -> int:
+        """See `LevelImages.probe_side`."""
+        return self.tile
+
+    def levels(self, image: Image.Image) -> tuple[Hashable, dict[str, Tensor]]:
+        """See `LevelImages.levels`: (1, 3, tile, tile)."""
+        scaled = to_rgb(self.prepared(image)).resize(
+            (self.tile, self.tile), self.processor.image_processor.resample
+        )
+        levels = np.ascontiguousarray(channels_first(scaled))[None]
+        return None, {"pixel_values": torch.from_numpy(levels)}
 
     def prepared(self, image: Image.Image) -> Image.Image:
         """The image on its grey square."""

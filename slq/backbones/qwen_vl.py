@@ -1,14 +1,22 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: M-RoPE positions, and DeepStack features in Qwen3-VL's first layers."""
 
+import math
+from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from slq.backbones.base import Backbone, Prompts
+from slq.backbones.levels import LevelImages, channels_first
 from slq.errors import ConfigError
+from slq.media import to_rgb
 
 
-class QwenVLBackbone(Backbone):
+class QwenVLBackbone(LevelImages, Backbone):
     """The Qwen-VL family.
 
     An image of rows x columns visual tokens takes only max(rows, columns) positions, so what follows an image starts
@@ -42,6 +50,38 @@ class QwenVLBackbone(Backbone):
             )
         image_processor = self.processor.image_processor
         image_processor.size = {**dict(image_processor.size), "longest_edge": self.max_pixels}
+
+    @property
+    def probe_side(self) -> int:
+        """See `LevelImages.probe_side`."""
+        factor = self._factor
+        return factor * math.ceil(max(16, math.sqrt(self.image_limits()["min_pixels"])) / factor)
+
+    @property
+    def _factor(self) -> int:
+        """Pixels along one side of a visual token."""
+        image_processor = self.processor.image_processor
+        return int(image_processor.patch_size * image_processor.merge_size)
+
+    def levels(self, image: Image.Image) -> tuple[Hashable, dict[str, Tensor]]:
+        """See `LevelImages.levels`: (patches, 3 * frames * patch * patch), the patches of a visual token together."""
+        image_processor, limits = self.processor.image_processor, self.image_limits()
+        height, width = smart_resize(image.height, image.width, factor=self._factor, **limits)
+        scaled = to_rgb(image).resize((width, height), image_processor.resample)
+        patch, merge = image_processor.patch_size, image_processor.merge_size
+        rows, columns = height // patch, width // patch
+        cut = channels_first(scaled).reshape(
+            3, rows // merge, merge, patch, columns // merge, merge, patch
+        )
+        cut = cut.transpose(
+            1, 4, 2, 5, 0, 3, 6
+        )  # (rows, columns, rows and columns in it, 3, patch, patch)
+        frames = np.repeat(cut[:, :, :, :, :, None], image_processor.temporal_patch_size, axis=5)
+        vision = {
+            "pixel_values": torch.from_numpy(frames.reshape(rows * columns, -1)),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }
+        return (rows, columns), vision
 
     def positions(self, prompts: Prompts) -> Tensor:
         """(3, batch, seq): time, height and width."""

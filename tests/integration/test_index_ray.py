@@ -9,22 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import yaml
 
 import slq.index.building
 from jobs.bench.embedding import stand_in
 from jobs.bench.embedding.inputs import recipe_for, write_texts
+from jobs.bench.index import run
+from jobs.bench.index.data import EmbeddedSet
+from jobs.bench.index.sides import flat, matrix_of, ours
 from pipelines.embed import embed
 from pipelines.index import each_in_tasks, index
 from pipelines.ledger_reader import LedgerReader
 from pipelines.recipe import Recipe
-from slq.errors import ArtifactError, ClusterError, DataError
+from slq.errors import ArtifactError, ClusterError, ConfigError, DataError
 from slq.index import Content, IndexConfig, VectorIndex, current_version, write_version
 from slq.index.checks import STAMPS
 from slq.index.config import PLACES
+from slq.index.parts import matrix
 from slq.index.versions import SEGMENTS, read_manifest
 from tests.gpus import FakeGpus
 from tests.integration.runs import changed
@@ -61,6 +67,30 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     recipe = recipe_for(folder, write_texts(folder, ROWS), "run", shard_rows=300, piece_rows=100)
     embed(recipe, models=stand_in.__name__)
     return recipe
+
+
+def test_the_benchmark_searches_what_a_recipe_has_embedded(
+    embedded: Recipe, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    recipe = changed(embedded, data={"queries": str(embedded.data.corpus)})
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    data = EmbeddedSet.of(path)
+    assert data.num_rows == ROWS
+    stored = np.concatenate([matrix(t["embedding"]) for t in data.tables()]).astype(np.float32)
+    np.testing.assert_array_equal(np.concatenate(list(data.images())), stored)
+    queries = data.texts(7)
+    np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
+    exact = flat(matrix_of(data))
+    points = ours(tmp_path / "bench", data, "plain", IndexConfig(kind="ivf", num_lists=4))
+    assert [point.setting for point in points] == ["probes=4 oversample=1"]
+    cosines = queries @ matrix_of(data).T
+    best = [
+        np.take_along_axis(cosines, one.search(queries, 5), axis=1) for one in (points[0], exact)
+    ]
+    np.testing.assert_allclose(*best, atol=1e-5)
+    with pytest.raises(ConfigError, match="--recipe goes with --part search"):
+        run(["--recipe", str(path), "--part", "memory"])
 
 
 def test_tasks_build_the_same_bytes_as_one_process(embedded: Recipe, tmp_path: Path) -> None:

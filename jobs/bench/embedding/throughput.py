@@ -186,9 +186,9 @@ def _raw_rows_per_s(recipe: Recipe, processes: int, seconds: float) -> float:
 
 
 def _raw(recipe: Recipe, seconds: float, ready: Any, answers: "Queue[float]") -> None:
-    from pipelines.loading import use_threads
+    from pipelines.loading import use_processors
 
-    use_threads(recipe.embed.num_threads)
+    use_processors(recipe.embed.num_threads)
     flow = new_flow(recipe, adapter_configs(recipe))
     (encoder,) = flow.encoders()
     with Ledger(recipe.storage.embeddings) as ledger:

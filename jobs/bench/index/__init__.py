@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from jobs.bench.index.build import measure_device, measure_memory, measure_scaling
 from jobs.bench.index.curve import write_curve
-from jobs.bench.index.data import ShiftedSet
+from jobs.bench.index.data import EmbeddedSet, SearchedSet, ShiftedSet
 from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, on_gpu, ours
 from jobs.bench.measure import hardware
 from slq.errors import ConfigError
@@ -43,6 +43,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
     Args:
         arguments: Of the command line, after the benchmark's name.
+
+    Raises:
+        ConfigError: Options do not belong together, or hnswlib is not installed.
+        HardwareError: A GPU is asked for that is not here.
     """
     parser = argparse.ArgumentParser(prog="slq bench index", description=__doc__)
     parser.add_argument(
@@ -53,6 +57,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--rows", type=int, default=200_000, help="images of the synthetic set")
     parser.add_argument("--dimension", type=int, default=896)
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        help="search what it has embedded, by its text queries (only --part search)",
+    )
     parser.add_argument("--queries", type=int, default=1000, help="texts that ask")
     parser.add_argument("--lists", type=int, default=1024)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -60,13 +69,14 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
     parser.add_argument("--out", type=Path, help="write index.json and index.png into this folder")
     options = parser.parse_args(arguments)
-    parts = _parts(options.part, options.device)
-    data = ShiftedSet(options.rows, options.dimension)
+    parts = _parts(options)
+    synthetic = ShiftedSet(options.rows, options.dimension)
+    data = synthetic if options.recipe is None else EmbeddedSet.of(options.recipe)
     found: dict[str, Any] = {
         "bench": "index",
         "hardware": hardware(torch.device(options.device if torch.cuda.is_available() else CPU)),
-        "rows": options.rows,
-        "dimension": options.dimension,
+        "rows": data.num_rows,
+        "dimension": data.dimension,
     }
     with tempfile.TemporaryDirectory(prefix="slq-bench-") as name:
         folder = Path(name)
@@ -74,10 +84,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
             if part == "search":
                 found |= _search(folder, data, options)
             elif part == "scaling":
-                found[part] = measure_scaling(folder, data, options.lists, options.repeats)
+                found[part] = measure_scaling(folder, synthetic, options.lists, options.repeats)
             elif part == "device":
                 asked = (options.device, options.lists, options.repeats)
-                found[part] = measure_device(folder, data, *asked)
+                found[part] = measure_device(folder, synthetic, *asked)
             else:
                 sizes = [options.rows // 20, options.rows, 5 * options.rows]
                 found[part] = measure_memory(folder, sizes, options.dimension, options.lists)
@@ -89,27 +99,32 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def _parts(asked: Sequence[str] | None, device: str) -> Sequence[str]:
-    """What is measured.
+def _parts(options: argparse.Namespace) -> Sequence[str]:
+    """What is measured: what was asked for, or all that is possible.
 
     Raises:
-        ConfigError: The GPU's part is asked for without a GPU.
+        ConfigError: A part is asked for that needs a GPU, or another set.
         HardwareError: The GPU is not here, or faiss has no code for it.
     """
-    device_of(device, "--device")
-    if device != CPU:
-        return asked or PARTS
-    if "device" in (asked or ()):
+    asked: list[str] = options.part or []
+    device_of(options.device, "--device")
+    if options.recipe is not None and set(asked) - {"search"}:
+        raise ConfigError(
+            "--recipe goes with --part search; the other parts need a set of any size"
+        )
+    if options.device == CPU and "device" in asked:
         raise ConfigError("--part device compares a GPU with the CPU; add --device cuda")
-    return asked or [part for part in PARTS if part != "device"]
+    if options.recipe is not None:
+        return ["search"]
+    return asked or [part for part in PARTS if part != "device" or options.device != CPU]
 
 
-def _search(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> dict[str, Any]:
+def _search(folder: Path, data: SearchedSet, options: argparse.Namespace) -> dict[str, Any]:
     queries = data.texts(options.queries)
     points = _points(folder, data, options)
     truth = points[0].search(queries, TOP_K)
     return {
-        "queries": options.queries,
+        "queries": len(queries),
         "threads": {
             str(count): _measured(points, queries, truth, count, options.repeats)
             for count in options.threads
@@ -117,7 +132,7 @@ def _search(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> dict
     }
 
 
-def _points(folder: Path, data: ShiftedSet, options: argparse.Namespace) -> list[Point]:
+def _points(folder: Path, data: SearchedSet, options: argparse.Namespace) -> list[Point]:
     shared = {"kind": "ivf", "num_lists": options.lists}
     configs = {
         "pq4 opq": IndexConfig.model_validate({**shared, "codes": "pq4", "rotation": "opq"}),

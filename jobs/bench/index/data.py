@@ -1,13 +1,19 @@
-"""A synthetic set whose queries are not distributed as what is searched, as texts are not as images."""
+"""What is searched: a synthetic set whose queries are not distributed as it is, or what a recipe has embedded."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.choosing import text_queries
+from pipelines.embeddings import Embeddings, open_embeddings
+from pipelines.recipe import Recipe, load_recipe
 from slq.arrow import vector_column
+from slq.index.parts import EMBEDDING, matrix
 
 _TOPICS = 1000
 _MEANING = 96  # dimensions that image and text share
@@ -16,6 +22,74 @@ _SPREAD = 0.7  # of an item about its topic
 _GAP = 0.8  # distance of all texts from all images, in the direction that tells them apart
 _NOISE = 0.25
 BATCH_ROWS = 16_384
+
+
+class SearchedSet(Protocol):
+    """Image vectors and text queries; vectors come a batch at a time, so that memory does not grow with rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """Images."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+
+    def images(self) -> Iterator[NDArray[np.float32]]:
+        """(rows, dimension) float32 vectors, a batch at a time."""
+
+    def texts(self, count: int) -> NDArray[np.float32]:
+        """(count, dimension) float32 unit vectors of queries."""
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The images as rows of a source."""
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """What a recipe has embedded, and its text queries.
+
+    Attributes:
+        recipe: With `data.queries`.
+        found: The data set.
+    """
+
+    recipe: Recipe
+    found: Embeddings
+
+    @classmethod
+    def of(cls, path: Path) -> "EmbeddedSet":
+        """The set of a recipe file.
+
+        Raises:
+            ArtifactError: Nothing is embedded yet.
+            ConfigError: The recipe cannot be read.
+        """
+        recipe = load_recipe(path)
+        return cls(recipe, open_embeddings(recipe.storage.embeddings, recipe.storage.retry_s))
+
+    @property
+    def num_rows(self) -> int:
+        """See `SearchedSet`."""
+        return self.found.num_rows
+
+    @property
+    def dimension(self) -> int:
+        """See `SearchedSet`."""
+        return self.found.dimension
+
+    def images(self) -> Iterator[NDArray[np.float32]]:
+        """See `SearchedSet`."""
+        for table in self.tables():
+            yield matrix(table[EMBEDDING]).astype(np.float32)
+
+    def texts(self, count: int) -> NDArray[np.float32]:
+        """See `SearchedSet`; fewer where the recipe has fewer."""
+        return text_queries(self.recipe, self.found, count)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """See `SearchedSet`."""
+        return self.found.shards.tables()
 
 
 @dataclass(frozen=True)

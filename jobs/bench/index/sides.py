@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jobs.bench.index.data import ShiftedSet
+from jobs.bench.index.data import SearchedSet
 from slq.errors import ConfigError
 from slq.index import Content, IndexConfig, VectorIndex, write_version
 from slq.index.config import CPU
@@ -42,7 +42,7 @@ class Point:
 class Rows:
     """The set as a source."""
 
-    data: ShiftedSet
+    data: SearchedSet
 
     @property
     def num_rows(self) -> int:
@@ -106,7 +106,7 @@ def on_gpu(device: str, num_lists: int) -> dict[str, IndexConfig]:
     return found
 
 
-def ours(folder: Path, data: ShiftedSet, name: str, config: IndexConfig) -> list[Point]:
+def ours(folder: Path, data: SearchedSet, name: str, config: IndexConfig) -> list[Point]:
     """A segment, searched with more and more lists and candidates.
 
     Args:
@@ -138,7 +138,7 @@ def ours(folder: Path, data: ShiftedSet, name: str, config: IndexConfig) -> list
     return [point(n, depth) for n in probes for depth in (depths if config.is_rescored else (1.0,))]
 
 
-def matrix_of(data: ShiftedSet) -> NDArray[np.float32]:
+def matrix_of(data: SearchedSet) -> NDArray[np.float32]:
     """(rows, dimension) float32 unit vectors as an index sees them: rounded to float16, then of norm one."""
     whole = np.empty((data.num_rows, data.dimension), np.float32)
     start = 0
