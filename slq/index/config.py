@@ -22,6 +22,8 @@ PQ_SUBSPACE = 8
 """Values that one four-bit code of `pq4` stands for."""
 _EXACT_ENOUGH_BITS = 16
 CPU = "cpu"
+DEVICE = re.compile(r"cpu|cuda(?::([0-9]+))?")
+"""A device's name, with the number of a GPU."""
 GPU_CODES = ("float32", "float16", "int8", "int4")
 """Codes that faiss searches on a GPU; those that are packed for fast scanning it has for CPUs alone."""
 GPU_DEPTH = 2048
@@ -54,7 +56,7 @@ PLACES = ("device", "search_device")
 
 
 def _device(name: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+    if not DEVICE.fullmatch(name):
         raise ValueError("must be cpu, cuda or cuda:N")
     return name
 

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from slq.errors import HardwareError
+from slq.errors import ConfigError, HardwareError
 from slq.index import codes
-from slq.index.config import CPU, GPU_DEPTH
+from slq.index.config import CPU, DEVICE, GPU_DEPTH
 from slq.index.exact import Rows, Scores
 
 log = logging.getLogger(__name__)
@@ -279,8 +279,12 @@ def device_of(name: str, key: str = BUILDING) -> Device:
         key: Which asks for it, for messages.
 
     Raises:
+        ConfigError: This is no device's name.
         HardwareError: The GPU is not there, or faiss has no code for GPUs.
     """
+    known = DEVICE.fullmatch(name)
+    if known is None:
+        raise ConfigError(f"{key} is {name!r}; it must be cpu, cuda or cuda:N")
     if name == CPU:
         return _Cpu()
     build, way_out = faiss_build(), f"set {key}=cpu, or run this where there is one"
@@ -289,7 +293,7 @@ def device_of(name: str, key: str = BUILDING) -> Device:
             f"{key} is {name}, but the faiss {build.version} that is installed has no code for GPUs; replace it by "
             f"`pip uninstall -y faiss-cpu && pip install 'slq[gpu]'`, or set {key}=cpu"
         )
-    number = int(name.partition(":")[2] or 0)
+    number = int(known[1] or 0)
     if not build.num_gpus:
         raise HardwareError(f"{key} is {name}, but faiss sees no CUDA GPU here; {way_out}")
     if number >= build.num_gpus:

@@ -82,7 +82,7 @@ def test_the_benchmark_searches_what_a_recipe_has_embedded(
     queries = data.texts(7)
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
     exact = flat(matrix_of(data))
-    points = ours(tmp_path / "bench", data, "float32", IndexConfig(kind="ivf", num_lists=4))
+    points = ours(tmp_path / "bench", data, "plain", IndexConfig(kind="ivf", num_lists=4))
     assert [point.setting for point in points] == ["probes=4 oversample=1"]
     cosines = queries @ matrix_of(data).T
     best = [

@@ -115,6 +115,10 @@ def study_file(folder: Path, **changes: Any) -> Path:
         ),
         ({"runs": {"a": {"set": {"eval.ks": [5]}}}}, "add it to eval.systems and 1 to eval.ks"),
         (
+            {"runs": {"a": {"set": {"eval.systems": ["slq", "slq_index"]}}}},
+            "a study builds no index that `slq_index` could ask; leave it out of eval.systems",
+        ),
+        (
             {"set": {"train.held_out": 0}},
             "run 'SLQ': trials are judged on held-out pairs; set train.held_out",
         ),

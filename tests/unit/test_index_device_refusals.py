@@ -111,6 +111,8 @@ def test_a_device_has_one_of_three_forms(key: str, name: str) -> None:
         ConfigError, match=rf"r\.yaml: {key}: Value error, must be cpu, cuda or cuda:N"
     ):
         IndexConfig.parse({key: name}, source="r.yaml")
+    with pytest.raises(ConfigError, match=rf"^{key} is '{name}'; it must be cpu, cuda or cuda:N$"):
+        device_of(name, key)
 
 
 @pytest.mark.parametrize("kind", sorted({*BITS} - {*GPU_CODES}))

@@ -46,6 +46,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
     Raises:
         ConfigError: Options do not belong together, or hnswlib is not installed.
+        HardwareError: A GPU is asked for that is not here.
     """
     parser = argparse.ArgumentParser(prog="slq bench index", description=__doc__)
     parser.add_argument(
@@ -68,7 +69,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
     parser.add_argument("--out", type=Path, help="write index.json and index.png into this folder")
     options = parser.parse_args(arguments)
-    parts = _parts(options.part, options.device, is_own=options.recipe is not None)
+    parts = _parts(options)
     synthetic = ShiftedSet(options.rows, options.dimension)
     data = synthetic if options.recipe is None else EmbeddedSet.of(options.recipe)
     found: dict[str, Any] = {
@@ -98,30 +99,24 @@ def run(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def _parts(asked: Sequence[str] | None, device: str, *, is_own: bool = False) -> Sequence[str]:
-    """What is measured.
-
-    Args:
-        asked: On the command line.
-        device: Of `--device`.
-        is_own: Whether the user's own vectors are searched.
+def _parts(options: argparse.Namespace) -> Sequence[str]:
+    """What is measured: what was asked for, or all that is possible.
 
     Raises:
-        ConfigError: A part does not belong to what is searched, or the GPU's part is asked for without a GPU.
+        ConfigError: A part is asked for that needs a GPU, or another set.
         HardwareError: The GPU is not here, or faiss has no code for it.
     """
-    device_of(device, "--device")
-    if is_own:
-        if set(asked or ()) - {"search"}:
-            raise ConfigError(
-                "--recipe goes with --part search; the other parts need a set of any size"
-            )
-        return ("search",)
-    if device != CPU:
-        return asked or PARTS
-    if "device" in (asked or ()):
+    asked: list[str] = options.part or []
+    device_of(options.device, "--device")
+    if options.recipe is not None and set(asked) - {"search"}:
+        raise ConfigError(
+            "--recipe goes with --part search; the other parts need a set of any size"
+        )
+    if options.device == CPU and "device" in asked:
         raise ConfigError("--part device compares a GPU with the CPU; add --device cuda")
-    return asked or [part for part in PARTS if part != "device"]
+    if options.recipe is not None:
+        return ["search"]
+    return asked or [part for part in PARTS if part != "device" or options.device != CPU]
 
 
 def _search(folder: Path, data: SearchedSet, options: argparse.Namespace) -> dict[str, Any]:
