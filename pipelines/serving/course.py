@@ -60,9 +60,7 @@ class Course:
 
     def is_new(self, version: str) -> bool:
         """Whether the pointer's version should be tried."""
-        return version != self.version and (
-            self.refused is None or self.refused.version != version
-        )
+        return version != self.version and (self.refused is None or self.refused.version != version)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Course":

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ray.serve.exceptions import BackPressureError
 
-from pipelines.serving.calls import answer_of, cause_of
+from pipelines.serving.calls import cause_of
 from slq.errors import ArtifactError, UnavailableError
 from slq.index.shares import Candidates
 
@@ -140,7 +141,7 @@ class Fleet:
     ) -> dict[int, Any]:
         """Answers by number; whoever has none is lost from now on, but for those that have too much to do."""
         tasks = {
-            number: asyncio.ensure_future(answer_of(call(self._partitions[number])))
+            number: asyncio.ensure_future(_awaited(call(self._partitions[number])))
             for number in numbers
         }
         if tasks:
@@ -154,7 +155,7 @@ class Fleet:
             error = task.exception()
             if error is None:
                 answers[number] = task.result()
-            elif not isinstance(error, UnavailableError):
+            elif not isinstance(error, BackPressureError):
                 self._lose(number, str(cause_of(error)).strip().splitlines()[0])
         return answers
 
@@ -162,3 +163,8 @@ class Fleet:
         if number not in self._lost:
             log.warning("partition %d of the index is lost: %s", number, reason)
         self._lost[number] = reason
+
+
+async def _awaited(call: Awaitable[Any]) -> Any:
+    """A coroutine, as tasks want one."""
+    return await call

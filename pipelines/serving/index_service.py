@@ -9,12 +9,12 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.recipe import Recipe
@@ -128,7 +128,7 @@ class IndexSearch:
             await self._fleet.bring(index.version, lambda: self._follower.wanted)
         try:
             await answer_of(self._backbone.require_canary.remote(index.version))
-        except Exception as error:
+        except RayTaskError as error:
             raise cause_of(error) from None
 
     async def keep_up(self) -> None:
@@ -169,9 +169,7 @@ class IndexSearch:
         count = max(1, len(self._fleet))
         answered = set(range(count))
 
-        def scan(
-            queries: NDArray[np.float32], depths: Sequence[int], where: str | None
-        ) -> Answer:
+        def scan(queries: NDArray[np.float32], depths: Sequence[int], where: str | None) -> Answer:
             asking = self._fleet.scan(index.version, queries, depths, where)
             answers = asyncio.run_coroutine_threadsafe(asking, loop).result()
             answered.intersection_update(answers)

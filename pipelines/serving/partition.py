@@ -15,7 +15,9 @@ from pipelines.serving.shelf import Shelf
 from slq.errors import ServiceError, SlqError
 from slq.index.shares import IndexShare
 
-_FORGET_S = 30.0  # after nobody asked for a version any more; what runs at a router has ended by then
+_FORGET_S = (
+    30.0  # after nobody asked for a version any more; what runs at a router has ended by then
+)
 _PATIENCE_S = 0.1
 
 

@@ -28,7 +28,9 @@ class Pinned:
         """
         if found == self.fingerprint:
             return
-        from slq.artifacts import require_same_fingerprint  # brings torch, which a partition does without
+        from slq.artifacts import (
+            require_same_fingerprint,
+        )  # brings torch, which a partition does without
 
         require_same_fingerprint(
             self.fingerprint,

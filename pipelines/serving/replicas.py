@@ -1,7 +1,7 @@
 """The resident backbone behind the HTTP face: one copy of the frozen weights embeds queries and scores candidates.
 
-It is told at the start which embedding space it serves. A replica that Ray Serve starts later, after a crash or to scale
-up, finds the same, or refuses to start.
+It is told at the start which embedding space it serves. A replica that Ray Serve starts later, after a crash or to
+scale up, finds the same, or refuses to start.
 """
 
 import asyncio

@@ -432,7 +432,9 @@ def open_segments(
         held: Of each segment, numbers of the partitions whose codes are searched here; all by default.
     """
     found = []
-    for one, held_here in zip(manifest.segments, held or [None] * len(manifest.segments), strict=True):
+    for one, held_here in zip(
+        manifest.segments, held or [None] * len(manifest.segments), strict=True
+    ):
         config = IndexConfig.model_validate(one.config)
         if num_probes is not None:
             config = config.model_copy(update={"num_probes": num_probes})

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.serve.exceptions import BackPressureError
 
 import pipelines.serving.partition
 from pipelines.recipe import Recipe
@@ -52,7 +53,7 @@ class Handle:
         if self.state == "stopped":
             await asyncio.sleep(60)
         if self.state == "busy":
-            raise UnavailableError("too many requests are waiting; try again later")
+            raise BackPressureError(3, 3)
         found = getattr(self.target, name)(*args)
         return await found if inspect.isawaitable(found) else found
 
