@@ -253,7 +253,7 @@ class StorageConfig(Section):
     """Where a run writes."""
 
     dir: Path = Path("runs/demo")
-    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`."""
+    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `serve/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""
