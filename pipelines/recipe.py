@@ -207,7 +207,7 @@ class ServeConfig(Section):
     """Whether `POST /admin/index` moves the service to another version; if null, only where `host` is a loopback
     address, as nobody is asked for a key."""
     on_lost_partition: Literal["degrade", "fail"] = "degrade"
-    """Where a partition of the index is lost or late: answer from the others, marked `degraded`; or answer 503."""
+    """Where a partition of the index is lost or late: answer from the rest, marked `degraded`, or not at all (503)."""
     partition_timeout_s: Annotated[float, Field(gt=0)] = 2.0
     """How long a partition has for its part of an answer."""
 
@@ -259,7 +259,7 @@ class StorageConfig(Section):
     """Where a run writes."""
 
     dir: Path = Path("runs/demo")
-    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`."""
+    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `serve/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""

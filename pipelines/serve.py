@@ -1,7 +1,7 @@
 """Starts and stops the online service on Ray Serve: ingress -> backbone (embeds and scores) and index (searches).
 
 One resident copy of the frozen weights embeds queries and scores candidates. The service refuses to start when index
-and adapter carry different fingerprints, which are pinned for its whole life; it moves from one index version to
+and adapter carry different fingerprints, which are pinned for its whole life. It moves from one index version to
 another while it answers. With several partitions the index service is their router.
 """
 

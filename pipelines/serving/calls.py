@@ -3,7 +3,7 @@
 from collections.abc import Awaitable
 from typing import Any
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from slq.errors import UnavailableError
@@ -22,7 +22,7 @@ async def answer_of(call: Awaitable[Any]) -> Any:
         return await call
     except BackPressureError:
         raise UnavailableError("too many requests are waiting; try again later") from None
-    except DeploymentUnavailableError:
+    except (DeploymentUnavailableError, RayActorError):
         raise UnavailableError("a part of the service is down; try again later") from None
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ray.serve.exceptions import BackPressureError
 
-from pipelines.serving.calls import answer_of, cause_of
+from pipelines.serving.calls import cause_of
 from slq.errors import ArtifactError, UnavailableError
 from slq.index.shares import Candidates
 
@@ -36,7 +37,8 @@ class Holding:
 class Fleet:
     """Handles of partitions.
 
-    A partition that did not answer once is lost: it is not waited for again before it answers to `hold`.
+    A partition that did not answer once is lost: it is not waited for again before it answers to `hold`. One that never
+    answered to `hold` yet may just be starting, so that alone does not make it lost.
 
     Args:
         partitions: Handles of `PartitionService`, in the order of their numbers.
@@ -47,7 +49,7 @@ class Fleet:
         self._partitions = partitions
         self._timeout_s = timeout_s
         self._lost: dict[int, str] = {}
-        self._holding = [Holding() for _ in partitions]
+        self._holding: dict[int, Holding] = {}
 
     def __len__(self) -> int:
         return len(self._partitions)
@@ -64,9 +66,9 @@ class Fleet:
                 "number": number,
                 "ok": number not in self._lost,
                 "problem": self._lost.get(number),
-                "num_vectors": holding.vectors,
+                "num_vectors": self._holding.get(number, Holding()).vectors,
             }
-            for number, holding in enumerate(self._holding)
+            for number in range(len(self))
         ]
 
     async def scan(
@@ -93,21 +95,28 @@ class Fleet:
             log.warning("partitions %s do not hold index version %s", absent, version)
         return {number: answer for number, answer in answers.items() if answer is not None}
 
-    async def hold(self, versions: Iterable[str], anew: str | None = None) -> None:
+    async def hold(self, versions: Iterable[str], anew: str | None = None) -> dict[int, Holding]:
         """Tell all partitions which versions to hold, and learn which of them answer.
 
         Args:
             versions: Names; others are let go of after a while.
             anew: The one that is tried even if it was refused before.
+
+        Returns:
+            What those have that answer, by number.
         """
         names = sorted(versions)
-        found = await self._ask(
-            range(len(self)), lambda partition: partition.hold.remote(names, anew)
+        starting = {number for number in range(len(self)) if number not in self._holding}
+        found: dict[int, Holding] = await self._ask(
+            range(len(self)),
+            lambda partition: partition.hold.remote(names, anew),
+            patient_with=starting,
         )
         for number, holding in found.items():
             self._holding[number] = holding
             if self._lost.pop(number, None) is not None:
                 log.info("partition %d of the index answers again", number)
+        return found
 
     async def bring(self, version: str, others: Callable[[], Collection[str]]) -> None:
         """Wait until every partition that answers at all holds a version.
@@ -122,43 +131,66 @@ class Fleet:
         """
         anew: str | None = version
         while True:
-            await self.hold({*others(), version}, anew)
+            found = await self.hold({*others(), version}, anew)
             anew = None
-            alive = [n for n in range(len(self)) if n not in self._lost]
-            if not alive:
+            if not found:
                 raise UnavailableError("no partition of the index answers; try again later")
-            for number in alive:
-                if version in self._holding[number].refused:
-                    reason = self._holding[number].refused[version]
+            for number, holding in found.items():
+                if version in holding.refused:
+                    reason = holding.refused[version]
                     raise ArtifactError(f"partition {number} cannot load it: {reason}")
-            if all(version in self._holding[number].vectors for number in alive):
+            if all(version in holding.vectors for holding in found.values()):
                 return
             await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def _ask(
-        self, numbers: Iterable[int], call: Callable[[Any], Awaitable[Any]]
+        self,
+        numbers: Iterable[int],
+        call: Callable[[Any], Awaitable[Any]],
+        *,
+        patient_with: Collection[int] = (),
     ) -> dict[int, Any]:
-        """Answers by number; whoever has none is lost from now on, but for those that have too much to do."""
+        """Answers by number.
+
+        Whoever has none is lost from now on, but for those that only have too much to do, or that may have some time.
+        """
         tasks = {
-            number: asyncio.ensure_future(answer_of(call(self._partitions[number])))
+            number: asyncio.ensure_future(_awaited(call(self._partitions[number])))
             for number in numbers
         }
         if tasks:
             await asyncio.wait(tasks.values(), timeout=self._timeout_s)
         answers: dict[int, Any] = {}
         for number, task in tasks.items():
-            if not task.done():
-                task.cancel()
-                self._lose(number, f"no answer within {self._timeout_s:g} s")
-                continue
-            error = task.exception()
-            if error is None:
+            problem = self._problem(task)
+            if problem is None:
                 answers[number] = task.result()
-            elif not isinstance(error, UnavailableError):
-                self._lose(number, str(cause_of(error)).strip().splitlines()[0])
+            elif number not in patient_with and not _is_busy(task):
+                self._lose(number, problem)
         return answers
+
+    def _problem(self, task: asyncio.Task[Any]) -> str | None:
+        """Why there is no answer, in a line; None where there is one."""
+        if not task.done() or task.cancelled():
+            task.cancel()
+            return f"no answer within {self._timeout_s:g} s"
+        error = task.exception()
+        if error is None:
+            return None
+        return (str(cause_of(error)).strip().splitlines() or [type(error).__name__])[0]
 
     def _lose(self, number: int, reason: str) -> None:
         if number not in self._lost:
             log.warning("partition %d of the index is lost: %s", number, reason)
         self._lost[number] = reason
+
+
+async def _awaited(call: Awaitable[Any]) -> Any:
+    """A coroutine, as tasks want one."""
+    return await call
+
+
+def _is_busy(task: asyncio.Task[Any]) -> bool:
+    """Whether a queue was full, which says nothing about whoever should have answered."""
+    is_answered = task.done() and not task.cancelled()
+    return is_answered and isinstance(task.exception(), BackPressureError)

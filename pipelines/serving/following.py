@@ -62,22 +62,29 @@ class Follower(Generic[T]):
             await self._tick()
             problem = None
         except Exception as error:  # noqa: BLE001 - whatever it is, the next tick may do better
-            problem = f"{type(error).__name__}: {error}"
+            problem = _said(error)
             if problem != self.problem and not isinstance(error, RefusedVersionError):
                 log.warning("index version %s stays: %s", self.version, problem)
         self.problem = problem
 
     async def _tick(self) -> None:
-        course = await asyncio.to_thread(self._record.read)
+        course = await self._settled()
         if course.version != self.version:  # another replica went there, or was told to
             await self._shelf.bring(course.version)
-            self._answer_from(course.version, course.previous)
+            await self._settled()
             return
         await self._bring_previous()
         if course.follows:
             newest = await asyncio.to_thread(current_version, self._folder)
             if course.is_new(newest):
                 await self._go(newest, follows=True, only_if_following=True)
+
+    async def _settled(self) -> Course:
+        """Answer from the version that the service is on, if it is loaded."""
+        async with self._moving:  # or a course that was read before a move would take it back
+            course = await asyncio.to_thread(self._record.read)
+            self._answer_from(course)
+        return course
 
     async def _bring_previous(self) -> None:
         """After a restart the version before is not there yet."""
@@ -127,21 +134,7 @@ class Follower(Generic[T]):
         return wanted
 
     async def _go(self, version: str, *, follows: bool, only_if_following: bool = False) -> Course:
-        try:
-            await self._shelf.bring(version)
-        except (ServiceError, StorageError):  # nothing is wrong with the version
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a file or model does, this version is not served
-            reason = (
-                str(error) if isinstance(error, SlqError) else f"{type(error).__name__}: {error}"
-            )
-            await asyncio.to_thread(
-                self._record.change, lambda course: course.refusing(version, reason)
-            )
-            log.warning("index version %s is refused, %s stays: %s", version, self.version, reason)
-            raise RefusedVersionError(
-                f"index version {version} is refused, {self.version} stays: {reason}"
-            ) from None
+        await self._require_good(version)
 
         def moved(course: Course) -> Course:
             if only_if_following and not course.follows:  # someone sent it elsewhere meanwhile
@@ -150,12 +143,35 @@ class Follower(Generic[T]):
 
         async with self._moving:
             course = await asyncio.to_thread(self._record.change, moved)
-            if self._shelf.get(course.version) is not None:  # else the next tick brings it
-                self._answer_from(course.version, course.previous)
+            self._answer_from(course)
+        self._shelf.drop_all_but(self.wanted)
         return course
 
-    def _answer_from(self, version: str, previous: str | None) -> None:
-        if version != self.version:
-            log.info("answering from index version %s instead of %s", version, self.version)
-        self.version, self._previous = version, previous
+    async def _require_good(self, version: str) -> None:
+        """Load a version, or refuse it."""
+        try:
+            await self._shelf.bring(version)
+        except (ServiceError, StorageError):  # nothing is wrong with the version
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the old one stays
+            reason = _said(error)
+        else:
+            return
+        message = f"index version {version} is refused, {self.version} stays: {reason}"
+        log.warning(message)
+        await asyncio.to_thread(
+            self._record.change, lambda course: course.refusing(version, reason)
+        )
+        raise RefusedVersionError(message)
+
+    def _answer_from(self, course: Course) -> None:
+        if course.version == self.version or self._shelf.get(course.version) is None:
+            return
+        log.info("answering from index version %s instead of %s", course.version, self.version)
+        self.version, self._previous = course.version, course.previous
         self._shelf.drop_all_but(self.wanted)
+
+
+def _said(error: Exception) -> str:
+    """An error in words; one that is not ours with its kind, as its words alone may say little."""
+    return str(error) if isinstance(error, SlqError) else f"{type(error).__name__}: {error}"

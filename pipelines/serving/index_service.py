@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.recipe import Recipe
@@ -129,7 +130,7 @@ class IndexSearch:
             await self._fleet.bring(index.version, lambda: self._follower.wanted)
         try:
             await answer_of(self._backbone.require_canary.remote(index.version))
-        except Exception as error:  # noqa: BLE001 - what the model's replica raised, as it raised it
+        except RayTaskError as error:
             raise cause_of(error) from None
 
     async def keep_up(self) -> None:

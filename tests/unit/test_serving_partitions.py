@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.serve.exceptions import BackPressureError
 
 import pipelines.serving.partition
 from pipelines.recipe import Recipe
@@ -52,7 +53,7 @@ class Handle:
         if self.state == "stopped":
             await asyncio.sleep(60)
         if self.state == "busy":
-            raise UnavailableError("too many requests are waiting; try again later")
+            raise BackPressureError(3, 3)
         found = getattr(self.target, name)(*args)
         return await found if inspect.isawaitable(found) else found
 
@@ -268,6 +269,20 @@ def test_a_partition_that_has_too_much_to_do_is_missing_but_not_lost(recipe: Rec
         assert {one.shards_ok for one in await service.search()} == {3}
 
     run(scenario)
+
+
+def test_a_partition_that_is_still_starting_is_not_lost(recipe: Recipe) -> None:
+    """Ray Serve starts the router and its partitions in any order."""
+    service = Service(recipe)
+
+    async def scenario() -> None:
+        service.handles[1].state = "stopped"
+        await asyncio.sleep(2 * TIMEOUT_S)  # it is asked what it holds, and does not answer
+        assert (await service.router.describe())["shards_ok"] == 3
+        service.handles[1].state = "alive"
+        assert {one.shards_ok for one in await service.search()} == {3}
+
+    run(scenario, service.router)
 
 
 def test_what_needs_no_codes_needs_no_partition(recipe: Recipe) -> None:
