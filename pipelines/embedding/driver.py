@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.commits import ERRORS, Commit
 from pipelines.embedding.arrivals import Arrivals
-from pipelines.embedding.encode import EncodePieces
+from pipelines.embedding.encode import EncodePieces, encoding_threads
 from pipelines.embedding.flow import Flow
 from pipelines.embedding.journal import start_journal
 from pipelines.embedding.metrics import count
@@ -116,7 +116,7 @@ def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
             EncodePieces,
             **whole,
             fn_constructor_kwargs={"flow": flow},
-            compute=_actors(workers, EncodePieces.threads),
+            compute=_actors(workers, encoding_threads(resources)),
             num_cpus=0 if resources.gpus_per_worker else 1,
             num_gpus=resources.gpus_per_worker or None,
         )

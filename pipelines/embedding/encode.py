@@ -1,7 +1,7 @@
 """Second stage, on encoder actors: forward passes, and nothing else.
 
-Two threads take turns at the model, so that while one waits for it the other unpacks and pads the next batch, and a
-piece's end is no pause.
+On a GPU two threads take turns at the model, so that while one waits for it the other unpacks and pads the next batch,
+and a piece's end is no pause.
 """
 
 import threading
@@ -26,6 +26,7 @@ from pipelines.embedding.pieces import (
     is_failure,
 )
 from pipelines.loading import use_processors
+from pipelines.recipe import ResourcesConfig
 from slq.backbones.prompting import Prompt, Prompts
 from slq.errors import DataError, HardwareError, MediaError, SlqError
 
@@ -34,17 +35,21 @@ Refusals = dict[int, tuple[str, str]]
 Found = list[tuple[list[int], Tensor]]
 
 
+def encoding_threads(resources: ResourcesConfig) -> int:
+    """How many threads of an encoder take turns at the model.
+
+    One without a GPU: its thread is the one that computes, unpacking and padding are 1% of that, and two that take
+    turns on two processors lose each other's caches, which costs 6%.
+    """
+    return 2 if resources.gpus_per_worker else 1
+
+
 class EncodePieces:
     """An encoder actor: loads its models once, then turns token sequences into vectors.
 
     Args:
         flow: What the run knows.
-
-    Attributes:
-        threads: That take turns at the model.
     """
-
-    threads = 2
 
     def __init__(self, flow: Flow) -> None:
         leave_without_destructors()

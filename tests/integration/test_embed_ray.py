@@ -563,10 +563,10 @@ def test_the_flow_asks_ray_for_three_stages_that_it_cannot_fuse_split_or_join(
     assert all(table.num_rows == 1 for table in recorders[0].tables)
     for _, options in recorders[0].steps:
         assert (options["batch_size"], options["batch_format"]) == (None, "pyarrow")
-    for (stage, options), size in ((encode, 2), (written, 1)):
+    for (_, options), size, threads in ((encode, 2, 1), (written, 1, WritePieces.threads)):
         strategy = options["compute"]
         assert strategy.max_size == strategy.min_size == size
-        assert strategy.max_concurrent_calls_per_actor == stage.threads
+        assert strategy.max_concurrent_calls_per_actor == threads
     assert (encode[1]["num_cpus"], encode[1]["num_gpus"]) == (1, None)
     requests = [
         {name: one.get(name) for name in ("num_cpus", "num_gpus", "memory")}

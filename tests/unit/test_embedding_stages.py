@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.corpus import corpus_of, write_plan
-from pipelines.embedding.encode import EncodePieces
+from pipelines.embedding.encode import EncodePieces, encoding_threads
 from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.models import adapter_configs, new_flow
 from pipelines.embedding.pieces import Piece, is_failure, raise_failure
@@ -26,7 +26,7 @@ from pipelines.embedding.prepare import prepare, prepared_pieces, quarantined_ro
 from pipelines.embedding.seal import require_same_items
 from pipelines.embedding.write import data_table, errors_table
 from pipelines.loading import backbone_of, untrained_latents
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, ResourcesConfig
 from slq.arrow import ITEMS
 from slq.artifacts import save_adapter
 from slq.backbones import Backbone
@@ -500,3 +500,8 @@ def test_rows_that_are_read_again_must_be_the_same_items() -> None:
         require_same_items(before, [table((2, "a"), (5, "b"), (7, "x"))])
     with pytest.raises(DataError, match=r"row 5 of shard 3 was item 'b' and is now 'c'"):
         require_same_items(before, [table((2, "a")), table((5, "c"))])
+
+
+@pytest.mark.parametrize(("gpus", "threads"), [(0.0, 1), (1.0, 2), (0.25, 2)])
+def test_two_threads_take_turns_at_a_model_only_on_a_gpu(gpus: float, threads: int) -> None:
+    assert encoding_threads(ResourcesConfig(gpus_per_worker=gpus)) == threads

@@ -16,9 +16,10 @@ from jobs.bench.chaos.notes import ENCODED, NOTES, PREPARED, counted
 from jobs.bench.chaos.runs import Run
 from jobs.bench.chaos.stand import LIMIT_S, PIECE_ROWS, SHARD_ROWS, Stand
 from pipelines.commits import attempt_name, shard_name
-from pipelines.embedding.encode import EncodePieces
+from pipelines.embedding.encode import encoding_threads
 from pipelines.failpoints import IN_WORKERS, MARK, VARIABLE
 from pipelines.progress import show
+from pipelines.recipe import ResourcesConfig
 
 _KILLS_PER_DATA_SET = (
     5  # each leaves half of what it met, so that later ones would only meet the last shard
@@ -34,7 +35,7 @@ _STEPS = {
 """Names of processes by the step that they are at."""
 _MOST_AGAIN = {
     PREPARED: {"prepare": SHARD_ROWS},
-    ENCODED: {"encode": 2 * EncodePieces.threads * PIECE_ROWS},
+    ENCODED: {"encode": 2 * encoding_threads(ResourcesConfig()) * PIECE_ROWS},
 }
 """Rows that one kill at a step may cost: the shard that was read, the pieces that the encoder had been given."""
 _LOOK_S = 0.01  # writing a piece takes some milliseconds
