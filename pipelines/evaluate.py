@@ -89,9 +89,10 @@ def open_index(recipe: Recipe) -> SearchIndex:
     Raises:
         ArtifactError: There is no index, or no adapter.
         ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
+        HardwareError: `index.search_device` is not here, or has too little memory.
         StorageError: An engine cannot be reached.
     """
-    index = recipe.index_place.open()
+    index = recipe.index_place.open(device=recipe.index.search_device)
     try:
         require_same_fingerprint(
             index.fingerprint,

@@ -82,10 +82,29 @@ class SearchResponse(Message):
     timings_ms: dict[str, float]
     reranked: int = Field(description="candidates that the fine stage scored")
     degraded: bool = Field(
-        description="some candidates could not be read or scored; they keep their coarse order, after the scored ones"
+        description="a part of the index did not answer (see shards_ok), or some candidates could not be read or "
+        "scored; those keep their coarse order, after the scored ones"
     )
+    shards_ok: int = Field(description="partitions of the index that the results come from")
+    shards_total: int = Field(description="partitions of the index")
     index_version: str
     fingerprint: str
+
+
+class IndexRequest(Message):
+    """Body of POST /admin/index."""
+
+    version: Annotated[str, Field(pattern=r"^(v\d{6,}|current|previous)$")] = Field(
+        description="a name; `current`: where the index's pointer points; `previous`: where the service was before"
+    )
+
+
+class IndexResponse(Message):
+    """Answer of POST /admin/index."""
+
+    index_version: str = Field(description="that the service answers from now")
+    previous_version: str | None
+    seconds: float
 
 
 class EmbeddingsRequest(Message):

@@ -1,6 +1,7 @@
 """A recipe: YAML with one section per stage, each the frozen config object of its owner."""
 
 import difflib
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -196,6 +197,32 @@ class ServeConfig(Section):
     """Most inputs of one embeddings request."""
     max_queued_requests: Annotated[int, Field(gt=0)] = 128
     """Requests that may wait for a busy model or index; more are answered 503 at once, to be tried again."""
+    follow_index: bool = False
+    """Go where the index's pointer goes, without a restart: to a new version, or back to an older one."""
+    poll_s: Annotated[float, Field(gt=0)] = 0.5
+    """How often a replica looks for the version that it should answer from, and whether partitions answer."""
+    keep_previous: bool = True
+    """Keep the version before loaded, so that a way back takes no time; its codes take memory."""
+    admin: bool | None = None
+    """Whether `POST /admin/index` moves the service to another version; if null, only where `host` is a loopback
+    address, as nobody is asked for a key."""
+    on_lost_partition: Literal["degrade", "fail"] = "degrade"
+    """Where a partition of the index is lost or late: answer from the rest, marked `degraded`, or not at all (503)."""
+    partition_timeout_s: Annotated[float, Field(gt=0)] = 2.0
+    """How long a partition has for its part of an answer."""
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether versions can be changed over HTTP."""
+        return is_loopback(self.host) if self.admin is None else self.admin
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; of names, only of `localhost`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ResourcesConfig(Section):
@@ -216,6 +243,9 @@ class ResourcesConfig(Section):
     gpus_per_index_worker: Annotated[float, Field(gt=0, le=1)] = 1
     """GPU of each index task where `index.device` is cuda, and of a service's index where `index.search_device` is;
     fractions share it. A task finds lists there and codes on its CPU meanwhile, so several keep a GPU busy."""
+    index_partitions: Annotated[int, Field(gt=0)] = 1
+    """Processes that hold the codes of a service's index, each a share of its files; with 1 the whole index is in one.
+    All must reach the index folder."""
     serve_replicas: Annotated[int, Field(gt=0)] = 1
     """Backbone replicas at the start."""
     serve_max_replicas: Annotated[int, Field(gt=0)] = 1
@@ -229,7 +259,7 @@ class StorageConfig(Section):
     """Where a run writes."""
 
     dir: Path = Path("runs/demo")
-    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`."""
+    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `serve/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""

@@ -1,7 +1,8 @@
 """Starts and stops the online service on Ray Serve: ingress -> backbone (embeds and scores) and index (searches).
 
 One resident copy of the frozen weights embeds queries and scores candidates. The service refuses to start when index
-and adapter carry different fingerprints; both, and the index version, are pinned for its whole life.
+and adapter carry different fingerprints, which are pinned for its whole life. It moves from one index version to
+another while it answers. With several partitions the index service is their router.
 """
 
 import logging
@@ -9,6 +10,7 @@ import re
 import signal
 import socket
 import threading
+import uuid
 from types import FrameType
 from typing import Any
 
@@ -17,16 +19,24 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from pipelines.recipe import Recipe
+from pipelines.serving.index_service import MAX_ONGOING, IndexService
 from pipelines.serving.ingress import Ingress
-from pipelines.serving.replicas import BackboneService, IndexService, Pinned
+from pipelines.serving.partition import PartitionService
+from pipelines.serving.pinned import Pinned
+from pipelines.serving.replicas import BackboneService
 from pipelines.tasks import require_gpus
 from slq.artifacts import load_adapter_config, require_same_fingerprint
+from slq.engines import FAISS
 from slq.errors import ConfigError, ServiceError
+from slq.index import VectorIndex
 from slq.index.config import CPU
+from slq.index.shares import num_partitions
 
 log = logging.getLogger(__name__)
 APP_NAME = "slq"
 _owned: set[str] = set()  # "serve" and "application": what this process started, so may stop
+_started: list[Pinned] = []
+_PARTITION_HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 10}
 
 
 def application(recipe: Recipe, pinned: Pinned) -> Any:
@@ -55,14 +65,30 @@ def application(recipe: Recipe, pinned: Pinned) -> Any:
     # One replica, however many backbones: a file of Milvus Lite or a folder of Qdrant lets only one process in.
     index = IndexService.options(  # type: ignore[attr-defined]
         num_replicas=1,
-        max_ongoing_requests=64,
+        max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": 0, **on_gpu},
         **queue,
-    ).bind(recipe.index_place, pinned, device)
+    ).bind(plain, pinned, backbone, *_partitions(recipe, pinned))
     # The ingress only waits for the others. With Serve's default of 5 no more than 5 queries could share a pass, and
     # the rest would queue in the proxy, where nothing refuses them.
     ingress = Ingress.options(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
     return ingress.bind(plain, pinned, backbone, index)
+
+
+def _partitions(recipe: Recipe, pinned: Pinned) -> list[Any]:
+    """One deployment each, so that the router can ask for each of them; none where the index is not shared out."""
+    count = recipe.resources.index_partitions
+    folder = str(recipe.storage.index.resolve())
+    return [
+        PartitionService.options(
+            name=f"Partition{number}",
+            max_ongoing_requests=MAX_ONGOING,
+            max_queued_requests=recipe.serve.max_queued_requests,
+            ray_actor_options={"num_cpus": 0},
+            **_PARTITION_HEALTH,
+        ).bind(folder, number, count, pinned)
+        for number in range(count if count > 1 else 0)
+    ]
 
 
 def check_before_start(recipe: Recipe) -> Pinned:
@@ -75,10 +101,16 @@ def check_before_start(recipe: Recipe) -> Pinned:
         ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
         ServiceError: The port is in use, or a service on this cluster is in the way.
     """
+    _require_engine(recipe)
     _require_search_device(recipe)
     adapter = load_adapter_config(recipe.storage.adapter)
-    with recipe.index_place.open() as index:  # what only one process can open is the replica's
-        found = Pinned(fingerprint=index.fingerprint, index_version=index.version)
+    course_file = recipe.storage.dir.resolve() / "serve" / f"{uuid.uuid4().hex[:12]}.json"
+    with recipe.index_place.open(
+        has_codes=False
+    ) as index:  # what only one process can open is the replica's
+        if isinstance(index, VectorIndex):
+            _warn_of_empty_partitions(recipe, index)
+        found = Pinned(index.fingerprint, index.version, course_file)
     require_same_fingerprint(
         found.fingerprint,
         adapter.fingerprint,
@@ -102,6 +134,21 @@ def check_before_start(recipe: Recipe) -> Pinned:
     return found
 
 
+def _require_engine(recipe: Recipe) -> None:
+    """Partitions and versions are those of an index of faiss."""
+    if recipe.index.engine == FAISS:
+        return
+    for key, is_set in {
+        "resources.index_partitions": recipe.resources.index_partitions > 1,
+        "serve.follow_index": recipe.serve.follow_index,
+    }.items():
+        if is_set:
+            raise ConfigError(
+                f"{key} is for an index of faiss, and index.engine is {recipe.index.engine}, which has its own; leave "
+                "it out"
+            )
+
+
 def _require_search_device(recipe: Recipe) -> None:
     device = recipe.index.search_device
     if device not in (CPU, "cuda"):
@@ -112,6 +159,20 @@ def _require_search_device(recipe: Recipe) -> None:
     if device != CPU:
         gpus, way_out = recipe.resources.gpus_per_index_worker, "set index.search_device=cpu"
         require_gpus("resources.gpus_per_index_worker", gpus, way_out)
+        if recipe.resources.index_partitions > 1:
+            raise ConfigError(
+                "a GPU holds a whole index: with index.search_device=cuda set resources.index_partitions=1"
+            )
+
+
+def _warn_of_empty_partitions(recipe: Recipe, index: VectorIndex) -> None:
+    count, files = recipe.resources.index_partitions, num_partitions(index.manifest)
+    if files < count:
+        log.warning(
+            "index version %s has its codes in %d files, so that %d of %d partitions hold nothing; lower "
+            "resources.index_partitions, or build it with a smaller index.partition_bytes",
+            *(index.version, files, count - files, count),
+        )
 
 
 def running_endpoint() -> tuple[str, int] | None:
@@ -153,6 +214,7 @@ def start(recipe: Recipe) -> str:
             _owned.add("serve")
             serve.start(http_options={"host": recipe.serve.host, "port": recipe.serve.port})
         _owned.add("application")
+        _started.append(pinned)
         serve.run(application(recipe, pinned), name=APP_NAME, route_prefix="/")
     except (RuntimeError, TimeoutError) as error:  # what Serve raises when a deployment fails
         reason = cause_in("\n".join([str(error), *_reports()]))
@@ -190,6 +252,9 @@ def stop() -> None:
         serve.delete(APP_NAME)
     if "serve" in _owned:
         serve.shutdown()
+    for pinned in _started:
+        pinned.record().remove()
+    _started.clear()
     _owned.clear()
 
 

@@ -70,5 +70,13 @@ class ServiceError(SlqError):
     """The online service cannot start or answer, for example because its port is in use."""
 
 
+class UnavailableError(ServiceError):
+    """The service cannot answer now: too many requests wait, or a part of it is down; try again."""
+
+
+class RefusedVersionError(ServiceError):
+    """An index version cannot be served, so the service stays at the one that it is on."""
+
+
 class TrainingError(SlqError):
     """Training cannot go on: a batch that cannot be formed, or a loss that is not finite."""

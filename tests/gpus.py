@@ -72,14 +72,14 @@ class FakeGpus:
     def _search_of(self, copy: Any) -> Any:
         search = copy.search
 
-        def recorded(queries: Any, k: int, *, params: Any = None) -> Any:
+        def recorded(queries: Any, k: int, *, params: Any = None, **room: Any) -> Any:
             with self._alone():
                 if params is not None:
                     raise RuntimeError("GPU index: passed unhandled SearchParameters")
                 if not 0 < k <= MOST:
                     raise RuntimeError(f"GPU index only supports min/max-K selection up to {MOST}")
                 self.searched.append((len(queries), k))
-                return search(queries, k)
+                return search(queries, k, **room)
 
         return recorded
 

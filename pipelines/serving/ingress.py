@@ -6,7 +6,6 @@ Handlers and middleware stand before the ingress class: Ray Serve freezes the ap
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
 from importlib import resources as package_files
 from typing import Any
 
@@ -17,13 +16,14 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from pipelines.corpus import fetch_image
 from pipelines.messages import (
     EmbeddingsRequest,
+    IndexRequest,
+    IndexResponse,
     SearchRequest,
     SearchResponse,
     SearchResult,
@@ -32,8 +32,18 @@ from pipelines.messages import (
     vector_of,
 )
 from pipelines.recipe import Recipe
-from pipelines.serving.replicas import Pinned
-from slq.errors import ArtifactMismatchError, DataError, MediaError, ServiceError, StorageError
+from pipelines.serving.calls import answer_of, cause_of
+from pipelines.serving.index_service import Found, Sent
+from pipelines.serving.pinned import Pinned
+from slq.errors import (
+    ArtifactError,
+    ArtifactMismatchError,
+    DataError,
+    MediaError,
+    RefusedVersionError,
+    StorageError,
+    UnavailableError,
+)
 from slq.media import decode_image
 from slq.quantization import cut
 from slq.schema import Item
@@ -46,15 +56,13 @@ app = FastAPI(
 )
 
 
-class UnavailableError(ServiceError):
-    """The service cannot answer now: too many requests wait, or no replica is up; try again."""
-
-
 def _status_of(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, UnavailableError):
-        return 503, "service_unavailable"
     if isinstance(error, ArtifactMismatchError):
         return 409, "fingerprint_mismatch"
+    if isinstance(error, UnavailableError | StorageError | ArtifactError):
+        return 503, "service_unavailable"
+    if isinstance(error, RefusedVersionError):
+        return 409, "version_refused"
     if isinstance(error, MediaError) and error.reason == "too_many_bytes":
         return 413, "too_large"
     if isinstance(error, DataError):
@@ -77,15 +85,21 @@ async def _limit_body(request: Request, call_next: Any) -> Any:
 
 @app.exception_handler(Exception)
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = cause_of(error)
     status, kind = _status_of(cause)
     message = str(cause) if status != 500 else "internal error; see the service's log"
+    if status == 503 and not isinstance(cause, UnavailableError):  # its words tell hosts and paths
+        log.warning("storage fails: %s", cause)
+        message = "storage that the service needs cannot be used now; try again later"
     headers = {"retry-after": str(_RETRY_AFTER_S)} if status == 503 else None
     return JSONResponse(error_body(message, kind), status, headers=headers)
 
 
 @app.exception_handler(DataError)
 @app.exception_handler(ArtifactMismatchError)
+@app.exception_handler(RefusedVersionError)
+@app.exception_handler(StorageError)
+@app.exception_handler(ArtifactError)
 @app.exception_handler(UnavailableError)
 @app.exception_handler(RayTaskError)
 async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
@@ -103,23 +117,6 @@ async def _on_no_route(request: Request, error: HTTPException) -> JSONResponse:
     kind = "not_found" if error.status_code == 404 else "invalid_request_error"
     message = f"{request.method} {request.url.path}: {error.detail}; see /docs for the routes"
     return JSONResponse(error_body(message, kind), error.status_code, headers=error.headers)
-
-
-async def answer_of(call: Awaitable[Any]) -> Any:
-    """The answer of a deployment.
-
-    Ray Serve answers BackPressureError itself, in plain text, and replaces any handler for it (Ray 2.60), so it never
-    leaves our routes.
-
-    Raises:
-        UnavailableError: The deployment's queue is full, or it has failed.
-    """
-    try:
-        return await call
-    except BackPressureError:
-        raise UnavailableError("too many requests are waiting; try again later") from None
-    except DeploymentUnavailableError:
-        raise UnavailableError("a part of the service is down; try again later") from None
 
 
 def read_image(uri: str) -> bytes | None:
@@ -160,7 +157,7 @@ class Ingress:
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
 
     async def _describe(self) -> dict[str, Any]:
-        """Ask both deployments; replicas are pinned, so the answer stays true and searches reuse it."""
+        """Ask both deployments; embedding space and dimension are pinned, so searches reuse what is said of them."""
         calls = (
             answer_of(self._backbone.describe.remote()),
             answer_of(self._index.describe.remote()),
@@ -203,21 +200,19 @@ class Ingress:
             assert item is not None
             vector = (await self._embed([item]))[0]
         embedded = time.perf_counter()
-        depth = self._depth(body, info["num_vectors"])
-        hits, rows, version = await answer_of(
-            self._index.search.remote(vector, max(body.top_k, depth))
-        )
+        depth = self._depth(body)
+        found: Found = await answer_of(self._index.search.remote(vector, max(body.top_k, depth)))
         searched = time.perf_counter()
         results = [
             SearchResult(
                 id=hit.id, score=hit.score, coarse_score=hit.score, uri=row["uri"], text=row["text"]
             )
-            for hit, row in zip(hits, rows, strict=True)
+            for hit, row in zip(found.hits, found.rows, strict=True)
         ]
         reranked, degraded = 0, False
         if depth and item is not None:
             reranked, degraded = await self._rerank(
-                item, results, rows, depth, required=body.mode == "fine"
+                item, results, found.rows, depth, required=body.mode == "fine"
             )
         scored = time.perf_counter()
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
@@ -229,16 +224,16 @@ class Ingress:
                 "fine": 1000 * (scored - searched),
             },
             reranked=reranked,
-            degraded=degraded,
-            index_version=version,
+            degraded=degraded or found.shards_ok < found.shards_total,
+            shards_ok=found.shards_ok,
+            shards_total=found.shards_total,
+            index_version=found.version,
             fingerprint=info["fingerprint"],
         )
 
-    def _depth(self, body: SearchRequest, num_vectors: int) -> int:
+    def _depth(self, body: SearchRequest) -> int:
         """How many candidates the fine stage may score."""
-        if body.mode == "coarse":
-            return 0
-        return min(body.rerank_k or self._recipe.rerank.depth, num_vectors)
+        return 0 if body.mode == "coarse" else body.rerank_k or self._recipe.rerank.depth
 
     async def _rerank(
         self,
@@ -313,14 +308,38 @@ class Ingress:
 
     @app.get("/info")
     async def info(self) -> dict[str, Any]:
-        """Fingerprint, dimension, index version and size."""
-        return await self._describe()
+        """Fingerprint, dimension; the index version that answers, its size and partitions, and versions beside it.
+
+        What is wrong with a version or a partition is told only where versions can be changed: the words name paths.
+        """
+        info = await self._describe()
+        if not self._recipe.serve.has_admin:
+            info["refused_reason"] = None
+            for partition in info["partitions"]:
+                partition["problem"] = None
+        return info
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
-        """Answers when model and index answer now and belong together."""
-        await self._describe()
+        """Answers when model and index answer now and belong together, and the index as far as it must."""
+        info = await self._describe()
+        alive, count = info["shards_ok"], info["shards_total"]
+        if alive == 0 or (alive < count and self._recipe.serve.on_lost_partition == "fail"):
+            raise UnavailableError(f"{alive} of {count} partitions of the index answer")
         return {"status": "ok"}
+
+    @app.post("/admin/index")
+    async def move(self, body: IndexRequest) -> IndexResponse:
+        """Answer from another index version from now on, without a pause; it is loaded and checked before."""
+        if not self._recipe.serve.has_admin:
+            raise HTTPException(403, "this service does not let versions be changed (serve.admin)")
+        started = time.perf_counter()
+        sent: Sent = await answer_of(self._index.send.remote(body.version))
+        return IndexResponse(
+            index_version=sent.version,
+            previous_version=sent.previous,
+            seconds=time.perf_counter() - started,
+        )
 
     @app.get("/items/{item_id:path}/image")
     async def image(self, item_id: str) -> Response:

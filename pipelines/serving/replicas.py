@@ -1,13 +1,12 @@
-"""The deployments behind the HTTP face: the resident backbone and one index version.
+"""The resident backbone behind the HTTP face: one copy of the frozen weights embeds queries and scores candidates.
 
-Both are told at the start which embedding space and which index version they serve. A replica that Ray Serve starts
-later, after a crash or to scale up, finds what the first one found, or refuses to start.
+It is told at the start which embedding space it serves. A replica that Ray Serve starts later, after a crash or to
+scale up, finds the same, or refuses to start.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,11 +16,8 @@ from ray import serve
 from pipelines.corpus import fetch_image
 from pipelines.loading import encoder_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
-from slq.artifacts import require_same_fingerprint
-from slq.engines import IndexPlace
+from pipelines.serving.pinned import Pinned
 from slq.errors import DataError, ServiceError, StorageError
-from slq.index import Hit
-from slq.index.config import CPU
 from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.schema import Item
@@ -29,33 +25,6 @@ from slq.schema import Item
 log = logging.getLogger(__name__)
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-
-
-@dataclass(frozen=True, slots=True)
-class Pinned:
-    """What every replica of one service must agree on.
-
-    Attributes:
-        fingerprint: Of the embedding space.
-        index_version: The version that was current when the service started.
-    """
-
-    fingerprint: str
-    index_version: str
-
-    def require(self, found: str, *, found_in: str) -> None:
-        """Refuse another embedding space.
-
-        Raises:
-            ArtifactMismatchError: The fingerprints differ; both are named.
-        """
-        require_same_fingerprint(
-            self.fingerprint,
-            found,
-            expected_in=f"index version {self.index_version} of this service",
-            found_in=found_in,
-            remedy="rebuild it with `slq embed` and `slq index`, then start the service again",
-        )
 
 
 def each_alone(
@@ -98,8 +67,7 @@ class BackboneService:
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
-        place = self._recipe.index_place
-        place.require_canary(pinned.index_version, pinned.fingerprint, self._encoder)
+        self._require_canary(pinned.version_now())
         rerank = self._recipe.rerank
         self._reranker = Reranker(
             scoring_backbone(self._recipe, self._encoder),
@@ -109,6 +77,19 @@ class BackboneService:
         batch = self._recipe.serve
         self._embed_batch.set_max_batch_size(batch.max_batch)
         self._embed_batch.set_batch_wait_timeout_s(batch.batch_wait_s)
+
+    def _require_canary(self, version: str) -> None:
+        place, fingerprint = self._recipe.index_place, self._encoder.fingerprint
+        place.require_canary(version, fingerprint, self._encoder)
+
+    async def require_canary(self, version: str) -> None:
+        """Check that the model embeds the items of an index version as it holds them.
+
+        Raises:
+            ArtifactError: Its canary is damaged.
+            ArtifactMismatchError: The model gives other vectors.
+        """
+        await asyncio.to_thread(self._require_canary, version)
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
     async def _embed_batch(self, items: list[Item]) -> list[NDArray[np.float32] | Exception]:
@@ -184,45 +165,3 @@ def candidate_of(uri: str | None, text: str | None) -> Item | None:
     except (DataError, StorageError) as error:
         log.warning("candidate %s cannot be read: %s", uri, error)
         return None
-
-
-@serve.deployment
-class IndexService:
-    """One loaded index version.
-
-    Args:
-        place: Where the index is.
-        pinned: What the service was started with.
-        device: Where it is searched, as of `index.search_device`.
-
-    Raises:
-        ArtifactError: The version is gone or damaged.
-        ArtifactMismatchError: It belongs to another embedding space.
-        HardwareError: The device is not here, or has too little memory.
-        StorageError: The engine that holds it cannot be reached, or only one process can open it and another one has.
-    """
-
-    def __init__(self, place: IndexPlace, pinned: Pinned, device: str = CPU) -> None:
-        self._index = place.open(pinned.index_version, device=device)
-        pinned.require(self._index.fingerprint, found_in=f"index {place}")
-
-    def search(
-        self, vector: NDArray[np.float32], top_k: int
-    ) -> tuple[list[Hit], list[dict[str, Any]], str]:
-        """Hits of one query vector, their stored columns, and the version that answered."""
-        found = self._index.search(vector[None, :], top_k)[0]
-        return found, self._index.columns_of(found), self._index.version
-
-    def describe(self) -> dict[str, Any]:
-        """What `/info` says about the index."""
-        return {
-            "index_version": self._index.version,
-            "num_vectors": len(self._index),
-            "fingerprint": self._index.fingerprint,
-            "dimension": self._index.dimension,
-        }
-
-    def uri_of(self, item_id: str) -> str | None:
-        """Where the item's image lies, or None when there is no such item."""
-        item = self._index.item(item_id)
-        return None if item is None else item["uri"]

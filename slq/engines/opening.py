@@ -95,12 +95,15 @@ class IndexPlace:
             raise ConfigError(f"{self.kind} answers no queries")
         return found
 
-    def open(self, version: str | None = None, *, device: str = CPU) -> SearchIndex:
+    def open(
+        self, version: str | None = None, *, device: str = CPU, has_codes: bool = True
+    ) -> SearchIndex:
         """Open the index.
 
         Args:
             version: That is asked for; the current one if None.
             device: Where an index of faiss is searched, as of `index.search_device`; other engines decide themselves.
+            has_codes: Whether an index of faiss holds its codes itself.
 
         Raises:
             ArtifactError: There is no index, no such version, or it is damaged or unfinished.
@@ -109,7 +112,7 @@ class IndexPlace:
             StorageError: It cannot be reached, or another process holds what only one can.
         """
         if self.kind == FAISS:
-            return VectorIndex(Path(self.target), version, device=device)
+            return VectorIndex(Path(self.target), version, device=device, has_codes=has_codes)
         return self.engine.open(version)
 
     def require_canary(self, version: str, fingerprint: str, encoder: Encodes) -> int:

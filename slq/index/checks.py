@@ -54,8 +54,8 @@ def require_files(home: Path, sha256: dict[str, str], *, again: bool = False) ->
     for name, digest in found.items():
         if stamps.get(name) != digest:
             require_file(home / name, digest.sha256)
-    if found != stamps:
-        stamp(home, found)
+    if any(stamps.get(name) != digest for name, digest in found.items()):
+        stamp(home, {**stamps, **found})
 
 
 def require_file(path: Path, recorded: str) -> None:

@@ -5,7 +5,8 @@ faiss is imported on first use: settings and exact search need none of it.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,25 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def for_each(call: Callable[[int], None], numbers: Sequence[int]) -> None:
+    """Call with each number, in as many threads as faiss would take for this one; each has one for faiss itself."""
+    import faiss
+
+    count = min(faiss.omp_get_max_threads(), len(numbers))
+    if count <= 1:
+        for number in numbers:
+            call(number)
+        return
+
+    def alone(number: int) -> None:
+        with threads(1):
+            call(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        for _ in pool.map(alone, numbers):
+            pass  # which raises what a call raised
 
 
 def untrained(config: IndexConfig, dimension: int) -> Any:
@@ -255,6 +275,15 @@ def read(path: Path, *, mapped: bool = True) -> Any:
         raise ArtifactError(f"{path} is no index of this faiss: {reason(error)}") from None
 
 
+def read_centroids(path: Path) -> Any:
+    """An index file without what is in its lists; it cannot be searched."""
+    import faiss
+
+    index = read(path)
+    faiss.extract_index_ivf(index).replace_invlists(None, False)  # type: ignore[arg-type]  # which frees them
+    return index
+
+
 def reason(error: RuntimeError) -> str:
     """What faiss says at the end, after its own source line: of the system, if that refused something."""
     text = str(error).strip().splitlines()[-1]
@@ -294,8 +323,18 @@ def search(
     if selected is not None:
         bitmap = faiss.IDSelectorBitmap(8 * len(selected), faiss.swig_ptr(selected))
         params = _parameters(index, bitmap)
-    scores, rows = index.search(np.ascontiguousarray(queries), top_k, params=params)
+    scores, rows = _room(len(queries), top_k)
+    index.search(np.ascontiguousarray(queries), top_k, params=params, D=scores, I=rows)
     return scores, rows
+
+
+def _room(num_queries: int, top_k: int) -> tuple[Scores, Rows]:
+    """(num_queries, top_k) arrays for faiss to write scores and rows to.
+
+    They are never left as memory was found: a search of pq4 codes takes the largest float32 there for a score that
+    is to be beaten, and then finds nothing (faiss 1.15.1).
+    """
+    return np.zeros((num_queries, top_k), np.float32), np.zeros((num_queries, top_k), np.int64)
 
 
 def search_partitions(
@@ -303,17 +342,29 @@ def search_partitions(
     queries: NDArray[np.float32],
     top_k: int,
     selected: NDArray[np.uint8] | None = None,
+    *,
+    centroids: Any = None,
 ) -> tuple[Scores, Rows]:
-    """The best rows of all partitions, which visit the lists that are nearest in all of them; as `search`."""
+    """The best rows of some partitions, which visit the lists that are nearest in all there are.
+
+    Args:
+        indexes: Those that are searched.
+        queries: As of `search`.
+        top_k: As of `search`.
+        selected: As of `search`.
+        centroids: The index of lists that tells which are nearest; by default the first of those that are searched. If
+            it is given, a partition is searched in the same way, to the bit, whether alone or beside others.
+    """
     import faiss
 
-    if len(indexes) == 1:
+    if len(indexes) == 1 and centroids is None:
         return search(indexes[0], queries, top_k, selected)
     if isinstance(faiss.downcast_index(indexes[0]), faiss.IndexIDMap):
         found = [search(index, queries, top_k, selected) for index in indexes]
     else:
-        first: Any = faiss.extract_index_ivf(indexes[0])
-        ready = turned(indexes[0], queries)
+        whole = indexes[0] if centroids is None else centroids
+        first: Any = faiss.extract_index_ivf(whole)
+        ready = turned(whole, queries)
         near, numbers = first.quantizer.search(ready, first.nprobe)
         params = None
         if selected is not None:
@@ -336,8 +387,7 @@ def _search_lists(
     import faiss
 
     lists: Any = faiss.extract_index_ivf(index)
-    scores = np.empty((len(queries), top_k), np.float32)
-    rows = np.empty((len(queries), top_k), np.int64)
+    scores, rows = _room(len(queries), top_k)
     arrays = (faiss.swig_ptr(array) for array in (numbers, near, scores, rows))
     lists.search_preassigned_c(len(queries), faiss.swig_ptr(queries), top_k, *arrays, False, params)
     return scores, rows

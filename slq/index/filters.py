@@ -70,13 +70,16 @@ class Filters:
         """
         if where is None:
             return self._alive
-        if where not in self._found:
+        found = self._found.pop(where, None)
+        if found is None:
             rows = np.setdiff1d(matching_rows(self._table, where), self._deleted)
-            self._found[where] = Selection.of(rows, self._table.num_rows)
-            while len(self._found) > _KEPT:
-                self._found.popitem(last=False)
-        self._found.move_to_end(where)
-        return self._found[where]
+            found = Selection.of(rows, self._table.num_rows)
+        self._found[where] = (
+            found  # as the one used last; threads may come between, and then work it out twice
+        )
+        while len(self._found) > _KEPT:
+            self._found.popitem(last=False)
+        return found
 
 
 def matching_rows(table: pa.Table, where: str) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from slq.index.config import CPU
 from slq.index.contract import Hit, SearchIndex, checked_ids, checked_queries
 from slq.index.exact import NO_ROW, Rows, Scores, best
 from slq.index.segment import row_of
+from slq.index.shares import Candidates, Scan, scanned
 from slq.index.versions import (
     current_version,
     open_segments,
@@ -31,6 +32,7 @@ class VectorIndex(SearchIndex):
         version: A version's name; the current one by default.
         num_probes: Lists that a search visits, instead of as many as the index was built for.
         device: Where it is searched, as of `IndexConfig.search_device`; a GPU holds all codes in its memory.
+        has_codes: Whether the codes are held here; if not, each search is told who scans them.
 
     Raises:
         ArtifactError: There is no index, or a file does not match its recorded sha256.
@@ -45,11 +47,20 @@ class VectorIndex(SearchIndex):
         *,
         num_probes: int | None = None,
         device: str = CPU,
+        has_codes: bool = True,
     ) -> None:
         self.version = version or current_version(folder)
         self.manifest = read_manifest(folder, self.version)
         require_whole(folder, self.manifest)
-        self._segments = open_segments(folder, self.manifest, num_probes=num_probes, device=device)
+        held: Collection[int] | None = None if has_codes else ()
+        self._segments = open_segments(
+            folder,
+            self.manifest,
+            num_probes=num_probes,
+            held=[held] * len(self.manifest.segments),
+            device=device if has_codes else CPU,
+        )
+        self._has_codes = has_codes
         sizes = [one.num_rows for one in self.manifest.segments]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -76,15 +87,19 @@ class VectorIndex(SearchIndex):
         distinct: bool = False,
         exact: bool = False,
         words: Sequence[str] | None = None,
+        scan: Scan | None = None,
     ) -> list[list[Hit]]:
-        """See `SearchIndex.search`; predicates are DuckDB's."""
+        """See `SearchIndex.search`; predicates are DuckDB's.
+
+        `scan` says who looks through the codes, where they are not held here.
+        """
         hidden = checked_ids(exclude)
         queries = checked_queries(vectors, self.dimension)
         top_k = min(top_k, len(self))
         depth = min(top_k + len(hidden), len(self))
         while True:
             wide = depth if words is None else max(depth, _FUSED_DEPTH)
-            scores, rows = self._search(queries, wide, where, exact=exact)
+            scores, rows = self._search(queries, wide, where, exact=exact, scan=scan)
             if words is not None:
                 scores, rows = self._with_words(rows, words, depth, where)
             found = [
@@ -101,11 +116,22 @@ class VectorIndex(SearchIndex):
             depth = min(2 * depth, len(self))
 
     def _search(
-        self, queries: NDArray[np.float32], depth: int, where: str | None, *, exact: bool
+        self,
+        queries: NDArray[np.float32],
+        depth: int,
+        where: str | None,
+        *,
+        exact: bool,
+        scan: Scan | None,
     ) -> tuple[Scores, Rows]:
         """The best of all segments, rows counted over all."""
+        depths = [segment.depth(depth, where=where, exact=exact) for segment in self._segments]
+        candidates: Sequence[Candidates | None] = [None] * len(depths)
+        if any(depths):
+            candidates = (scan or self._own_scan)(queries, depths, where)
         found = [
-            segment.search(queries, depth, where=where, exact=exact) for segment in self._segments
+            segment.ranked(queries, depth, of_segment, where=where)
+            for segment, of_segment in zip(self._segments, candidates, strict=True)
         ]
         rows = [
             np.where(numbers == NO_ROW, NO_ROW, numbers + start)
@@ -116,6 +142,13 @@ class VectorIndex(SearchIndex):
             np.concatenate(rows, axis=1),
             depth,
         )
+
+    def _own_scan(
+        self, queries: NDArray[np.float32], depths: Sequence[int], where: str | None
+    ) -> list[Candidates | None]:
+        if not self._has_codes:
+            raise ValueError("this index holds no codes; tell each search who scans them")
+        return scanned(self._segments, queries, depths, where)
 
     def _with_words(
         self, rows: Rows, words: Sequence[str], depth: int, where: str | None

@@ -13,7 +13,7 @@ Nothing is changed in place: a version is complete before the pointer names it, 
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -390,26 +390,39 @@ def _held(folder: Path, names: Iterable[str]) -> set[str]:
     return {one.name for name in names for one in read_manifest(folder, name).segments}
 
 
-def require_whole(folder: Path, manifest: Manifest, *, again: bool = False) -> None:
+def require_whole(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    again: bool = False,
+    wanted: Callable[[SegmentRecord, str], bool] = lambda *_: True,
+) -> None:
     """Check every file of a version against its sha256.
 
     Args:
         folder: The index folder.
         manifest: Of the version.
         again: Read every file, whatever was checked before.
+        wanted: Which files of a segment, by name; all by default.
 
     Raises:
         ArtifactError: A file is missing or is not what was written; it is named.
     """
     for one in manifest.segments:
-        require_files(folder / SEGMENTS / one.name, one.sha256, again=again)
+        sha256 = {name: digest for name, digest in one.sha256.items() if wanted(one, name)}
+        require_files(folder / SEGMENTS / one.name, sha256, again=again)
         if one.deleted_sha256 is not None:
             path = folder / manifest.version / deleted_name(one.name)
             require_file(path, one.deleted_sha256)
 
 
 def open_segments(
-    folder: Path, manifest: Manifest, *, num_probes: int | None = None, device: str = CPU
+    folder: Path,
+    manifest: Manifest,
+    *,
+    num_probes: int | None = None,
+    device: str = CPU,
+    held: Sequence[Collection[int] | None] | None = None,
 ) -> list[Segment]:
     """The segments of a version, which stay on disk.
 
@@ -418,13 +431,16 @@ def open_segments(
         manifest: Of the version.
         num_probes: Lists that a search visits, instead of as many as each was built for.
         device: Where they are searched, as of `IndexConfig.search_device`.
+        held: Of each segment, numbers of the partitions whose codes are searched here; all by default.
 
     Raises:
         ConfigError: A segment cannot be searched there.
         HardwareError: The device is not here, or has too little memory.
     """
     found = []
-    for one in manifest.segments:
+    for one, held_here in zip(
+        manifest.segments, held or [None] * len(manifest.segments), strict=True
+    ):
         config = IndexConfig.model_validate(one.config)
         config = config.model_copy(update={"search_device": device})
         if num_probes is not None:
@@ -433,5 +449,5 @@ def open_segments(
         if one.deleted_sha256 is not None:
             path = folder / manifest.version / deleted_name(one.name)
             deleted = read_array(path, mapped=False)
-        found.append(Segment(folder / SEGMENTS / one.name, config, deleted))
+        found.append(Segment(folder / SEGMENTS / one.name, config, deleted, held=held_here))
     return found

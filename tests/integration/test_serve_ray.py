@@ -38,13 +38,21 @@ from pipelines.serve import (
     start,
     stop,
 )
-from pipelines.serving.ingress import Ingress, UnavailableError, answer_of
-from pipelines.serving.replicas import BackboneService, IndexService, Pinned, each_alone
+from pipelines.serving.calls import answer_of
+from pipelines.serving.index_service import IndexSearch
+from pipelines.serving.ingress import Ingress
+from pipelines.serving.pinned import Pinned
+from pipelines.serving.replicas import BackboneService, each_alone
 from slq.arrow import ITEMS, vector_column
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
-from slq.engines import IndexPlace
-from slq.errors import ArtifactError, ArtifactMismatchError, DataError, ServiceError
+from slq.errors import (
+    ArtifactError,
+    ArtifactMismatchError,
+    DataError,
+    ServiceError,
+    UnavailableError,
+)
 from slq.index import Content, IndexConfig, VectorIndex, write_version
 from slq.media import decode_image
 from slq.reranker import Reranker
@@ -185,20 +193,20 @@ def test_a_replica_refuses_another_adapter_than_the_service_started_with(
         BackboneService.func_or_class(foreign.model_dump(mode="json"), pinned(recipe))
 
 
-def test_a_replica_keeps_the_index_version_that_the_service_started_with(
+def test_a_replica_finds_the_index_version_that_the_service_is_on(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "index"
-    shutil.copytree(recipe.storage.index, folder)
-    start_of_service = pinned(recipe)
+    shutil.copytree(recipe.storage.index, tmp_path / "index")
+    moved = changed(recipe, storage={"dir": tmp_path})
+    start_of_service = pinned(moved)
     vector = vector_column(np.eye(1, 64, dtype=np.float16))
     rows = pa.table({"id": ["x"], "embedding": vector, "text": ["x"], "content_hash": ["x"]})
-    write_version(folder, Content([Given(rows)], 64, "other"), IndexConfig())
-    replica = IndexService.func_or_class(IndexPlace.of_folder(folder), start_of_service)
-    assert replica.describe()["index_version"] == "v000001"
+    write_version(tmp_path / "index", Content([Given(rows)], 64, "other"), IndexConfig())
+    replica = IndexSearch(moved.model_dump(mode="json"), start_of_service, Recorder("a"))
+    assert asyncio.run(replica.describe())["index_version"] == "v000001"
     for wrong in (Pinned("0" * 64, "v000001"), Pinned(start_of_service.fingerprint, "v000002")):
         with pytest.raises(ArtifactMismatchError, match=wrong.fingerprint):
-            IndexService.func_or_class(IndexPlace.of_folder(folder), wrong)
+            IndexSearch(moved.model_dump(mode="json"), wrong, Recorder("a"))
 
 
 def test_a_replica_whose_model_embeds_otherwise_refuses_to_start(
@@ -232,7 +240,7 @@ class Recorder:
 
     async def remote(self) -> dict[str, Any]:
         self.asked += 1
-        return {"fingerprint": self.fingerprint}
+        return {"fingerprint": self.fingerprint, "shards_ok": 1, "shards_total": 2}
 
 
 def test_health_asks_model_and_index_every_time_and_refuses_a_foreign_one(recipe: Recipe) -> None:
@@ -244,6 +252,9 @@ def test_health_asks_model_and_index_every_time_and_refuses_a_foreign_one(recipe
         for _ in range(3):
             assert await ingress.healthz() == {"status": "ok"}
         assert (model.asked, vectors.asked) == (3, 3)
+        strict = changed(recipe, serve={"on_lost_partition": "fail"}).model_dump(mode="json")
+        with pytest.raises(UnavailableError, match="1 of 2 partitions of the index answer"):
+            await face(strict, Pinned("a", "v000001"), model, vectors).healthz()
         model.fingerprint = "b"
         with pytest.raises(
             ArtifactMismatchError, match="fingerprint a, but the loaded model has b"

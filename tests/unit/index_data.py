@@ -73,3 +73,11 @@ def brute_force(
     similarity = queries.astype(np.float64) @ stored()[rows].T
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :top_k]
     return [rows[one].tolist() for one in order]
+
+
+def small_partitions(config: IndexConfig, rows: int) -> IndexConfig:
+    """So that about this many rows are in one."""
+    sized = config.model_copy(update={"partition_bytes": 1})
+    while sized.partition_rows(DIMENSION) < rows:
+        sized = sized.model_copy(update={"partition_bytes": sized.partition_bytes + 1})
+    return sized

@@ -13,6 +13,7 @@ from slq.index import (
     VectorIndex,
     append,
     build,
+    codes,
     delete,
     segment,
     write_version,
@@ -26,6 +27,7 @@ from tests.unit.index_data import (
     Given,
     brute_force,
     published,
+    small_partitions,
     stored,
     table,
     unit_vectors,
@@ -48,6 +50,47 @@ CODED = [
 
 def rows_of(hits: Any) -> list[list[int]]:
     return [[hit.row for hit in one] for one in hits]
+
+
+@pytest.mark.parametrize("config", [*EXACT, *CODED], ids=lambda one: f"{one.kind}-{one.codes}")
+@pytest.mark.parametrize("files", [1, 4])
+def test_what_is_found_does_not_depend_on_what_memory_held_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: IndexConfig, files: int
+) -> None:
+    index = published(tmp_path, small_partitions(config, COUNT // files))
+    asked: list[dict[str, Any]] = [{}, {"where": "price < 8"}]
+    expected = [[index.search(QUERIES, k, **how) for how in asked] for k in (1, 10, 30)]
+    empty = np.empty
+
+    def used_before(shape: Any, dtype: Any = np.float64, **options: Any) -> Any:
+        array = empty(shape, dtype, **options)
+        if array.dtype == np.float32:
+            array[...] = np.finfo(np.float32).max
+        return array
+
+    monkeypatch.setattr(np, "empty", used_before)
+    assert [[index.search(QUERIES, k, **how) for how in asked] for k in (1, 10, 30)] == expected
+
+
+def test_rescoring_gives_the_same_in_any_number_of_threads_and_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = published(tmp_path, CODED[3])
+    expected = index.search(QUERIES, 10)
+    for at_once in (1, 300, 100_000):
+        monkeypatch.setattr(segment, "_RESCORED_AT_ONCE", at_once)
+        for count in (1, 2, 5):
+            with codes.threads(count):
+                assert index.search(QUERIES, 10) == expected
+
+
+def test_a_failure_in_a_thread_is_raised() -> None:
+    def fail(number: int) -> None:
+        raise DataError(f"number {number}")
+
+    for count in (1, 3):
+        with codes.threads(count), pytest.raises(DataError, match="number 0"):
+            codes.for_each(fail, range(4))
 
 
 @pytest.mark.parametrize("config", EXACT, ids=["flat", "ivf", "hnsw"])

@@ -14,7 +14,17 @@ from slq.errors import ArtifactError, ConfigError, StorageError
 from slq.index import Content, IndexConfig, VectorIndex, build, codes, write_version
 from slq.index.building import INDEX, PARTITIONS, balanced, here, part_rows
 from slq.index.versions import SEGMENTS
-from tests.unit.index_data import COUNT, DIMENSION, FLAT, IVF, Given, stored, table, unit_vectors
+from tests.unit.index_data import (
+    COUNT,
+    DIMENSION,
+    FLAT,
+    IVF,
+    Given,
+    small_partitions,
+    stored,
+    table,
+    unit_vectors,
+)
 
 ALL_CODES = [
     FLAT,
@@ -49,14 +59,6 @@ def written(
     content = Content(parts, DIMENSION, "3f2a", origin)
     manifest = write_version(folder, content, config, **options)
     return folder / SEGMENTS / manifest.segments[0].name
-
-
-def small_partitions(config: IndexConfig, rows: int) -> IndexConfig:
-    """So that about this many rows are in one."""
-    sized = config.model_copy(update={"partition_bytes": 1})
-    while sized.partition_rows(DIMENSION) < rows:
-        sized = sized.model_copy(update={"partition_bytes": sized.partition_bytes + 1})
-    return sized
 
 
 @pytest.mark.parametrize("config", ALL_CODES, ids=NAMES)

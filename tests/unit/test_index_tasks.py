@@ -1,8 +1,10 @@
 """Index tasks, the service's index and the benchmark ask for GPUs where the recipe does, with a recorder for Ray."""
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import ray
 
 import jobs.bench.index as bench
+import pipelines.evaluate
 import pipelines.index
 from jobs.bench.index import build as bench_build
 from jobs.bench.index import data as bench_data
@@ -17,9 +20,9 @@ from jobs.bench.index.curve import write_curve
 from pipelines.index import each_in_tasks
 from pipelines.recipe import Recipe
 from pipelines.serve import application, check_before_start
-from pipelines.serving.replicas import Pinned
+from pipelines.serving.index_service import IndexSearch
+from pipelines.serving.pinned import Pinned
 from pipelines.tasks import require_gpus
-from slq.engines import IndexPlace
 from slq.errors import ConfigError, HardwareError
 from slq.index import VectorIndex, write_version
 from tests.gpus import FakeGpus, real_gpus
@@ -142,14 +145,19 @@ def index_actor(recipe: Recipe) -> tuple[dict[str, Any], tuple[Any, ...]]:
     return deployment.ray_actor_options, deployment.init_args
 
 
+def searched_on(arguments: tuple[Any, ...]) -> str:
+    """The device that a replica made with these searches on."""
+    return Recipe.model_validate(arguments[0]).index.search_device
+
+
 def test_the_index_of_a_service_gets_a_gpu_where_it_is_searched_on_one() -> None:
     options, arguments = index_actor(recipe_with({"device": "cuda"}))
     assert "num_gpus" not in options  # it was built there, but is not searched there
-    assert arguments[-1] == "cpu"
+    assert searched_on(arguments) == "cpu"
     asked = recipe_with({"search_device": "cuda"}, gpus_per_index_worker=0.5)
     options, arguments = index_actor(asked)
     assert (options["num_gpus"], options["num_cpus"]) == (0.5, 0)
-    assert arguments[-1] == "cuda"
+    assert searched_on(arguments) == "cuda"
 
 
 def test_a_service_refuses_a_gpu_that_it_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,15 +175,31 @@ def test_a_service_refuses_a_gpu_that_it_cannot_have(monkeypatch: pytest.MonkeyP
 
 
 def test_an_index_searched_where_the_service_says(tmp_path: Path, gpus: FakeGpus) -> None:
-    from pipelines.serving.replicas import IndexService
-
-    manifest = write_version(tmp_path, content(), BUILT[0])
+    recipe = Recipe.model_validate(
+        {"storage": {"dir": tmp_path}, "index": {"search_device": "cuda"}}
+    )
+    folder = recipe.storage.index
+    manifest = write_version(folder, content(), BUILT[0])
     pinned = Pinned(manifest.fingerprint, manifest.version)
-    replica = IndexService.func_or_class(IndexPlace.of_folder(tmp_path), pinned, "cuda")
-    hits, _, version = replica.search(QUERIES[0], 5)
-    assert version == manifest.version
-    assert rows_of([hits]) == rows_of(VectorIndex(tmp_path).search(QUERIES[:1], 5))
+    replica = IndexSearch(recipe.model_dump(mode="json"), pinned, object())  # type: ignore[arg-type]
+    found = asyncio.run(replica.search(QUERIES[0], 5))
+    assert found.version == manifest.version
+    assert rows_of([found.hits]) == rows_of(VectorIndex(folder).search(QUERIES[:1], 5))
     assert gpus.searched == [(1, 5)]
+
+
+def test_an_evaluation_searches_the_index_where_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: FakeGpus
+) -> None:
+    recipe = Recipe.model_validate(
+        {"storage": {"dir": tmp_path}, "index": {"search_device": "cuda"}}
+    )
+    manifest = write_version(recipe.storage.index, content(), BUILT[0])
+    adapter = SimpleNamespace(fingerprint=manifest.fingerprint)
+    monkeypatch.setattr(pipelines.evaluate, "load_adapter_config", lambda _: adapter)
+    with pipelines.evaluate.open_index(recipe) as index:
+        index.search(QUERIES[:2], 5)
+    assert gpus.searched == [(2, 5)]
 
 
 # The benchmark -----------------------------------------------------------------------------------------------------

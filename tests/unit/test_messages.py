@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pipelines.messages import (
     Content,
     EmbeddingsRequest,
+    IndexRequest,
     SearchQuery,
     SearchRequest,
     SearchResponse,
@@ -192,3 +193,16 @@ def test_the_examples_in_the_documentation_are_valid() -> None:
     for model in (SearchRequest, EmbeddingsRequest):
         model.model_validate(model.model_json_schema()["example"])
     assert "timings_ms" in SearchResponse.model_json_schema()["properties"]
+
+
+@pytest.mark.parametrize("version", ["v000001", "v1234567", "current", "previous"])
+def test_a_service_can_be_sent_to_a_version(version: str) -> None:
+    assert IndexRequest(version=version).version == version
+
+
+@pytest.mark.parametrize(
+    "version", ["", "v1", "newest", "v000001/", "../v000001", "v000001\n", "V000001", "/v000001"]
+)
+def test_what_is_no_name_of_a_version_is_refused(version: str) -> None:
+    with pytest.raises(ValidationError, match="version"):
+        IndexRequest(version=version)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipelines.recipe import Recipe, load_recipe, require_files
+from pipelines.recipe import Recipe, ServeConfig, load_recipe, require_files
 from slq.errors import ConfigError
 
 SHIPPED = sorted(
@@ -244,3 +244,24 @@ def test_every_field_is_documented_or_obvious() -> None:
     }
     obvious = {"seed", "dtype", "weight_decay", "port", "train_workers"}
     assert {name for name in undocumented if name.split(".")[1] not in obvious} == set()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.0.2.7", False),
+        ("localhost.example.com", False),
+    ],
+)
+def test_versions_can_be_changed_over_http_only_from_this_machine_unless_it_is_said(
+    host: str, is_local: bool
+) -> None:
+    assert ServeConfig(host=host).has_admin is is_local
+    assert ServeConfig(host=host, admin=True).has_admin is True
+    assert ServeConfig(host=host, admin=False).has_admin is False
