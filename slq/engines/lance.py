@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slq.engines.base import Collection, Mark, SearchEngine, missing, told
 from slq.engines.predicates import Among, Comparison, Group, Kind, Like, Null, Predicate, Value
-from slq.engines.rows import checked_vectors, kinds, require_all
+from slq.engines.rows import SeenIds, checked_vectors, kinds, require_all
 from slq.engines.searching import EngineIndex, Stored, Wanted
 from slq.errors import ArtifactError, ConfigError, SlqError, StorageError
 from slq.index import Hit
@@ -48,7 +48,7 @@ class Lance(SearchEngine):
         for name in (_DISTANCE, _QUERY):
             if name in collection.schema.names:
                 raise ConfigError(f"Lance gives results a column {name}; call yours otherwise")
-        schema, stream = _schema(collection), _Stream(collection)
+        schema, stream = _schema(collection), _Stream(collection, self)
         reader = pa.RecordBatchReader.from_batches(schema, stream.batches(schema))
         mode = "create" if found is None else "overwrite"
         try:
@@ -216,14 +216,17 @@ class _Stream:
 
     Args:
         collection: What is handed over.
+        place: Where they go, for messages.
 
     Attributes:
         count: Rows so far.
         problem: What ended the stream; Lance tells it with a traceback in a text.
     """
 
-    def __init__(self, collection: Collection) -> None:
+    def __init__(self, collection: Collection, place: object) -> None:
         self._collection = collection
+        self._place = place
+        self._ids = SeenIds()
         self.count = 0
         self.problem: SlqError | None = None
 
@@ -232,8 +235,10 @@ class _Stream:
         try:
             for table in self._collection.tables:
                 yield from self._table(table, schema).to_batches()
+                self._ids.add(table["id"].to_pylist())
                 self.count += table.num_rows
             require_all(self.count, self._collection)
+            self._ids.require_unique(self._place)  # before anything is there for others
         except SlqError as error:
             self.problem = error
             raise

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from slq.engines.base import Collection, Mark, SearchEngine
-from slq.engines.rows import checked_vectors, json_kinds, json_rows, require_all
+from slq.engines.rows import checked_vectors, json_kinds, json_rows, require_all, twice
 from slq.engines.searching import EngineIndex
-from slq.errors import DataError
 from slq.index.vectors import unit
 
 SOURCE = "slq_source"
@@ -109,9 +108,7 @@ class LiveEngine(SearchEngine):
             self._drop_others(client, mark.version)
             found = self._count(client, mark.version)
             if found != count:
-                raise DataError(
-                    f"{self} holds {found} of {count} rows: some ids come twice; `slq verify` names them"
-                )
+                raise twice(self, found, count)
             self._set(client, mark.completed())
 
     def _begin(self, client: Any, mark: Mark) -> None:

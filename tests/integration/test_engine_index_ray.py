@@ -1,5 +1,6 @@
 """A whole run on an index that another engine holds: embed, index, evaluate, serve and search on the command line."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from pipelines.index import fill
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
 from pipelines.serve import check_before_start, start, stop
-from pipelines.serving.replicas import BackboneService, IndexService, Pinned
+from pipelines.serving.index_service import IndexSearch
+from pipelines.serving.pinned import Pinned
+from pipelines.serving.replicas import BackboneService
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError
 from slq.index.canary import KEPT
 from tests.integration.runs import changed, free_port, read_embeddings, with_untrained_adapter
@@ -94,12 +97,17 @@ def test_a_service_is_pinned_to_fingerprint_and_version(embedded: Recipe, tmp_pa
         check_before_start(moved)
     fill(moved)
     pinned = check_before_start(moved)
-    replica = IndexService.func_or_class(moved.index_place, pinned)
-    assert replica.describe()["index_version"] == pinned.index_version
+
+    def replica(with_pinned: Pinned) -> IndexSearch:
+        plain = moved.model_dump(mode="json")
+        return IndexSearch(plain, with_pinned, object())  # type: ignore[arg-type]
+
+    said = asyncio.run(replica(pinned).describe())
+    assert said["index_version"] == pinned.index_version
     with pytest.raises(ArtifactMismatchError, match=r"0{64}"):
-        IndexService.func_or_class(moved.index_place, Pinned("0" * 64, pinned.index_version))
+        replica(Pinned("0" * 64, pinned.index_version))
     with pytest.raises(ArtifactError, match="has no version 99 any more"):
-        IndexService.func_or_class(moved.index_place, Pinned(pinned.fingerprint, "99"))
+        replica(Pinned(pinned.fingerprint, "99"))
     other = changed(moved, storage={"dir": tmp_path / "other"})
     other = with_untrained_adapter(other, seed=9)
     with pytest.raises(ArtifactMismatchError, match="rebuild it with `slq embed` and `slq index`"):

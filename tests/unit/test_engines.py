@@ -198,12 +198,23 @@ def test_vectors_that_cannot_be_are_refused(tmp_path: Path, kind: str) -> None:
             place(kind, tmp_path, "third").open()
 
 
-@pytest.mark.parametrize("kind", LIVE)
+@pytest.mark.parametrize("kind", SEARCHED)
 def test_ids_that_come_twice_are_told(tmp_path: Path, kind: str) -> None:
     twice = pa.concat_tables([table(20), table(5, first=18)])
-    message = "holds 23 of 25 rows: some ids come twice; `slq verify` names them"
+    message = "takes 23 of 25 rows: some ids come twice; `slq verify` names them"
     with pytest.raises(DataError, match=message):
         list(place(kind, tmp_path).write(collection(twice)))
+    with pytest.raises(ArtifactError):
+        place(kind, tmp_path).open()
+
+
+def test_ids_that_come_twice_leave_the_table_of_lance_as_it_was(tmp_path: Path) -> None:
+    there = place("lance", tmp_path)
+    list(there.write(collection(table(20))))
+    with pytest.raises(DataError, match="takes 23 of 25 rows"):
+        list(there.write(collection(pa.concat_tables([table(20), table(5, first=18)]))))
+    with there.open() as index:
+        assert len(index) == 20
 
 
 def test_columns_of_all_kinds_go_where_there_is_json(
