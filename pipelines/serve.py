@@ -105,9 +105,8 @@ def check_before_start(recipe: Recipe) -> Pinned:
     _require_search_device(recipe)
     adapter = load_adapter_config(recipe.storage.adapter)
     course_file = recipe.storage.dir.resolve() / "serve" / f"{uuid.uuid4().hex[:12]}.json"
-    with recipe.index_place.open(
-        has_codes=False
-    ) as index:  # what only one process can open is the replica's
+    # Closed again: what only one process can open is the replica's.
+    with recipe.index_place.open(has_codes=False) as index:
         if isinstance(index, VectorIndex):
             _warn_of_empty_partitions(recipe, index)
         found = Pinned(index.fingerprint, index.version, course_file)

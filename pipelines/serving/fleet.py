@@ -31,12 +31,14 @@ class Holding:
     Attributes:
         vectors: How many codes it holds of each version that is loaded.
         coming: Versions that are being loaded.
-        refused: Why versions cannot be loaded.
+        refused: Why versions proved bad.
+        failed: Why versions cannot be loaded now, which says nothing of them; they are tried again.
     """
 
     vectors: dict[str, int] = field(default_factory=dict)
     coming: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 class Fleet:
@@ -69,7 +71,8 @@ class Fleet:
             holding = self._holding.get(number)
             problem = self._lost.get(number)
             if problem is None and holding is not None and version not in holding.vectors:
-                problem = holding.refused.get(version, f"version {version} is not loaded yet")
+                reasons = {version: f"version {version} is not loaded yet"}
+                problem = {**reasons, **holding.failed, **holding.refused}[version]
             found.append(
                 {
                     "number": number,
@@ -153,8 +156,8 @@ class Fleet:
             others: Names of versions that stay.
 
         Raises:
-            ArtifactError: A partition cannot load it.
-            UnavailableError: No partition answers, or one says nothing for a long time.
+            ArtifactError: It proved bad at a partition.
+            UnavailableError: A partition cannot load it now, or says nothing for a long time; or none answers.
         """
         anew: str | None = version
         heard = dict.fromkeys(range(len(self)), monotonic())
@@ -165,6 +168,9 @@ class Fleet:
                 if version in holding.refused:
                     reason = holding.refused[version]
                     raise ArtifactError(f"partition {number} cannot load it: {reason}")
+                if version in holding.failed:
+                    reason = holding.failed[version]
+                    raise UnavailableError(f"partition {number} cannot load it now: {reason}")
             heard.update(dict.fromkeys(found, monotonic()))
             present = [number for number in heard if number not in self._lost]
             if not present:

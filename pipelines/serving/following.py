@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from pipelines.serving.course import Course, Record
-from pipelines.serving.shelf import Shelf
+from pipelines.serving.shelf import PASSING, Shelf
 from slq.errors import (
     DataError,
-    HardwareError,
     RefusedVersionError,
     ServiceError,
     SlqError,
@@ -28,8 +27,6 @@ from slq.index import current_version, versions
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 CURRENT, PREVIOUS = "current", "previous"
-_OURS = (ServiceError, StorageError, HardwareError, OSError, MemoryError)
-"""What says nothing of a version: this machine, or a part of the service, cannot load it now."""
 
 
 async def _at_once(_: str) -> None:
@@ -130,7 +127,7 @@ class Follower(Generic[T]):
             return
         try:
             await self._shelf.bring(version)
-        except _OURS:
+        except PASSING:
             return  # the next tick may do better
         except Exception as error:  # noqa: BLE001 - it is only for a way back
             log.warning("index version %s is no way back any more: %s", version, error)
@@ -180,9 +177,8 @@ class Follower(Generic[T]):
                 return course.moved(version, follows=follows)
 
             async with self._moving:
-                if (
-                    by_pointer and await self._pointed_at() != version
-                ):  # it was taken back meanwhile
+                # The pointer may have been taken back meanwhile.
+                if by_pointer and await self._pointed_at() != version:
                     return await asyncio.to_thread(self._record.read)
                 course = await asyncio.to_thread(self._record.change, moved)
                 self._answer_from(course)
@@ -195,7 +191,7 @@ class Follower(Generic[T]):
             await self._ready(version)
         except (ServiceError, StorageError):
             raise
-        except _OURS as error:
+        except PASSING as error:
             raise UnavailableError(
                 f"index version {version} cannot be loaded now: {_said(error)}"
             ) from None

@@ -255,16 +255,10 @@ class IndexSearch:
 
 @serve.deployment
 class IndexService(IndexSearch):
-    """A replica of `IndexSearch`, which follows its service."""
+    """A replica of `IndexSearch`, made with its arguments, which follows its service."""
 
-    def __init__(
-        self,
-        recipe: dict[str, Any],
-        pinned: Pinned,
-        backbone: DeploymentHandle,
-        *partitions: DeploymentHandle,
-    ) -> None:
-        super().__init__(recipe, pinned, backbone, *partitions)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._task = asyncio.get_running_loop().create_task(self.keep_up())
 
     def check_health(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,22 @@ from ray import serve
 
 from pipelines.serving.fleet import Answer, Holding
 from pipelines.serving.pinned import Pinned
-from pipelines.serving.shelf import Shelf
+from pipelines.serving.shelf import PASSING, Shelf
 from slq.errors import ServiceError, SlqError
 from slq.index.shares import IndexShare
 
-_FORGET_S = (
-    30.0  # after nobody asked for a version any more; what runs at a router has ended by then
-)
+_FORGET_S = 30.0  # after nobody asked for a version any more; by then no router uses it
 _PATIENCE_S = 0.1
 _AGAIN_S = 10.0  # after a version could not be loaded; a disk may have come back
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why a version could not be loaded, at which time of the monotonic clock (s), and whether that may pass."""
+
+    reason: str
+    at: float
+    passing: bool
 
 
 class Partition:
@@ -43,7 +51,7 @@ class Partition:
         self._pinned = pinned
         self._shelf = Shelf(self._load)
         self._asked: dict[str, float] = {}
-        self._refused: dict[str, tuple[str, float]] = {}  # the reason, and when
+        self._refusals: dict[str, _Refusal] = {}
         version = pinned.version_now()
         self._shelf.put(version, self._load(version))
         self._asked[version] = time.monotonic()
@@ -76,23 +84,24 @@ class Partition:
         now = time.monotonic()
         self._asked.update(dict.fromkeys(versions, now))
         if anew is not None:
-            self._refused.pop(anew, None)
+            self._refusals.pop(anew, None)
         tried = [
             name
             for name in versions
-            if now - self._refused.get(name, ("", -_AGAIN_S))[1] >= _AGAIN_S
+            if name not in self._refusals or now - self._refusals[name].at >= _AGAIN_S
         ]
         if tried:
             loading = [asyncio.ensure_future(self._try(name)) for name in tried]
             await asyncio.wait(loading, timeout=_PATIENCE_S)
         self._asked = {name: at for name, at in self._asked.items() if now - at < _FORGET_S}
-        self._refused = {name: one for name, one in self._refused.items() if name in self._asked}
+        self._refusals = {name: one for name, one in self._refusals.items() if name in self._asked}
         self._shelf.drop_all_but(self._asked)
         held = {name: self._shelf.get(name) for name in self._shelf.held}
         return Holding(
             vectors={name: one.num_vectors for name, one in held.items() if one is not None},
             coming=tuple(self._shelf.coming),
-            refused={name: reason for name, (reason, _) in self._refused.items()},
+            refused=self._reasons(passing=False),
+            failed=self._reasons(passing=True),
         )
 
     async def _try(self, version: str) -> None:
@@ -101,9 +110,13 @@ class Partition:
         except Exception as error:  # noqa: BLE001 - the router is told, whatever it is
             known = isinstance(error, SlqError) and not isinstance(error, ServiceError)
             reason = str(error) if known else f"{type(error).__name__}: {error}"
-            self._refused[version] = (reason, time.monotonic())
+            passing = isinstance(error, PASSING)
+            self._refusals[version] = _Refusal(reason, time.monotonic(), passing)
         else:
-            self._refused.pop(version, None)
+            self._refusals.pop(version, None)
+
+    def _reasons(self, *, passing: bool) -> dict[str, str]:
+        return {n: one.reason for n, one in self._refusals.items() if one.passing is passing}
 
 
 PartitionService = serve.deployment(Partition)

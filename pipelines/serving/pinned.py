@@ -28,9 +28,8 @@ class Pinned:
         """
         if found == self.fingerprint:
             return
-        from slq.artifacts import (
-            require_same_fingerprint,
-        )  # brings torch, which a partition does without
+        # It brings torch, which a partition does without.
+        from slq.artifacts import require_same_fingerprint
 
         require_same_fingerprint(
             self.fingerprint,

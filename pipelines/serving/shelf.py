@@ -5,9 +5,11 @@ import contextvars
 from collections.abc import Awaitable, Callable, Collection
 from typing import Generic, TypeVar
 
-from slq.errors import UnavailableError
+from slq.errors import HardwareError, ServiceError, StorageError, UnavailableError
 
 T = TypeVar("T")
+PASSING = (ServiceError, StorageError, HardwareError, OSError, MemoryError)
+"""Errors that say nothing of a version: this machine, or a part of the service, cannot load it now."""
 
 
 async def _anything(_: object) -> None:

@@ -74,9 +74,8 @@ class Filters:
         if found is None:
             rows = np.setdiff1d(matching_rows(self._table, where), self._deleted)
             found = Selection.of(rows, self._table.num_rows)
-        self._found[where] = (
-            found  # as the one used last; threads may come between, and then work it out twice
-        )
+        # As the one used last. Threads may come between, and then work it out twice.
+        self._found[where] = found
         while len(self._found) > _KEPT:
             self._found.popitem(last=False)
         return found

@@ -400,6 +400,27 @@ def test_a_move_waits_for_a_busy_partition(recipe: Recipe) -> None:
     run(scenario, service.router)
 
 
+def test_a_partition_that_cannot_read_its_disk_now_does_not_make_a_version_bad(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(recipe)
+    published(recipe.storage.index, SMALL, seed=2)
+    part = service.handles[1].target
+
+    async def scenario() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(part._shelf, "_load", _fails("stale file handle"))
+            with pytest.raises(
+                UnavailableError, match="partition 1 cannot load it now: OSError: stale"
+            ):
+                await service.router.send("current")
+        told = await service.router.describe()
+        assert (told["index_version"], told["refused_version"]) == (A, None)
+        assert (await service.router.send("current")).version == B
+
+    run(scenario)
+
+
 def test_a_way_back_waits_for_a_partition_that_was_started_again(recipe: Recipe) -> None:
     service = Service(recipe)
     published(recipe.storage.index, SMALL, seed=2)
