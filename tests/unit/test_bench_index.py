@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jobs.bench.index import data as data_module
+from jobs.bench.index import fastest
 from jobs.bench.index.build import content_of
 from jobs.bench.index.curve import write_curve
 from jobs.bench.index.data import ShiftedSet
@@ -64,3 +65,20 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
         "threads": {"1": {"points": points}, "2": {"points": points}},
     }
     assert write_curve(found, tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_fastest_point_of_a_side_has_the_recall_and_small_codes() -> None:
+    rows = [
+        {"side": side, "recall": share, "qps": rate, "bytes_per_vector": size}
+        for side, share, rate, size in [
+            ("flat", 1.0, 90.0, 512.0),
+            ("hnswlib", 0.94, 3000.0, 700.0),
+            ("hnswlib", 0.96, 900.0, 700.0),
+            ("rabitq random", 0.97, 2000.0, 33.0),
+            ("pq4 opq", 0.96, 1500.0, 32.0),
+            ("pq4 opq", 0.99, 100.0, 32.0),
+        ]
+    ]
+    assert fastest(rows, 0.95, 32.0) == {"hnswlib": 2, "ours": 4}
+    assert fastest(rows, 0.95, 33.0) == {"hnswlib": 2, "ours": 3}
+    assert fastest(rows, 0.98, 32.0) == {"ours": 5}
