@@ -18,6 +18,7 @@ from jobs.bench.index.curve import write_curve
 from jobs.bench.index.data import EmbeddedSet, SearchedSet, ShiftedSet
 from jobs.bench.index.sides import Point, flat, hnswlib_points, matrix_of, on_gpu, ours
 from jobs.bench.measure import hardware
+from pipelines.progress import duration, show
 from slq.errors import ConfigError
 from slq.index import IndexConfig
 from slq.index.codes import threads
@@ -145,11 +146,11 @@ def _points(folder: Path, data: SearchedSet, options: argparse.Namespace) -> lis
         configs |= on_gpu(options.device, options.lists)
     num_threads = max(options.threads)
     with threads(num_threads):
-        found = [
-            point
-            for name, config in configs.items()
-            for point in ours(folder / name, data, name, config)
-        ]
+        found = []
+        for name, config in configs.items():
+            show(f"building ours ({name}) of {data.num_rows:,} vectors")
+            found += ours(folder / name, data, name, config)
+        show(f"building hnswlib's graph of {data.num_rows:,} vectors")
         vectors = matrix_of(data)
         return [flat(vectors), *hnswlib_points(vectors, num_threads), *found]
 
@@ -161,8 +162,13 @@ def _measured(
     num_threads: int,
     repeats: int,
 ) -> dict[str, Any]:
+    show(f"{num_threads} threads: trying {len(points)} settings with {len(queries):,} queries")
+    began = time.perf_counter()
     with threads(num_threads):
         rows = [_row(point, queries, truth) for point in points]
+        show(
+            f"  done after {duration(time.perf_counter() - began)}; {repeats} rounds of the fastest"
+        )
         at_targets = {
             str(target): _at_target(points, rows, queries, target, repeats) for target in TARGETS
         }

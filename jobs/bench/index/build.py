@@ -13,6 +13,7 @@ import pyarrow as pa
 from jobs.bench.embedding.costs import Costs
 from jobs.bench.index.data import BATCH_ROWS, ShiftedSet
 from pipelines.index import each_in_tasks
+from pipelines.progress import show
 from pipelines.recipe import ResourcesConfig
 from pipelines.runtime import connect
 from slq.index import Content, IndexConfig, VectorIndex, write_version
@@ -96,6 +97,7 @@ def measure_scaling(folder: Path, data: ShiftedSet, num_lists: int, repeats: int
                 write_version(home, content_of(data), config, each=timed)
                 found.append(timed.seconds[_ASSIGN])
             ratios.append(found[0] / found[1])
+            show(f"round {number + 1} of {repeats}: two workers {ratios[-1]:.2f} times one")
             seconds.append(found)
     return {
         "two_to_one": round(statistics.median(ratios), 2),
@@ -151,6 +153,7 @@ def measure_memory(
     )
     found = {}
     for size in sizes:
+        show(f"building {size:,} vectors, to see what memory it takes")
         data, home = ShiftedSet(size, dimension), folder / f"memory-{size}"
         with Costs() as costs, connect(ResourcesConfig()):
             write_version(home, content_of(data), config, each=partial(each_in_tasks, 2))

@@ -19,6 +19,8 @@ from slq.index.versions import SEGMENTS
 Search = Callable[[NDArray[np.float32], int], NDArray[np.int64]]
 """(queries, dimension) and k to (queries, k) rows."""
 LINKS, BUILD_BREADTH = 32, 300  # of hnswlib: generous ones, for high recall in many dimensions
+# Close together where recall rises fast, so that it is compared at the recall that it is asked for and not far above.
+_BREADTHS = (10, 15, 20, 24, 28, 32, 36, 40, 50, 60, 80, 120, 160, 240, 320, 480, 960)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def hnswlib_points(vectors: NDArray[np.float32], num_threads: int) -> list[Point
 
         return Point("hnswlib", f"ef={breadth}", search, size)
 
-    return [point(breadth) for breadth in (10, 20, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960)]
+    return [point(breadth) for breadth in _BREADTHS]
 
 
 def num_threads_of() -> int:
