@@ -20,7 +20,10 @@ from slq.index import Content, IndexConfig, VectorIndex, write_version
 from slq.index.building import Each, here
 from slq.index.config import CPU
 
-_PART_BATCHES = 2
+_FEW, _MANY = (
+    2,
+    16,
+)  # batches of a part: some parts to share out among workers, or as large as a usual shard
 _LEARN, _ASSIGN = "learn lists and codes", "put vectors into lists"
 _LOADS = 5
 
@@ -32,25 +35,27 @@ class Part:
     Attributes:
         data: The set.
         first: Its first batch.
+        batches: How many.
     """
 
     data: ShiftedSet
     first: int
+    batches: int
 
     @property
     def num_rows(self) -> int:
         """Of its batches."""
-        return min(_PART_BATCHES * BATCH_ROWS, self.data.num_rows - self.first * BATCH_ROWS)
+        return min(self.batches * BATCH_ROWS, self.data.num_rows - self.first * BATCH_ROWS)
 
     def tables(self) -> Iterator[pa.Table]:
         """Ids and vectors."""
-        return self.data.tables(self.first, _PART_BATCHES)
+        return self.data.tables(self.first, self.batches)
 
 
-def content_of(data: ShiftedSet) -> Content:
-    """The whole set, in parts."""
-    batches = -(-data.num_rows // BATCH_ROWS)
-    parts = [Part(data, first) for first in range(0, batches, _PART_BATCHES)]
+def content_of(data: ShiftedSet, batches: int = _FEW) -> Content:
+    """The whole set, in parts of so many batches."""
+    every = range(0, -(-data.num_rows // BATCH_ROWS), batches)
+    parts = [Part(data, first, batches) for first in every]
     return Content(parts, data.dimension, "bench")
 
 
@@ -146,7 +151,8 @@ def measure_memory(
 ) -> dict[str, Any]:
     """Peak MiB of all processes of a build, and milliseconds to load what was built, for each number of rows.
 
-    Codes are int8, which stay on disk when they are loaded.
+    Codes are int8, which stay on disk when they are loaded: loading opens every file and reads none, so its time is
+    that of so many files.
     """
     config = IndexConfig.model_validate(
         {"kind": "ivf", "num_lists": num_lists, "codes": "int8", "partition_bytes": 64 * 2**20}
@@ -156,7 +162,7 @@ def measure_memory(
         show(f"building {size:,} vectors, to see what memory it takes")
         data, home = ShiftedSet(size, dimension), folder / f"memory-{size}"
         with Costs() as costs, connect(ResourcesConfig()):
-            write_version(home, content_of(data), config, each=partial(each_in_tasks, 2))
+            write_version(home, content_of(data, _MANY), config, each=partial(each_in_tasks, 2))
         loads = []
         for _ in range(_LOADS):
             began = time.perf_counter()
@@ -165,5 +171,6 @@ def measure_memory(
         found[str(size)] = {
             "peak_mib": round(costs.peak_bytes / 2**20),
             "load_ms": round(1000 * statistics.median(loads), 2),
+            "files": sum(path.is_file() for path in home.rglob("*")),
         }
     return found
