@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from slq.index.config import PQ_SUBSPACE, IndexConfig
 from slq.index.exact import Block, Rows, Scores, best
 
 _SCALAR_TYPES = {"float16": "SQfp16", "int8": "SQ8", "int4": "SQ4"}
+_ID_MAP = b"IxMp"  # how faiss's file of an index without lists begins: rows by id
 _HNSW_LINKS = 32
 _SEARCH_BREADTH = 2  # of the coarse graph, per probe
 _BUILD_BREADTH = (
@@ -270,9 +271,34 @@ def read(path: Path, *, mapped: bool = True) -> Any:
     import faiss
 
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        index = faiss.read_index(str(path), _how(path) if mapped else 0)
     except RuntimeError as error:
         raise ArtifactError(f"{path} is no index of this faiss: {reason(error)}") from None
+    _keep_threads(index)
+    return index
+
+
+def _how(path: Path) -> int:
+    """The flag of faiss that leaves vectors on disk: one for what has lists, another for what has none.
+
+    Either flag reads what is of the other kind into memory.
+    """
+    import faiss
+
+    is_flat = False
+    with suppress(OSError), path.open("rb") as file:  # which faiss will meet, too
+        is_flat = file.read(len(_ID_MAP)) == _ID_MAP
+    return int(faiss.IO_FLAG_MMAP_IFC if is_flat else faiss.IO_FLAG_MMAP)
+
+
+def _keep_threads(index: Any) -> None:
+    """Let lists on disk be read by the threads that search: faiss would start 32 more for every search."""
+    import faiss
+
+    lists = faiss.try_extract_index_ivf(index)
+    stored: Any = None if lists is None else faiss.downcast_InvertedLists(lists.invlists)  # type: ignore[arg-type]
+    if isinstance(stored, faiss.OnDiskInvertedLists):
+        stored.prefetch_nthread = 0
 
 
 def read_centroids(path: Path) -> Any:

@@ -117,6 +117,36 @@ def test_partitions_find_what_one_index_finds(
         assert [[hit.row for hit in hits] for hits in plain] == rows.tolist()
 
 
+def private_bytes() -> int:
+    """Memory of this process that no file backs."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
+
+
+@pytest.mark.parametrize(
+    "config", [one for one in ALL_CODES if one.codes not in ("rabitq", "pq4")], ids=NAMES[:5]
+)
+def test_vectors_stay_on_disk_when_an_index_is_read(tmp_path: Path, config: IndexConfig) -> None:
+    import faiss
+
+    vectors = unit_vectors(40_000, dimension=256)
+    index = build(config.model_copy(update={"rotation": "none"}), vectors)
+    faiss.write_index(index, str(tmp_path / INDEX))
+    before = private_bytes()
+    read = codes.read(tmp_path / INDEX)
+    grown = private_bytes() - before
+    assert (tmp_path / INDEX).stat().st_size > 40_000 * 128
+    assert grown < 2 * 2**20
+    lists = faiss.try_extract_index_ivf(read)
+    if lists is not None:  # and are read by the threads that search
+        kept = faiss.downcast_InvertedLists(lists.invlists)
+        assert isinstance(kept, faiss.OnDiskInvertedLists)
+        assert kept.prefetch_nthread == 0
+    queries = unit_vectors(5, seed=3, dimension=256)
+    for found, expected in zip(read.search(queries, 10), index.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("limit", [1, 4, 9, 100])
 def test_ranges_of_lists_cover_all_and_hold_what_they_may(limit: int) -> None:
     sizes = np.array([3, 0, 5, 1, 1, 9, 0, 2])

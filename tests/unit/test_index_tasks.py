@@ -217,6 +217,7 @@ def test_a_benchmark_of_an_absent_gpu_is_an_error_before_anything_is_made() -> N
 def small_benchmark(monkeypatch: pytest.MonkeyPatch, gpus: FakeGpus) -> FakeGpus:
     monkeypatch.setattr(bench, "hnswlib_points", lambda *_: [])  # a package of its own
     monkeypatch.setattr(bench, "_QUICK_S", 0.01)
+    monkeypatch.setattr(bench, "_CODE_SHARE", 10)  # centroids weigh much among so few vectors
     for module in (bench_data, bench_build):
         monkeypatch.setattr(module, "BATCH_ROWS", 300)
     return gpus
