@@ -19,7 +19,9 @@ from slq.index.versions import SEGMENTS
 Search = Callable[[NDArray[np.float32], int], NDArray[np.int64]]
 """(queries, dimension) and k to (queries, k) rows."""
 LINKS, BUILD_BREADTH = 32, 300  # of hnswlib: generous ones, for high recall in many dimensions
-# Close together where recall rises fast, so that it is compared at the recall that it is asked for and not far above.
+# Close together where recall rises fast, so that sides are compared at the recall that is asked for and not far above.
+_PROBES = (4, 8, 12, 16, 20, 24, 32, 48, 64, 128)
+_DEPTHS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0)
 _BREADTHS = (10, 15, 20, 24, 28, 32, 36, 40, 50, 60, 80, 120, 160, 240, 320, 480, 960)
 
 
@@ -135,8 +137,8 @@ def ours(folder: Path, data: SearchedSet, name: str, config: IndexConfig) -> lis
 
     if config.kind == "flat":
         return [point(config.num_probes, 1.0)]
-    depths = (2.0, 4.0, 8.0, 16.0, 32.0) if config.search_device == CPU else (4.0,)
-    probes = [n for n in (4, 8, 16, 32, 64, 128, 256) if n <= config.num_lists]
+    depths = _DEPTHS if config.search_device == CPU else (4.0,)
+    probes = [n for n in _PROBES if n <= config.num_lists]
     return [point(n, depth) for n in probes for depth in (depths if config.is_rescored else (1.0,))]
 
 
