@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -446,16 +447,18 @@ def test_every_answer_is_of_one_version_while_the_service_moves_to_and_fro(
     service = Service(recipe, count)
     published(tmp_path / "index", small_partitions(IndexConfig(), 50), seed=2)
     truth = {version: expected(recipe, version) for version in (A, B)}
-    seen: list[str] = []
+    seen: list[tuple[int, str]] = []
+    clock = itertools.count()
 
     async def scenario() -> None:
         async def ask(stop: asyncio.Event) -> None:
             while not stop.is_set():
                 for number, query in enumerate(QUERIES):
+                    begun = next(clock)
                     found = await service.router.search(query, 10)
                     assert found.hits == truth[found.version][number]
                     assert found.shards_ok == max(1, count)
-                    seen.append(found.version)
+                    seen.append((begun, found.version))
 
         stop = asyncio.Event()
         asking = [asyncio.create_task(ask(stop)) for _ in range(4)]
@@ -463,16 +466,24 @@ def test_every_answer_is_of_one_version_while_the_service_moves_to_and_fro(
         async def at_b() -> bool:
             return bool((await service.router.describe())["index_version"] == B)
 
+        async def since(moment: int) -> set[str]:
+            """Versions of answers to what was asked later, when there are some."""
+
+            async def there() -> bool:
+                return sum(begun > moment for begun, _ in seen) >= len(asking)
+
+            await service.until(there)
+            return {version for begun, version in seen if begun > moment}
+
         await service.until(at_b)  # it follows the pointer by itself
         for wanted, version in (("previous", A), ("current", B), (A, A), ("previous", B)):
             assert (await service.router.send(wanted)).version == version
-            await asyncio.sleep(0.05)
-            assert seen[-1] == version
+            assert await since(next(clock)) == {version}
         stop.set()
         await asyncio.gather(*asking)
 
     run(scenario, service.router)
-    assert {A, B} == set(seen)
+    assert {A, B} == {version for _, version in seen}
 
 
 def test_a_version_that_one_partition_cannot_load_is_refused(

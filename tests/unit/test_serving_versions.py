@@ -296,6 +296,15 @@ def test_a_version_that_is_not_there_is_told(folder: Path, wanted: str) -> None:
         asyncio.run(one.send(wanted))
 
 
+async def coming(shelf: Shelf[VectorIndex], version: str) -> None:
+    """Wait until a version is being loaded."""
+    for _ in range(1000):
+        if shelf.coming == [version]:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{version} is never loaded, but {shelf.coming}")
+
+
 def test_a_way_back_does_not_wait_for_a_version_that_is_being_loaded(folder: Path) -> None:
     async def scenario() -> None:
         go_on = Event()
@@ -310,8 +319,7 @@ def test_a_way_back_does_not_wait_for_a_version_that_is_being_loaded(folder: Pat
         await one.tick()
         published(folder, seed=3)
         loading = asyncio.create_task(one.tick())
-        await asyncio.sleep(0.1)
-        assert shelf.coming == [C]
+        await coming(shelf, C)
         assert await asyncio.wait_for(one.send("previous"), 1) == Course(A, B)
         assert one.version == A
         go_on.set()
@@ -336,8 +344,7 @@ def test_a_version_whose_pointer_is_taken_back_while_it_is_loaded_is_not_served(
         one, shelf = follower(folder, record, follow=True, load=load)
         published(folder, seed=2)
         loading = asyncio.create_task(one.tick())
-        await asyncio.sleep(0.1)
-        assert shelf.coming == [B]
+        await coming(shelf, B)
         roll_back(folder)
         go_on.set()
         await loading
@@ -358,7 +365,7 @@ def test_whoever_gives_up_leaves_nothing_loaded(folder: Path) -> None:
         one, shelf = follower(folder, record_of(folder), load=load)
         published(folder, seed=2)
         sending = asyncio.create_task(one.send(B))
-        await asyncio.sleep(0.1)
+        await coming(shelf, B)
         sending.cancel()
         go_on.set()
         while shelf.coming:
