@@ -13,6 +13,7 @@ from slq.benchmarks.mmeb import MmebConfig
 from slq.benchmarks.scenes import ScenesConfig
 from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
+from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
 from slq.training import AdapterSettings, TrainConfig
 
@@ -145,12 +146,19 @@ class EmbedConfig(Section):
 class RerankConfig(Section):
     """The fine stage."""
 
-    framing: Literal["true_false", "mcq", "yes_no"] = "true_false"
+    framing: Literal["true_false", "mcq", "yes_no", "rate"] = "true_false"
     """How a pair is put to the model."""
     depth: Annotated[int, Field(gt=0)] = 5
     """Coarse candidates that are scored."""
     batch_size: Annotated[int, Field(gt=0)] = 64
-    """Pairs per forward pass."""
+    """Pairs per forward pass, and different images at a time."""
+    enhancement: EnhancementConfig = EnhancementConfig()
+    """Whether layers of the model look at the image again while a pair is scored."""
+    vision_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    """Memory, beside the weights, for what the vision tower made of candidates that come again; 0 keeps nothing."""
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """The same for keys and values of candidates' images, which spare their pass through the language model too, and
+    take some 50 times as much."""
 
 
 System = Literal["last_token", "untrained", "slq", "slq_fine", "slq_index"]

@@ -5,7 +5,6 @@ flows through it. So it runs under `no_grad`, and is kept for every latent query
 that follows (spec: SLQ section 3).
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+
+from slq.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ class Prefix:
         )
 
     def select(self, rows: Tensor) -> "Prefix":
-        """The given rows, (n,) int64, in that order; a row may occur several times."""
+        """The given rows, (n,) int64, in that order; a row may occur several times.
+
+        Of a batch of one row they share its memory.
+        """
+        if len(self) == 1:
+            return self._expanded(len(rows))
         return Prefix(
             keys=tuple(key[rows] for key in self.keys),
             values=tuple(value[rows] for value in self.values),
@@ -72,6 +78,19 @@ class Prefix:
             next_position=self.next_position[rows],
             last_hidden=self.last_hidden[rows],
             shows_image=self.shows_image[rows],
+        )
+
+    def _expanded(self, count: int) -> "Prefix":
+        def of(tensor: Tensor) -> Tensor:
+            return tensor.expand(count, *tensor.shape[1:])
+
+        return Prefix(
+            keys=tuple(of(key) for key in self.keys),
+            values=tuple(of(value) for value in self.values),
+            mask=of(self.mask),
+            next_position=of(self.next_position),
+            last_hidden=of(self.last_hidden),
+            shows_image=of(self.shows_image),
         )
 
     def split(self) -> list["Prefix"]:
@@ -125,8 +144,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int, device: torch.device | str = "cpu") -> None:
         self._max_bytes = max_bytes
         self._device = device
-        self._rows: OrderedDict[Hashable, Prefix] = OrderedDict()
-        self._num_bytes = 0
+        self._rows: Kept[Prefix] = Kept(max_bytes)
         self.hits = 0
         self.misses = 0
 
@@ -140,30 +158,17 @@ class PrefixCache:
             keys: What identifies each row: content and backbone fingerprint, not position.
             compute: Called once with the positions in `keys` that are missing.
         """
-        if self._max_bytes == 0 and len(set(keys)) == len(keys):  # no detour over the host
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        if self._max_bytes == 0 and len(first) == len(keys):  # no detour over the host
             self.misses += len(keys)
             return compute(list(range(len(keys)))).to(self._device)
-        found = {key: self._rows[key] for key in keys if key in self._rows}
-        missing = [number for number, key in enumerate(keys) if key not in found]
-        missing = list({keys[number]: number for number in reversed(missing)}.values())[::-1]
-        self.hits += len(keys) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            computed = compute(missing).to("cpu").split()
-            for number, row in zip(missing, computed, strict=True):
-                found[keys[number]] = row
-        for key in keys:
-            self._keep(key, found[key])
-        return Prefix.stack([found[key] for key in keys]).to(self._device)
+        distinct = list(dict.fromkeys(keys))
 
-    def _keep(self, key: Hashable, row: Prefix) -> None:
-        if key in self._rows:
-            self._rows.move_to_end(key)
-            return
-        if row.num_bytes > self._max_bytes:
-            return  # it would only push out all others, and then itself
-        self._rows[key] = row
-        self._num_bytes += row.num_bytes
-        while self._num_bytes > self._max_bytes:
-            _, dropped = self._rows.popitem(last=False)
-            self._num_bytes -= dropped.num_bytes
+        def rows(missing: list[int]) -> list[Prefix]:
+            self.misses += len(missing)
+            self.hits -= len(missing)
+            return compute([first[distinct[number]] for number in missing]).to("cpu").split()
+
+        self.hits += len(keys)
+        found = dict(zip(distinct, self._rows.get(distinct, rows), strict=True))
+        return Prefix.stack([found[key] for key in keys]).to(self._device)

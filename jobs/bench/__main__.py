@@ -12,6 +12,7 @@ BENCHES = {
     "embed": "jobs.bench.embedding",
     "chaos": "jobs.bench.chaos",
     "index": "jobs.bench.index",
+    "rerank": "jobs.bench.rerank",
 }
 """Modules by name, imported when they are asked for: `train` runs with torch and transformers alone."""
 

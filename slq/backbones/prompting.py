@@ -143,6 +143,22 @@ class PromptBuilder(ABC):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
+    def text_lead(self) -> str:
+        """What stands before a text that opens the turn, and is joined with its first token."""
+        return self._text_lead
+
+    @property
+    def plain_ids(self) -> list[int]:
+        """Tokens that open the user's turn when no image does."""
+        return self._plain_ids
+
+    def shown(self, images: Sequence[Image.Image]) -> list[Prompt]:
+        """Each image as tokens for the middle of a turn, behind a text or another image."""
+        ids, vision = self.image_arguments(images) if images else ([], [])
+        start = len(self._plain_ids)
+        return [Prompt(opened[start:], seen) for opened, seen in zip(ids, vision, strict=True)]
+
+    @property
     def closing_ids(self) -> list[int]:
         """Tokens that end the user's turn and open the assistant's."""
         return self._closing_ids
