@@ -104,16 +104,18 @@ def scoring_backbone(recipe: Recipe, encoder: Encoder) -> Backbone:
     return backbone_of(recipe) if isinstance(encoder.adapter, TunedBackbone) else encoder.backbone
 
 
-def reranker_of(recipe: Recipe, backbone: Backbone) -> Reranker:
-    """The recipe's fine stage on a frozen model."""
+def reranker_of(
+    recipe: Recipe, backbone: Backbone, *, vision_bytes: int = 0, prefix_bytes: int = 0
+) -> Reranker:
+    """The recipe's fine stage on a frozen model; arguments as `Reranker`."""
     section = recipe.rerank
     return Reranker(
         backbone,
         framing=section.framing,
         batch_size=section.batch_size,
         enhancement=section.enhancement,
-        vision_bytes=section.vision_cache_bytes,
-        prefix_bytes=section.prefix_cache_bytes,
+        vision_bytes=vision_bytes,
+        prefix_bytes=prefix_bytes,
     )
 
 

@@ -154,11 +154,6 @@ class RerankConfig(Section):
     """Pairs per forward pass, and different images at a time."""
     enhancement: EnhancementConfig = EnhancementConfig()
     """Whether layers of the model look at the image again while a pair is scored."""
-    vision_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
-    """Memory, beside the weights, for what the vision tower made of candidates that come again; 0 keeps nothing."""
-    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 0
-    """The same for keys and values of candidates' images, which spare their pass through the language model too, and
-    take some 50 times as much."""
 
 
 System = Literal["last_token", "untrained", "slq", "slq_fine", "slq_index"]
@@ -199,6 +194,11 @@ class ServeConfig(Section):
     """How long a query waits for others to share its pass."""
     num_threads: Annotated[int, Field(ge=0)] = 2
     """CPU threads of each backbone replica; 0 leaves torch's default."""
+    vision_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory of each replica, beside the weights, for what the vision tower made of candidates that come again."""
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """The same for keys and values of their images, which spare the language model's pass over them, too, and take
+    several times as much."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 2**20
     """Largest request body."""
     max_inputs: Annotated[int, Field(gt=0)] = 256

@@ -12,16 +12,19 @@ It is done by hooks that stay on the model and do nothing, but for the passes of
 """
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from slq.backbones import Backbone
+from slq.backbones.base import Backbone, last_places
 from slq.backbones.vision import VisionFeatures
 from slq.config import Section
 from slq.errors import ConfigError
@@ -55,6 +58,14 @@ class EnhancementConfig(Section):
     def _order(self) -> "EnhancementConfig":
         if self.first is not None and self.last is not None and self.first > self.last:
             raise ValueError(f"first ({self.first}) is behind last ({self.last})")
+        if self.mode != "static" and self.layer is not None:
+            raise ValueError(f"layer belongs to mode static, not {self.mode}")
+        for name in ("first", "last", "threshold"):
+            if (
+                self.mode != "dynamic"
+                and getattr(self, name) != type(self).model_fields[name].default
+            ):
+                raise ValueError(f"{name} belongs to mode dynamic, not {self.mode}")
         return self
 
     @property
@@ -78,9 +89,9 @@ class Sight:
 
     Args:
         config: Says which tokens look.
-        images: Features of the images of each row, in their order, those before this pass included.
+        images: Features of the images of each row, in their order, those before this pass included; one at least.
         ids: (batch, n) int64 tokens of this pass.
-        mask: (batch, n) bool, False at right padding.
+        mask: (batch, n) bool, False at padding.
         image_token_id: The placeholder of a visual token.
         begun: Images of each row before this pass, (batch,) int64.
 
@@ -98,6 +109,7 @@ class Sight:
         self,
         config: EnhancementConfig,
         images: Sequence[Sequence[VisionFeatures]],
+        *,
         ids: Tensor,
         mask: Tensor,
         image_token_id: int,
@@ -108,7 +120,7 @@ class Sight:
         starts = is_image & ~torch.nn.functional.pad(is_image, (1, -1))
         count = begun.to(ids.device)[:, None] + starts.long().cumsum(1)
         self.visible = order[:, None, :] < count[:, :, None]
-        self.answer = mask.sum(1) - 1
+        self.answer = last_places(mask)[1]
         places = torch.arange(ids.shape[1], device=ids.device)
         looks = {
             "answer": places == self.answer[:, None],
@@ -126,9 +138,9 @@ def _joined(
     """Tokens (batch, num_tokens, hidden) of each row, their scales, and the number of each one's image in its row."""
     rows = [torch.cat([image.tokens for image in row]) if row else None for row in images]
     sizes = [[len(image) for image in row] for row in images]
-    longest = max((sum(of_row) for of_row in sizes), default=0)
-    like = next((row for row in rows if row is not None), torch.zeros(0, 1))
-    tokens = like.new_zeros(len(rows), max(longest, 1), like.shape[1]).to(device)
+    longest = max(sum(of_row) for of_row in sizes)
+    like = next(row for row in rows if row is not None)
+    tokens = like.new_zeros(len(rows), longest, like.shape[1]).to(device)
     scale = torch.zeros(tokens.shape[:2], device=device)
     order = torch.full(tokens.shape[:2], _NEVER, device=device)
     for row, of_row in enumerate(images):
@@ -160,12 +172,13 @@ class Enhancer:
         self._norm: nn.Module = decoder.norm
         self._head: Any = backbone.model.get_output_embeddings()
         self.asked, self.changed = self._places(len(self._layers))
-        self._sizes = {number: self._weights(number, backbone.name) for number in self.changed}
+        # Hooks hold no reference to this object, so that they go with it.
         self._current: ContextVar[Sight | None] = ContextVar("sight", default=None)
-        self._handles = [
-            *(self._network(n).register_forward_hook(self._look(n)) for n in self.changed),
-            *(self._layers[n].register_forward_hook(self._ask(n)) for n in self.asked),
+        handles = [
+            *(self._hook_network(number, backbone.name) for number in self.changed),
+            *(self._hook_layer(number) for number in self.asked),
         ]
+        self._removal = weakref.finalize(self, _remove, handles)
 
     def _places(self, depth: int) -> tuple[list[int], list[int]]:
         """Layers that are asked, and layers that may look."""
@@ -187,12 +200,7 @@ class Enhancer:
             )
         return asked, changed
 
-    def _network(self, layer: int) -> nn.Module:
-        network: nn.Module = self._layers[layer].mlp  # type: ignore[assignment]
-        return network
-
-    def _weights(self, layer: int, name: str) -> tuple[float, float]:
-        """`mean|W_gate|` and `mean|W_down|`."""
+    def _hook_network(self, layer: int, name: str) -> RemovableHandle:
         network: Any = getattr(self._layers[layer], "mlp", None)
         if not all(hasattr(network, part) for part in ("gate_proj", "down_proj", "act_fn")):
             raise ConfigError(f"enhancement needs a gated feed-forward network; {name} has none")
@@ -200,7 +208,13 @@ class Enhancer:
             float(part.weight.float().abs().mean())
             for part in (network.gate_proj, network.down_proj)
         )
-        return gate, down
+        looking = partial(_look, self._current, self.config, gate, down)
+        handle: RemovableHandle = network.register_forward_hook(looking)
+        return handle
+
+    def _hook_layer(self, layer: int) -> RemovableHandle:
+        asking = partial(_ask, self._current, self.config.threshold, layer, self._norm, self._head)
+        return self._layers[layer].register_forward_hook(asking)
 
     @contextmanager
     def seeing(self, sight: Sight) -> Iterator[Sight]:
@@ -216,50 +230,88 @@ class Enhancer:
             self._current.reset(before)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        """Take the hooks off the model; they also go when nobody holds this object any more."""
+        self._removal()
 
-    def _look(self, layer: int) -> Any:
-        gate, down = self._sizes[layer]
 
-        def hook(network: Any, arguments: tuple[Tensor, ...], own: Tensor) -> Tensor | None:
-            sight = self._current.get()
-            if sight is None:
-                return None
-            rows = sight.looks
-            if self.config.mode == "dynamic":
-                rows = rows & sight.pending[:, None]
-            seen = retraced(
-                arguments[0], own, sight.tokens, sight.scale, sight.visible,
-                gate=gate, down=down, act=network.act_fn,
-            )  # fmt: skip
-            mixed = self.config.alpha * seen + (1 - self.config.alpha) * own
-            return torch.where(rows[:, :, None], mixed.to(own.dtype), own)
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
-        return hook
 
-    def _ask(self, layer: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            sight = self._current.get()
-            if sight is None:
-                return
-            states = output if isinstance(output, Tensor) else output[0]
-            answers = states[torch.arange(len(states), device=states.device), sight.answer]
-            unsure = doubt(self._head(self._norm(answers))) > self.config.threshold
-            sight.pending = unsure & (sight.fired_at < 0)
-            sight.fired_at = torch.where(sight.pending, layer, sight.fired_at)
+def _look(
+    current: ContextVar[Sight | None],
+    config: EnhancementConfig,
+    gate: float,
+    down: float,
+    network: Any,
+    arguments: tuple[Tensor, ...],
+    own: Tensor,
+) -> Tensor | None:
+    """After a feed-forward network: what it gives where a token looks again, else its own."""
+    sight = current.get()
+    if sight is None:
+        return None
+    looks = sight.looks
+    if config.mode == "dynamic":
+        looks = looks & sight.pending[:, None]
+    rows = torch.arange(len(own), device=own.device)
+    only = config.positions == "answer"
+    at = (rows, sight.answer) if only else (slice(None), slice(None))
 
-        return hook
+    def chosen(
+        tensor: Tensor,
+    ) -> Tensor:  # (batch, n, ...) or, of the answer alone, (batch, 1, ...)
+        return tensor[at][:, None] if only else tensor
+
+    before = chosen(own)
+    seen = retraced(
+        chosen(arguments[0]),
+        before,
+        tokens=sight.tokens,
+        scale=sight.scale,
+        visible=chosen(sight.visible),
+        gate=gate,
+        down=down,
+        act=network.act_fn,
+    )
+    mixed = (config.alpha * seen + (1 - config.alpha) * before).to(own.dtype)
+    after = torch.where(chosen(looks)[..., None], mixed, before)
+    if not only:
+        return after
+    changed = own.clone()
+    changed[at] = after[:, 0]
+    return changed
+
+
+def _ask(
+    current: ContextVar[Sight | None],
+    threshold: float,
+    layer: int,
+    norm: Any,
+    head: Any,
+    _: Any,
+    __: Any,
+    output: Any,
+) -> None:
+    """After a layer: which rows it leaves unsure of their answer for the first time."""
+    sight = current.get()
+    if sight is None:
+        return
+    states = output if isinstance(output, Tensor) else output[0]
+    answers = states[torch.arange(len(states), device=states.device), sight.answer]
+    unsure = doubt(head(norm(answers))) > threshold
+    sight.pending = unsure & (sight.fired_at < 0)
+    sight.fired_at = torch.where(sight.pending, layer, sight.fired_at)
 
 
 def retraced(
     states: Tensor,
     own: Tensor,
+    *,
     tokens: Tensor,
     scale: Tensor,
     visible: Tensor,
-    *,
     gate: float,
     down: float,
     act: Any,

@@ -65,12 +65,7 @@ class Prefix:
         )
 
     def select(self, rows: Tensor) -> "Prefix":
-        """The given rows, (n,) int64, in that order; a row may occur several times.
-
-        Of a batch of one row they share its memory.
-        """
-        if len(self) == 1:
-            return self._expanded(len(rows))
+        """The given rows, (n,) int64, in that order; a row may occur several times."""
         return Prefix(
             keys=tuple(key[rows] for key in self.keys),
             values=tuple(value[rows] for value in self.values),
@@ -80,7 +75,9 @@ class Prefix:
             shows_image=self.shows_image[rows],
         )
 
-    def _expanded(self, count: int) -> "Prefix":
+    def repeat(self, count: int) -> "Prefix":
+        """The only row `count` times, on the memory of the one."""
+
         def of(tensor: Tensor) -> Tensor:
             return tensor.expand(count, *tensor.shape[1:])
 
@@ -95,10 +92,14 @@ class Prefix:
 
     def split(self) -> list["Prefix"]:
         """One prefix per row, without its padding, on its own memory."""
-        return [self._row(number) for number in range(len(self))]
+        starts = self.mask.long().argmax(1).tolist()
+        lengths = self.mask.sum(1).tolist()
+        return [
+            self._row(number, slice(start, start + length))
+            for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        ]
 
-    def _row(self, number: int) -> "Prefix":
-        keep = self.mask[number]
+    def _row(self, number: int, keep: slice) -> "Prefix":
         return Prefix(
             keys=tuple(key[number : number + 1, :, keep].clone() for key in self.keys),
             values=tuple(value[number : number + 1, :, keep].clone() for value in self.values),
@@ -116,7 +117,8 @@ class Prefix:
         def pad(
             tensor: Tensor,
         ) -> Tensor:  # (n, kv_heads, s, head_dim) -> (n, kv_heads, seq, head_dim)
-            return F.pad(tensor, (0, 0, 0, seq - tensor.shape[2]))
+            short = seq - tensor.shape[2]
+            return F.pad(tensor, (0, 0, 0, short)) if short else tensor
 
         layers = range(len(rows[0].keys))
         return Prefix(

@@ -4,6 +4,7 @@ Pairs that show the same image share its open turn, which is the very prefix tha
 runs per pair, and only the label rows of the language-model head are multiplied.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from slq.schema import Item
 from slq.scoring import entropy, hundredths, label_mass, margin, probability
 
 _OFF = EnhancementConfig()
-_FIRST_CHUNK = 4  # pairs of the first pass where time is short
+_FIRST_CHUNK = 1  # pairs of the first pass where time is short
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,8 @@ class Reranker:
         return dict(sorted(found.items()))
 
     def _positive_id(self) -> int:
-        """The token of the positive label without a space before it, as it begins an answer."""
-        ids = self.backbone.token_ids(self.framing.positive)
+        """The token of the positive label as it begins an answer."""
+        ids = self.backbone.token_ids(self.backbone.answer_lead + self.framing.positive)
         return ids[0] if len(ids) == 1 else self._label_ids[int(self._values.argmax())]
 
     def rank(
@@ -129,6 +130,7 @@ class Reranker:
         *,
         depth: int | None = None,
         budget_s: float | None = None,
+        details: bool = False,
         tenant: str = "",
     ) -> list[Ranked]:
         """Order candidates by what the model says of them, then coarse score, then position.
@@ -141,27 +143,36 @@ class Reranker:
             candidates: The same kinds.
             coarse_scores: One per candidate; the input order by default.
             depth: Candidates to score, the best by coarse score; all by default.
-            budget_s: Seconds after which no further pass begins. Passes begin with the best candidates by coarse score
-                and grow, so that one can tell how long the next one takes; 0 scores none.
+            budget_s: Seconds after which no further pass begins. Passes begin with the best candidate by coarse score
+                and grow, so that the last one tells how long the next one takes; 0 scores none.
+            details: Whether readings hold what takes the whole vocabulary, too; always with the profile `compat`.
             tenant: As of `score`.
 
         Raises:
-            DataError: The query cannot be read, or there are too few or too many scores.
+            DataError: The query cannot be read, there are too few or too many scores, one is no number, or `depth` is
+                negative.
         """
         coarse = list(coarse_scores) if coarse_scores is not None else [0.0] * len(candidates)
         if len(coarse) != len(candidates):
             raise DataError(
                 f"{len(coarse)} coarse scores for {len(candidates)} candidates; give one for each"
             )
+        if any(math.isnan(score) for score in coarse):
+            raise DataError("a coarse score is no number")
+        if depth is not None and depth < 0:
+            raise DataError(f"depth is {depth}; it must be 0 or more")
         item = self._readable(query)
         pairs: dict[int, tuple[Item, Item]] = {}
         problems: dict[int, str] = {}
         for number in coarse_order(coarse)[:depth]:
             try:
                 pairs[number] = (item, self._readable(candidates[number]))
-            except DataError as error:
+            except (DataError, OSError) as error:  # OSError: an image that is read only now
                 problems[number] = str(error)
-        readings = self._within(pairs, budget_s, tenant)
+        work = self._work(tenant, whole=details or self.profile.needs_vocabulary)
+        found = self._within(pairs, budget_s, work)
+        problems |= {n: one for n, one in found.items() if isinstance(one, str)}
+        readings = {n: one for n, one in found.items() if isinstance(one, Reading)}
         return [
             self._ranked(number, coarse[number], readings.get(number), problems.get(number))
             for number in ordered(readings, coarse, self.profile)
@@ -181,23 +192,36 @@ class Reranker:
         return Ranked(number, score, coarse, reading, problem)
 
     def _within(
-        self, pairs: Mapping[int, tuple[Item, Item]], budget_s: float | None, tenant: str
-    ) -> dict[int, Reading]:
-        """Readings of as many pairs, from the first on, as fit into a budget."""
-        numbers, found = list(pairs), dict[int, Reading]()
-        work = self._work(tenant)
-        began, size = time.monotonic(), len(numbers) if budget_s is None else _FIRST_CHUNK
+        self, pairs: Mapping[int, tuple[Item, Item]], budget_s: float | None, work: Work
+    ) -> dict[int, Reading | str]:
+        """Readings of as many pairs, from the first on, as fit into a budget, or what is wrong with a pair."""
+        numbers, found = list(pairs), dict[int, Reading | str]()
+        size = len(numbers) if budget_s is None else _FIRST_CHUNK
+        began, each = time.monotonic(), 0.0
         while numbers:
-            if budget_s is not None:
-                spent = time.monotonic() - began
-                each = spent / len(found) if found else 0.0
-                if budget_s <= 0 or spent + each * min(size, len(numbers)) > budget_s:
-                    break
+            now = time.monotonic()
+            late = budget_s is not None and now - began + each * min(size, len(numbers)) > budget_s
+            if late or (budget_s is not None and budget_s <= 0):
+                break
             chunk, numbers = numbers[:size], numbers[size:]
-            readings = self._read([pairs[number] for number in chunk], work)
-            found |= zip(chunk, readings, strict=True)
+            found |= zip(chunk, self._each([pairs[n] for n in chunk], work), strict=True)
+            if len(found) > _FIRST_CHUNK:  # the first one also opens what all of them share
+                each = (time.monotonic() - now) / len(chunk)
             size = min(2 * size, self._batch_size)
         return found
+
+    def _each(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading | str]:
+        """Readings, and what is wrong with pairs that the model cannot take, none of which costs another its score."""
+        try:
+            found = self._read(pairs, work)
+        except (DataError, OSError, ValueError) as error:
+            # Processors refuse shapes of images by ValueError.
+            if len(pairs) == 1:
+                return [str(error)]
+            return [one for pair in pairs for one in self._each([pair], work)]
+        return [
+            one if math.isfinite(one.margin) else "the model gave no finite score" for one in found
+        ]
 
     def score(self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = "") -> Tensor:
         """Margins of (query, candidate) pairs, (n,) float32 on the CPU, in input order.
@@ -213,7 +237,7 @@ class Reranker:
 
     def read(self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = "") -> list[Reading]:
         """What the model is about to say of each pair; as `score`, with the whole vocabulary at the answer."""
-        return self._read(pairs, self._work(tenant))
+        return self._read(pairs, self._work(tenant, whole=True))
 
     @torch.no_grad()
     def compare(self, query: Any, candidates: Sequence[Any], *, tenant: str = "") -> Tensor:
@@ -234,7 +258,8 @@ class Reranker:
         """
         items = [as_item(candidate) for candidate in candidates]
         layouts = rotations(as_item(query), items)
-        ids = [self._only_token(name) for name in NAMES[: len(items)]]
+        lead = self.backbone.answer_lead
+        ids = [self._only_token(lead + name) for name in NAMES[: len(items)]]
         said = torch.empty(len(items), len(items))
         for numbers, answers in self._work(tenant).answers(layouts):
             said[numbers] = self._of_tokens(answers, ids).log_softmax(-1).cpu()
@@ -252,37 +277,34 @@ class Reranker:
     @torch.no_grad()
     def _read(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading]:
         found: dict[int, Reading] = {}
-        labels = torch.tensor(self._label_ids)
+        labels = torch.tensor(self._label_ids, device=self.backbone.device)
         for numbers, answers in work.answers(self._laid_out(pairs)):
-            logits = self._logits(answers)
-            columns = (
-                self.margins(answers),
-                label_mass(logits, labels.to(logits.device)),
-                entropy(logits),
-                hundredths(probability(logits, self._positive)),
-            )
+            columns = [self.margins(answers)]
+            if work.whole:
+                logits = self._of_tokens(answers)
+                columns += [
+                    label_mass(logits, labels),
+                    entropy(logits),
+                    hundredths(probability(logits, self._positive)),
+                ]
             rows = zip(*(column.tolist() for column in columns), strict=True)
             found |= zip(numbers, (Reading(*row) for row in rows), strict=True)
         return [found[number] for number in range(len(pairs))]
 
-    def _work(self, tenant: str) -> Work:
-        return Work(self.passes, tenant, self._batch_size)
+    def _work(self, tenant: str, *, whole: bool = False) -> Work:
+        return Work(self.passes, tenant, self._batch_size, whole=whole)
 
     def _laid_out(self, pairs: Sequence[tuple[Item, Item]]) -> list[Layout]:
         return [lay_out(self.framing, query, candidate) for query, candidate in pairs]
-
-    def _logits(self, answers: Tensor) -> Tensor:
-        """(batch, vocab) logits of the next token."""
-        head: Any = self.backbone.model.get_output_embeddings()
-        logits: Tensor = head(answers)
-        return logits
 
     def margins(self, answers: Tensor) -> Tensor:
         """(batch,) float32 margins from (batch, hidden) states of what the model is about to say."""
         return margin(self._of_tokens(answers, self._label_ids), self._values)
 
-    def _of_tokens(self, answers: Tensor, ids: Sequence[int]) -> Tensor:
-        """(batch, num_ids) float32 logits of a few tokens, without the rest of the vocabulary."""
+    def _of_tokens(self, answers: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+        """(batch, num_ids) logits of some tokens, or of all, float32 or wider whatever the type of the weights."""
         head: Any = self.backbone.model.get_output_embeddings()
-        logits: Tensor = answers.float() @ head.weight[list(ids)].float().T
+        kind = torch.promote_types(answers.dtype, torch.float32)
+        rows = head.weight if ids is None else head.weight[list(ids)]
+        logits: Tensor = answers.to(kind) @ rows.to(kind).T
         return logits

@@ -6,6 +6,7 @@ Every label i has a logit z_i and a value v_i in [0, 1], how much of a match it 
 `label_mass` is the probability of any label over the full vocabulary. All in float32, never truncated or rounded.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -34,8 +35,8 @@ def label_mass(logits: Tensor, labels: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the next token over the full vocabulary, (batch,) float32 in nats, from (batch, vocab)."""
-    log_p = logits.float().log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    nats: Tensor = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    return nats
 
 
 def hundredths(probabilities: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from jobs.bench.measure import hardware, interleaved, medians
 from jobs.bench.shapes import ON_CPU, Shape
 from pipelines.progress import duration, show
-from slq.backbones.base import Backbone
+from slq.backbones.base import Backbone, Prompt
 from slq.enhancement import EnhancementConfig
 from slq.errors import HardwareError
 from slq.reranker import Reranker
@@ -74,18 +74,22 @@ class OneAtATime:
         self._reranker = reranker
         self._passes = Passes(reranker.backbone, EnhancementConfig())
         self.counts = Counts()
+        self._openings: dict[int, Prompt] = {}
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Item, Item]]) -> Tensor:
         """Margins of pairs, (n,) float32."""
+        self._openings.clear()
         return torch.cat([self._one(*pair) for pair in pairs])
 
     def _one(self, query: Item, candidate: Item) -> Tensor:
         backbone = self._reranker.backbone
         layout = lay_out(self._reranker.framing, query, candidate)
-        (opened,) = backbone.tokenised([Item(image=layout.shared)], close=False)
-        suffix = self._passes.suffix(layout, [])
-        whole = type(opened)([*opened.ids, *suffix.prompt.ids], opened.vision)
+        name = id(layout.shared)
+        if name not in self._openings:
+            (self._openings[name],) = backbone.tokenised([Item(image=layout.shared)], close=False)
+        opened, suffix = self._openings[name], self._passes.suffix(layout, [])
+        whole = Prompt([*opened.ids, *suffix.prompt.ids], opened.vision)
         self.counts += Counts(
             vision_passes=1, prefix_tokens=len(opened), suffix_tokens=len(suffix.prompt)
         )
@@ -128,7 +132,7 @@ def sides_of(
 
         def score() -> Tensor:
             if fresh:
-                rerankers.append(made())
+                rerankers[:] = [made()]  # what the one before kept is gone
             return rerankers[-1].score(pairs)
 
         return Side(score, lambda: rerankers[-1].counts)

@@ -67,7 +67,12 @@ class BackboneService:
         adapter = self._recipe.storage.adapter
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
         self._require_canary(pinned.version_now())
-        self._reranker = reranker_of(self._recipe, scoring_backbone(self._recipe, self._encoder))
+        self._reranker = reranker_of(
+            self._recipe,
+            scoring_backbone(self._recipe, self._encoder),
+            vision_bytes=self._recipe.serve.vision_cache_bytes,
+            prefix_bytes=self._recipe.serve.prefix_cache_bytes,
+        )
         batch = self._recipe.serve
         self._embed_batch.set_max_batch_size(batch.max_batch)
         self._embed_batch.set_batch_wait_timeout_s(batch.batch_wait_s)

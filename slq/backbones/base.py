@@ -208,7 +208,7 @@ class Backbone(PromptBuilder):
         Args:
             prefix: The frozen part, batch rows.
             embeds: (batch, n, hidden) input embeddings in the model's dtype.
-            mask: (batch, n) bool, False at right padding; all real by default.
+            mask: (batch, n) bool, False at padding; all real by default.
 
         Returns:
             (batch, n, hidden) states after the final norm.
@@ -216,7 +216,7 @@ class Backbone(PromptBuilder):
         batch, length = embeds.shape[:2]
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
-        steps = torch.arange(length, device=embeds.device)
+        steps = mask.long().cumsum(1).sub(1).clamp(min=0)  # padding on either side counts nothing
         positions = (prefix.next_position[:, None] + steps).expand(
             self.position_axes, batch, length
         )
@@ -238,7 +238,7 @@ class Backbone(PromptBuilder):
 
         Args:
             prefix: The frozen part, batch rows.
-            prompts: What follows, a row each, padded on the right.
+            prompts: What follows, a row each.
             features: As of `prefix`: of the images in `prompts`.
 
         Returns:

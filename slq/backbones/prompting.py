@@ -95,7 +95,8 @@ class PromptBuilder(ABC):
         plain = self._opening[False].rstrip(" ")
         self._text_lead = self._opening[False][len(plain) :]
         self._plain_ids = self.token_ids(plain)
-        self._closing_ids = self.token_ids(self._render(False)[1])
+        self._closing = self._render(False)[1]
+        self._closing_ids = self.token_ids(self._closing)
 
     @property
     @abstractmethod
@@ -152,11 +153,29 @@ class PromptBuilder(ABC):
         """Tokens that open the user's turn when no image does."""
         return self._plain_ids
 
-    def shown(self, images: Sequence[Image.Image]) -> list[Prompt]:
-        """Each image as tokens for the middle of a turn, behind a text or another image."""
-        ids, vision = self.image_arguments(images) if images else ([], [])
+    def within_turn(self, opening: Sequence[int]) -> tuple[list[int], str]:
+        """What shows an image in the middle of a turn: tokens, and text that stands before the next words.
+
+        Args:
+            opening: Tokens that open a turn with it.
+
+        Raises:
+            DataError: The family shows images at the start of a turn only.
+        """
         start = len(self._plain_ids)
-        return [Prompt(opened[start:], seen) for opened, seen in zip(ids, vision, strict=True)]
+        tail = self._opening[True].rpartition(self.processor.image_token)[2]
+        tail_ids = self.token_ids(tail) if tail else []
+        end = len(opening) - len(tail_ids)
+        if list(opening[:start]) != self._plain_ids or list(opening[end:]) != tail_ids:
+            raise DataError(
+                "this model shows images at the start of a turn only, so a pair cannot hold a second one"
+            )
+        return list(opening[start:end]), tail
+
+    @property
+    def answer_lead(self) -> str:
+        """What an answer's first token begins with: a space, where the turn that is opened does not end in one."""
+        return "" if self._closing[-1:].isspace() else " "
 
     @property
     def closing_ids(self) -> list[int]:

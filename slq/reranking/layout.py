@@ -50,11 +50,6 @@ class Layout:
         """Images but the shared one."""
         return [run for run in self.runs if not isinstance(run, Words)]
 
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images."""
-        return [*([] if self.shared is None else [self.shared]), *self.others]
-
 
 def lay_out(framing: Framing, query: Item, candidate: Item) -> Layout:
     """The pair as one user's turn.

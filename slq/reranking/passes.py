@@ -4,7 +4,6 @@ What is kept is found again by the bytes of an image, so that it does not matter
 crosses tenants.
 """
 
-import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -19,12 +18,13 @@ from slq.backbones.base import Backbone, Prompt, Prompts, last_places
 from slq.backbones.vision import VisionFeatures
 from slq.enhancement import EnhancementConfig, Enhancer, Sight
 from slq.kept import Kept
+from slq.media import pixels_sha256
 from slq.prefix import Prefix
 from slq.reranking.layout import Layout, Words
 from slq.schema import Item
 
 
-@dataclass
+@dataclass(frozen=True)
 class Counts:
     """What passes cost, in numbers that do not depend on the machine.
 
@@ -62,6 +62,29 @@ class View:
         """Bytes held by all tensors."""
         light = sum(tensor.nbytes for tensor in self.opening.vision.values())
         return self.features.num_bytes + light
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """An open turn.
+
+    Attributes:
+        prefix: Keys and values of some turns.
+        row: Which of them it is.
+    """
+
+    prefix: Prefix
+    row: int
+
+
+def prefix_of_turns(turns: Sequence[Turn]) -> Prefix:
+    """The turns as one batch; those of one pass are taken out of it together."""
+    first = turns[0].prefix
+    if any(turn.prefix is not first for turn in turns):
+        return Prefix.stack([turn.prefix.select(torch.tensor([turn.row])) for turn in turns])
+    if len(first) == 1:
+        return first.repeat(len(turns))
+    return first.select(torch.tensor([turn.row for turn in turns], device=first.mask.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +126,7 @@ class Passes:
         self.backbone = backbone
         self.enhancement = enhancement
         self._enhancer = Enhancer(backbone, enhancement) if enhancement.is_on else None
-        self._keeps = vision_bytes + prefix_bytes > 0
+        self._keeps, self._keeps_prefixes = vision_bytes + prefix_bytes > 0, prefix_bytes > 0
         self._lock = Lock()
         self.counts = Counts()
         self.views: Kept[View] = Kept(vision_bytes)
@@ -118,8 +141,7 @@ class Passes:
         """What an image is found by: its pixels where anything is kept, else the object."""
         if image is None or not self._keeps:
             return id(image)
-        digest = hashlib.blake2b(image.tobytes(), digest_size=16)
-        return tenant, image.mode, image.size, digest.digest()
+        return tenant, pixels_sha256(image)
 
     @torch.no_grad()
     def view(self, images: Mapping[Hashable, Image.Image]) -> dict[Hashable, View]:
@@ -142,8 +164,8 @@ class Passes:
     @torch.no_grad()
     def open(
         self, pictures: Mapping[Hashable, Image.Image | None], views: Mapping[Hashable, View]
-    ) -> dict[Hashable, Prefix]:
-        """Single-row prefixes of turns that are open behind an image, or without one.
+    ) -> dict[Hashable, Turn]:
+        """Turns that are open behind an image, or without one.
 
         Args:
             pictures: The images, by key.
@@ -151,7 +173,7 @@ class Passes:
         """
         keys = list(pictures)
 
-        def compute(missing: list[int]) -> list[Prefix]:
+        def compute(missing: list[int]) -> Prefix:
             names = [keys[number] for number in missing]
             unseen = {
                 name: picture
@@ -161,16 +183,22 @@ class Passes:
             found = {**views, **self.view(unseen)}
             return self._opened([found.get(name) for name in names])
 
-        return dict(zip(keys, self.prefixes.get(keys, compute), strict=True))
+        if not keys:
+            return {}
+        if not self._keeps_prefixes:  # no detour over single rows
+            whole = compute(list(range(len(keys))))
+            return {name: Turn(whole, row) for row, name in enumerate(keys)}
+        rows = self.prefixes.get(keys, lambda missing: compute(missing).split())
+        return {name: Turn(row, 0) for name, row in zip(keys, rows, strict=True)}
 
-    def _opened(self, shown: Sequence[View | None]) -> list[Prefix]:
+    def _opened(self, shown: Sequence[View | None]) -> Prefix:
         openings = [self._opening(view) for view in shown]
         prompts = self.backbone.collate(openings)
         seen = [() if view is None else (view,) for view in shown]
         with self._seeing(seen, prompts, asked=self.enhancement.touches_prefix):
             prefix = self.backbone.prefix(prompts, _features(seen))
         self._count("prefix_tokens", [len(one) for one in openings])
-        return prefix.split()
+        return prefix
 
     def suffix(self, layout: Layout, others: Sequence[View]) -> Suffix:
         """Tokens of what follows the shared image of a layout.
@@ -185,27 +213,31 @@ class Passes:
         views = iter(others)
         for run in layout.runs:
             if isinstance(run, Words):
-                text += run.text if run.trusted else backbone.clean_text(run.text)
+                text += run.text if run.trusted else self._one_line(run.text)
                 continue
-            view = next(views)
-            ids += [*backbone.token_ids(text), *view.opening.ids[len(backbone.plain_ids) :]]
-            text = ""
+            shown, tail = backbone.within_turn(next(views).opening.ids)
+            ids += [*backbone.token_ids(text), *shown]
+            text = tail
         ids += [*backbone.token_ids(text), *backbone.closing_ids]
         vision = _joined([view.opening.vision for view in others])
         return Suffix(Prompt(ids, vision), tuple(others))
 
+    def _one_line(self, text: str) -> str:
+        """A user's text without line breaks, with which it could write lines that look like ours."""
+        return " ".join(self.backbone.clean_text(text).split())
+
     @torch.no_grad()
     def answer(
-        self, prefix: Prefix, shared: Sequence[View | None], suffixes: Sequence[Suffix]
+        self, prefix: Prefix | None, shared: Sequence[View | None], suffixes: Sequence[Suffix]
     ) -> Tensor:
         """(batch, hidden) states of the last tokens after the final norm: what the model is about to say.
 
         Args:
-            prefix: An open turn for each suffix.
+            prefix: An open turn for each suffix; None where `enhancement.needs_whole`.
             shared: The image of each, if it shows one.
             suffixes: What follows.
         """
-        if self.enhancement.needs_whole:
+        if prefix is None:
             return self._whole(shared, suffixes)
         prompts = self.backbone.collate([suffix.prompt for suffix in suffixes])
         seen = _seen(shared, suffixes)
@@ -248,13 +280,17 @@ class Passes:
             begun: How many of each row's images stand before them; none by default.
             asked: False for a block that does nothing.
         """
-        if self._enhancer is None or not asked:
+        if self._enhancer is None or not asked or not any(seen):
             return nullcontext()
-        images = [[view.features for view in row] for row in seen]
-        before = torch.zeros(len(images), dtype=torch.long) if begun is None else begun.long()
-        ids, mask = prompts.input_ids, prompts.mask
-        token = self.backbone.image_token_id
-        return self._enhancer.seeing(Sight(self.enhancement, images, ids, mask, token, before))
+        sight = Sight(
+            self.enhancement,
+            [[view.features for view in row] for row in seen],
+            ids=prompts.input_ids,
+            mask=prompts.mask,
+            image_token_id=self.backbone.image_token_id,
+            begun=torch.zeros(len(seen), dtype=torch.long) if begun is None else begun.long(),
+        )
+        return self._enhancer.seeing(sight)
 
     def _count(self, kind: str, lengths: Sequence[int]) -> None:
         real = sum(lengths)

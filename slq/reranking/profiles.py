@@ -12,15 +12,16 @@ class Reading:
 
     Attributes:
         margin: In nats; higher is a better match.
-        label_mass: Probability that it says any label at all; below 0.5 the margin means little.
+        label_mass: Probability that it says any label at all; below 0.5 the margin means little. None, as what
+            follows, where the labels alone were read.
         entropy: Of the next token over the full vocabulary, in nats.
         hundredths: Probability of the positive label over the full vocabulary, cut to whole hundredths.
     """
 
     margin: float
-    label_mass: float
-    entropy: float
-    hundredths: int
+    label_mass: float | None = None
+    entropy: float | None = None
+    hundredths: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,14 @@ class Profile:
         framing: The one to use if none is asked for.
         score: Of a reading; higher is better.
         rank: What readings are sorted by, the best first, before coarse scores and places.
+        needs_vocabulary: Whether that takes more than the labels.
     """
 
     name: str
     framing: str
     score: Callable[[Reading], float]
     rank: Callable[[Reading], tuple[float, ...]]
+    needs_vocabulary: bool
 
 
 def _by_margin(reading: Reading) -> tuple[float, ...]:
@@ -46,14 +49,20 @@ def _by_margin(reading: Reading) -> tuple[float, ...]:
 
 def _by_hundredths(reading: Reading) -> tuple[float, ...]:
     """As RetLLM's release: the truncated probability, then the surer answer."""
-    return (-reading.hundredths, reading.entropy)
+    return (-_hundredths(reading), float(reading.entropy or 0.0))
+
+
+def _hundredths(reading: Reading) -> int:
+    if reading.hundredths is None:
+        raise ValueError("the profile compat reads the whole vocabulary")
+    return reading.hundredths
 
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("default", "true_false", lambda reading: reading.margin, _by_margin),
-        Profile("compat", "true_false", lambda reading: reading.hundredths / 100, _by_hundredths),
+        Profile("default", "true_false", lambda reading: reading.margin, _by_margin, False),
+        Profile("compat", "true_false", lambda r: _hundredths(r) / 100, _by_hundredths, True),
     )
 }
 

@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slq.prefix import Prefix
 from slq.reranking.layout import Layout
-from slq.reranking.passes import Passes, View
+from slq.reranking.passes import Passes, Turn, View, prefix_of_turns
 from slq.reranking.planning import Images, batches, windows
 
 
@@ -19,13 +18,18 @@ class Work:
         passes: Say what an image is found by, and open turns.
         tenant: Whose images they are.
         batch_size: Sequences per pass, and different images at a time.
+        whole: Whether answers are read over the whole vocabulary.
     """
 
-    def __init__(self, passes: Passes, tenant: str, batch_size: int) -> None:
+    def __init__(
+        self, passes: Passes, tenant: str, batch_size: int, *, whole: bool = False
+    ) -> None:
         self._passes, self._tenant, self._batch_size = passes, tenant, batch_size
+        self.whole = whole
         self._names: dict[int, Hashable] = {}
         self._pictures: dict[Hashable, Image.Image] = {}
-        self._open: dict[Hashable, Prefix] = {}
+        self._open: dict[Hashable, Turn] = {}
+        self._views: dict[Hashable, View] = {}
 
     @torch.no_grad()
     def answers(self, layouts: Sequence[Layout]) -> Iterator[tuple[list[int], Tensor]]:
@@ -36,9 +40,9 @@ class Work:
             seen = {name for number in window for name in images[number].others}
             if self._passes.enhancement.is_on:
                 seen |= pictures.keys()
-            views = self._passes.view({n: picture for n, picture in pictures.items() if n in seen})
+            views = self._seen({n: picture for n, picture in pictures.items() if n in seen})
             shared = dict.fromkeys(images[number].shared for number in window)
-            opened = self._opened({name: pictures.get(name) for name in shared}, views)
+            turns = self._opened({name: pictures.get(name) for name in shared}, views)
             suffixes = [
                 self._passes.suffix(layouts[n], [views[name] for name in images[n].others])
                 for n in window
@@ -47,7 +51,7 @@ class Work:
                 numbers = [window[place] for place in batch]
                 names = [images[number].shared for number in numbers]
                 answers = self._passes.answer(
-                    _rows(opened, names),
+                    prefix_of_turns([turns[name] for name in names]) if turns else None,
                     [views.get(name) for name in names],
                     [suffixes[place] for place in batch],
                 )
@@ -70,19 +74,20 @@ class Work:
         names = (name for one in images for name in (one.shared, *one.others))
         return {name: self._pictures[name] for name in names if name in self._pictures}
 
+    def _seen(self, pictures: Mapping[Hashable, Image.Image]) -> dict[Hashable, View]:
+        """Views by name; those of the window before that are wanted again are not made again."""
+        new = {name: picture for name, picture in pictures.items() if name not in self._views}
+        found = {name: self._views[name] for name in pictures if name in self._views}
+        self._views = {**found, **self._passes.view(new)}
+        return self._views
+
     def _opened(
         self, pictures: Mapping[Hashable, Image.Image | None], views: Mapping[Hashable, View]
-    ) -> dict[Hashable, Prefix]:
-        """Open turns by name; those of the call before that are wanted again are not opened again."""
+    ) -> dict[Hashable, Turn]:
+        """Open turns by name, as `_seen`; none where pairs run whole."""
+        if self._passes.enhancement.needs_whole:
+            return {}
         new = {name: picture for name, picture in pictures.items() if name not in self._open}
         found = {name: self._open[name] for name in pictures if name in self._open}
         self._open = {**found, **self._passes.open(new, views)}
         return self._open
-
-
-def _rows(opened: Mapping[Hashable, Prefix], names: Sequence[Hashable]) -> Prefix:
-    """An open turn for each name."""
-    if len(set(names)) == 1:
-        first = opened[names[0]]
-        return first.select(torch.zeros(len(names), dtype=torch.long))
-    return Prefix.stack([opened[name] for name in names])

@@ -1,5 +1,6 @@
 """Visual enhancement: batched, cached passes against a written-out formula in single whole passes, in float64."""
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from slq.backbones.base import Backbone
+from slq.backbones.base import Backbone, PromptSettings
 from slq.enhancement import EnhancementConfig, Enhancer, doubt
 from slq.errors import ConfigError
 from slq.reranker import Reranker
@@ -25,9 +26,14 @@ QUESTION = "Does the caption match the image? Answer True or False."
 ALPHA = 0.3
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[(family, "right") for family in FAMILIES] + [("qwen3_vl", "left")],
+    ids="-".join,
+)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
-    return BUILDERS[request.param](double=True)
+    family, side = request.param
+    return BUILDERS[family](double=True, settings=PromptSettings(padding_side=side))
 
 
 def silu(x: float) -> float:
@@ -172,13 +178,22 @@ def slow_margins(backbone: Backbone, logits: list[Tensor]) -> list[float]:
     return [float(row[yes].logsumexp(-1) - row[no].logsumexp(-1)) for row in logits]
 
 
+TEXTS = (Item(text="a dog"), Item(text="two blue cats"))
+
+
 def scored(backbone: Backbone, config: EnhancementConfig, **options: Any) -> list[float]:
+    """With two texts among the pairs, which nothing looks at and which are alone in a batch."""
+    plain = float(Reranker(backbone).score([TEXTS]))
     reranker = Reranker(backbone, enhancement=config, batch_size=4, **options)
     try:
         for _ in range(2):  # the second time from what is kept, if anything is
-            found: list[float] = reranker.score([*PAIRS, COMPOSED]).tolist()
+            found: list[float] = reranker.score([*PAIRS, TEXTS, COMPOSED]).tolist()
+        if config.needs_whole:
+            assert reranker.counts.prefix_tokens == 0
+        assert float(reranker.score([TEXTS])) == pytest.approx(plain, abs=1e-6)
     finally:
         reranker.close()
+    assert found.pop(len(PAIRS)) == pytest.approx(plain, abs=1e-5)
     return found
 
 
@@ -247,7 +262,8 @@ def test_hooks_change_no_other_pass_and_no_other_thread(backbone: Backbone) -> N
         patch.setattr(backbone, "follow_prompts", meanwhile)
         reranker.score(PAIRS[:1])
     torch.testing.assert_close(found[0], plain, rtol=0, atol=0)
-    reranker.close()
+    del reranker
+    gc.collect()
     assert not any(len(layer.mlp._forward_hooks) for layer in backbone.decoder.layers)
 
 
@@ -275,5 +291,9 @@ def test_layers_that_the_model_has_not_are_refused(
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"first \(9\) is behind last \(7\)"):
         EnhancementConfig(mode="dynamic", first=9, last=7)
+    with pytest.raises(ValidationError, match="layer belongs to mode static, not dynamic"):
+        EnhancementConfig(mode="dynamic", layer=3)
+    with pytest.raises(ValidationError, match="threshold belongs to mode dynamic, not static"):
+        EnhancementConfig(mode="static", threshold=0.5)
     with pytest.raises(ValidationError, match="alpha"):
         EnhancementConfig(alpha=1.5)
