@@ -13,6 +13,7 @@ from pipelines.loading import (
     backbone_of,
     encoder_of,
     require_shorter,
+    reranker_of,
     use_processors,
 )
 from pipelines.ranking import Scores, run_file, run_table, shared_best, summarise
@@ -185,6 +186,11 @@ def _loaded(recipe_json: str) -> tuple[Recipe, Backbone]:
     return recipe, backbone_of(recipe)
 
 
+@cache
+def _reranker(recipe_json: str) -> Reranker:
+    return reranker_of(*_loaded(recipe_json))
+
+
 def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.float32]]:
     """Vectors of items for every system of the recipe, from one prefix pass."""
     recipe, backbone = _loaded(recipe_json)
@@ -219,9 +225,7 @@ def score_part(
     recipe_json: str, queries: list[Item], items: list[Item], best: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Margins (queries, depth) of each query's best items."""
-    recipe, backbone = _loaded(recipe_json)
-    rerank = recipe.rerank
-    reranker = Reranker(backbone, framing=rerank.framing, batch_size=rerank.batch_size)
+    reranker = _reranker(recipe_json)
     pairs = [(query, items[int(i)]) for query, row in zip(queries, best, strict=True) for i in row]
     margins: NDArray[np.float32] = reranker.score(pairs).numpy().reshape(best.shape)
     return margins

@@ -14,6 +14,7 @@ from slq.encoder import Encoder
 from slq.errors import ConfigError
 from slq.finetuning import TunedBackbone
 from slq.latent_queries import LatentQueries
+from slq.reranker import Reranker
 
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_KEPT_BLOCK_BYTES = 2**25  # glibc takes no more
@@ -101,6 +102,21 @@ def encoder_of(recipe: Recipe, system: str = "slq", backbone: Backbone | None = 
 def scoring_backbone(recipe: Recipe, encoder: Encoder) -> Backbone:
     """The frozen model of the fine stage: the encoder's own, unless a baseline changed that."""
     return backbone_of(recipe) if isinstance(encoder.adapter, TunedBackbone) else encoder.backbone
+
+
+def reranker_of(
+    recipe: Recipe, backbone: Backbone, *, vision_bytes: int = 0, prefix_bytes: int = 0
+) -> Reranker:
+    """The recipe's fine stage on a frozen model; arguments as `Reranker`."""
+    section = recipe.rerank
+    return Reranker(
+        backbone,
+        framing=section.framing,
+        batch_size=section.batch_size,
+        enhancement=section.enhancement,
+        vision_bytes=vision_bytes,
+        prefix_bytes=prefix_bytes,
+    )
 
 
 def require_shorter(recipe: Recipe, setting: str, lengths: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.loading import encoder_of, scoring_backbone, use_processors
+from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.pairs import Pairs
 from pipelines.recipe import MineConfig, Recipe
 from slq.artifacts import require_same_fingerprint
@@ -104,9 +104,7 @@ def _encoder(job: Job) -> tuple[Recipe, Encoder]:
 @lru_cache(maxsize=1)
 def _reranker(job: Job) -> tuple[Recipe, Reranker]:
     recipe, encoder = _encoder(job)
-    rerank = recipe.rerank
-    backbone = scoring_backbone(recipe, encoder)
-    return recipe, Reranker(backbone, framing=rerank.framing, batch_size=rerank.batch_size)
+    return recipe, reranker_of(recipe, scoring_backbone(recipe, encoder))
 
 
 def _pairs(recipe: Recipe) -> Pairs:

@@ -13,6 +13,7 @@ from slq.benchmarks.mmeb import MmebConfig
 from slq.benchmarks.scenes import ScenesConfig
 from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
+from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
 from slq.training import AdapterSettings, TrainConfig
 
@@ -145,12 +146,14 @@ class EmbedConfig(Section):
 class RerankConfig(Section):
     """The fine stage."""
 
-    framing: Literal["true_false", "mcq", "yes_no"] = "true_false"
+    framing: Literal["true_false", "mcq", "yes_no", "rate"] = "true_false"
     """How a pair is put to the model."""
     depth: Annotated[int, Field(gt=0)] = 5
     """Coarse candidates that are scored."""
     batch_size: Annotated[int, Field(gt=0)] = 64
-    """Pairs per forward pass."""
+    """Pairs per forward pass, and different images at a time."""
+    enhancement: EnhancementConfig = EnhancementConfig()
+    """Whether layers of the model look at the image again while a pair is scored."""
 
 
 System = Literal["last_token", "untrained", "slq", "slq_fine", "slq_index"]
@@ -191,6 +194,11 @@ class ServeConfig(Section):
     """How long a query waits for others to share its pass."""
     num_threads: Annotated[int, Field(ge=0)] = 2
     """CPU threads of each backbone replica; 0 leaves torch's default."""
+    vision_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory of each replica, beside the weights, for what the vision tower made of candidates that come again."""
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """The same for keys and values of their images, which spare the language model's pass over them, too, and take
+    several times as much."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 2**20
     """Largest request body."""
     max_inputs: Annotated[int, Field(gt=0)] = 256

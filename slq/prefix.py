@@ -5,7 +5,6 @@ flows through it. So it runs under `no_grad`, and is kept for every latent query
 that follows (spec: SLQ section 3).
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+
+from slq.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,31 @@ class Prefix:
             shows_image=self.shows_image[rows],
         )
 
+    def repeat(self, count: int) -> "Prefix":
+        """The only row `count` times, on the memory of the one."""
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor.expand(count, *tensor.shape[1:])
+
+        return Prefix(
+            keys=tuple(of(key) for key in self.keys),
+            values=tuple(of(value) for value in self.values),
+            mask=of(self.mask),
+            next_position=of(self.next_position),
+            last_hidden=of(self.last_hidden),
+            shows_image=of(self.shows_image),
+        )
+
     def split(self) -> list["Prefix"]:
         """One prefix per row, without its padding, on its own memory."""
-        return [self._row(number) for number in range(len(self))]
+        starts = self.mask.long().argmax(1).tolist()
+        lengths = self.mask.sum(1).tolist()
+        return [
+            self._row(number, slice(start, start + length))
+            for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        ]
 
-    def _row(self, number: int) -> "Prefix":
-        keep = self.mask[number]
+    def _row(self, number: int, keep: slice) -> "Prefix":
         return Prefix(
             keys=tuple(key[number : number + 1, :, keep].clone() for key in self.keys),
             values=tuple(value[number : number + 1, :, keep].clone() for value in self.values),
@@ -97,7 +117,8 @@ class Prefix:
         def pad(
             tensor: Tensor,
         ) -> Tensor:  # (n, kv_heads, s, head_dim) -> (n, kv_heads, seq, head_dim)
-            return F.pad(tensor, (0, 0, 0, seq - tensor.shape[2]))
+            short = seq - tensor.shape[2]
+            return F.pad(tensor, (0, 0, 0, short)) if short else tensor
 
         layers = range(len(rows[0].keys))
         return Prefix(
@@ -125,8 +146,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int, device: torch.device | str = "cpu") -> None:
         self._max_bytes = max_bytes
         self._device = device
-        self._rows: OrderedDict[Hashable, Prefix] = OrderedDict()
-        self._num_bytes = 0
+        self._rows: Kept[Prefix] = Kept(max_bytes)
         self.hits = 0
         self.misses = 0
 
@@ -140,30 +160,17 @@ class PrefixCache:
             keys: What identifies each row: content and backbone fingerprint, not position.
             compute: Called once with the positions in `keys` that are missing.
         """
-        if self._max_bytes == 0 and len(set(keys)) == len(keys):  # no detour over the host
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        if self._max_bytes == 0 and len(first) == len(keys):  # no detour over the host
             self.misses += len(keys)
             return compute(list(range(len(keys)))).to(self._device)
-        found = {key: self._rows[key] for key in keys if key in self._rows}
-        missing = [number for number, key in enumerate(keys) if key not in found]
-        missing = list({keys[number]: number for number in reversed(missing)}.values())[::-1]
-        self.hits += len(keys) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            computed = compute(missing).to("cpu").split()
-            for number, row in zip(missing, computed, strict=True):
-                found[keys[number]] = row
-        for key in keys:
-            self._keep(key, found[key])
-        return Prefix.stack([found[key] for key in keys]).to(self._device)
+        distinct = list(dict.fromkeys(keys))
 
-    def _keep(self, key: Hashable, row: Prefix) -> None:
-        if key in self._rows:
-            self._rows.move_to_end(key)
-            return
-        if row.num_bytes > self._max_bytes:
-            return  # it would only push out all others, and then itself
-        self._rows[key] = row
-        self._num_bytes += row.num_bytes
-        while self._num_bytes > self._max_bytes:
-            _, dropped = self._rows.popitem(last=False)
-            self._num_bytes -= dropped.num_bytes
+        def rows(missing: list[int]) -> list[Prefix]:
+            self.misses += len(missing)
+            self.hits -= len(missing)
+            return compute([first[distinct[number]] for number in missing]).to("cpu").split()
+
+        self.hits += len(keys)
+        found = dict(zip(distinct, self._rows.get(distinct, rows), strict=True))
+        return Prefix.stack([found[key] for key in keys]).to(self._device)

@@ -1,100 +1,52 @@
 """Relevance scores read from next-token logits (spec: RetLLM section 2).
 
-Given the label sets Y+ and Y-: `margin = logsumexp(z[Y+]) - logsumexp(z[Y-])`, `p = sigmoid(margin)` and `label_mass`,
-the probability of any label over the full vocabulary. All in float32, never truncated.
+Every label i has a logit z_i and a value v_i in [0, 1], how much of a match it stands for. Then
+`margin = logsumexp(z + ln v) - logsumexp(z + ln(1 - v))`. Where values are 1 and 0 only it is
+`logsumexp(z[Y+]) - logsumexp(z[Y-])`, and always `sigmoid(margin)` is the value to expect, given that a label comes.
+`label_mass` is the probability of any label over the full vocabulary. All in float32, never truncated or rounded.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slq.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class Framing:
-    """How a query-candidate pair is put to the model, and which words are its answers.
-
-    Attributes:
-        name: Key in `FRAMINGS`.
-        instruction: Stands after the candidate, so that a candidate's text cannot have the last word.
-        positive: Label words that mean a match; every variant must be one token.
-        negative: Label words that mean no match.
-    """
-
-    name: str
-    instruction: str
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
-
-    def question(self, caption: str) -> str:
-        """The user text that follows the image."""
-        return f"Caption: {caption}\n{self.instruction}"
-
-
-FRAMINGS: dict[str, Framing] = {
-    framing.name: framing
-    for framing in (
-        Framing(
-            "true_false",
-            "Does the caption match the image? Answer True or False.",
-            ("True", "true"),
-            ("False", "false"),
-        ),
-        Framing(
-            "mcq",
-            "Does the caption match the image? A. yes, fully B. no or only partly. Answer A or B.",
-            ("A",),
-            ("B",),
-        ),
-        Framing(
-            "yes_no",
-            "Does the caption match the image? Answer yes or no.",
-            ("Yes", "yes"),
-            ("No", "no"),
-        ),
-    )
-}
-
-
-def framing_by_name(name: str) -> Framing:
-    """The framing called `name`.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
-    if name not in FRAMINGS:
-        raise ConfigError(f"framing {name!r} is unknown; choose one of {', '.join(FRAMINGS)}")
-    return FRAMINGS[name]
-
-
-def margin(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """How much more the model believes in a match than in none.
+def margin(logits: Tensor, values: Tensor) -> Tensor:
+    """How much more the labels speak for a match than against one.
 
     Args:
-        logits: (batch, vocab) or only the label columns; any float type.
-        positive: (num_positive,) int64 columns of `logits`.
-        negative: (num_negative,) int64 columns.
+        logits: (batch, num_labels), any float type.
+        values: (num_labels,) in [0, 1], with one above 0 and one below 1.
 
     Returns:
         (batch,) float32 in nats; higher means a better match.
     """
-    scores = logits.float()
-    return scores[:, positive].logsumexp(-1) - scores[:, negative].logsumexp(-1)
+    scores, shares = logits.float(), values.to(logits.device).float()
+    return (scores + shares.log()).logsumexp(-1) - (scores + (1 - shares).log()).logsumexp(-1)
 
 
-def label_mass(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """Probability that the next token is any label: (batch,) float32, from (batch, vocab) full logits.
+def label_mass(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability that the next token is a label: (batch,) float32, from (batch, vocab) full logits.
 
     Below 0.5 the model did not answer the question, and the margin means little.
     """
     scores = logits.float()
-    labels = scores[:, torch.cat([positive, negative])].logsumexp(-1)
-    return (labels - scores.logsumexp(-1)).exp()
+    return (scores[:, labels].logsumexp(-1) - scores.logsumexp(-1)).exp()
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the next token over the full vocabulary, (batch,) float32 in nats, from (batch, vocab)."""
-    log_p = logits.float().log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    nats: Tensor = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    return nats
+
+
+def hundredths(probabilities: Tensor) -> Tensor:
+    """Probabilities cut to two decimals, as RetLLM's release does: (batch,) whole hundredths, int64.
+
+    It makes ties that the margin does not have; only the `compat` profile ranks by it.
+    """
+    return (probabilities.double() * 100).floor().long()
+
+
+def probability(logits: Tensor, token: int) -> Tensor:
+    """Probability of one token over the full vocabulary: (batch,) float32, from (batch, vocab)."""
+    return logits.float().log_softmax(-1)[:, token].exp()

@@ -1,5 +1,6 @@
 """The slow way: whole sequences through the whole model, one by one, no cache, no padding."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,13 +93,14 @@ def written_out_positions(
     if not family_of(backbone).startswith("qwen"):
         return torch.arange(len(ids) + num_following)[None]
     triples: list[tuple[int, int, int]] = []
-    position = index = 0
+    position = index = shown = 0
     while index < len(ids):
         if ids[index] != backbone.image_token_id:
             triples.append((position, position, position))
             position, index = position + 1, index + 1
             continue
-        _, height, width = inputs["image_grid_thw"][0].tolist()
+        _, height, width = inputs["image_grid_thw"][shown].tolist()
+        shown += 1
         rows, columns = height // _GRID_MERGE, width // _GRID_MERGE
         triples += [
             (position, position + r, position + c) for r in range(rows) for c in range(columns)
@@ -139,6 +141,41 @@ def naive_embedding(backbone: Backbone, item: Item, latents: Tensor) -> Tensor:
 def naive_logits(backbone: Backbone, item: Item) -> Tensor:
     """(vocab,) logits of the token after the whole prompt, from one ordinary pass with the head."""
     inputs = chat_inputs(backbone, item)
+    vision = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with torch.no_grad():
+        output = backbone.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            position_ids=written_out_positions(backbone, inputs, 0),
+            use_cache=False,
+            **vision,
+        )
+    logits: Tensor = output.logits[0, -1]
+    return logits
+
+
+def turn_inputs(backbone: Backbone, content: Sequence[str | Image.Image]) -> dict[str, Tensor]:
+    """What the processor itself makes of texts and any number of images as one user turn (Qwen-VL and InternVL)."""
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in content
+    ]
+    rendered = backbone.processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    images = [part for part in content if not isinstance(part, str)]
+    if is_intern(backbone):
+        images = [pad_to_square(image) for image in images]
+    shown: dict[str, Any] = {"images": images} if images else {}
+    encoded = backbone.processor(
+        text=[rendered], return_tensors="pt", **shown, **_ONE_TILE.get(family_of(backbone), {})
+    )
+    return {name: value for name, value in encoded.items() if name in _MODEL_INPUTS}
+
+
+def turn_logits(backbone: Backbone, content: Sequence[str | Image.Image]) -> Tensor:
+    """(vocab,) logits of the token after a turn, from one ordinary pass with the head."""
+    inputs = turn_inputs(backbone, content)
     vision = {name: value for name, value in inputs.items() if name != "input_ids"}
     with torch.no_grad():
         output = backbone.model(

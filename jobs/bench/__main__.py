@@ -12,6 +12,8 @@ BENCHES = {
     "embed": "jobs.bench.embedding",
     "chaos": "jobs.bench.chaos",
     "index": "jobs.bench.index",
+    "rerank": "jobs.bench.rerank",
+    "injection": "jobs.bench.injection",
 }
 """Modules by name, imported when they are asked for: `train` runs with torch and transformers alone."""
 

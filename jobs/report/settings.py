@@ -42,7 +42,11 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
     ]
     if "slq_fine" in results["systems"]:
         framing = rerank.framing.replace("_", "/")
-        rows.append(("fine stage", f"{framing} question on the first {rerank.depth} candidates"))
+        again = rerank.enhancement
+        looks = f", {again.mode} visual enhancement of {again.alpha:g}" if again.is_on else ""
+        rows.append(
+            ("fine stage", f"{framing} question on the first {rerank.depth} candidates{looks}")
+        )
     rows += [
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"),
         ("versions", ", ".join(versions())),

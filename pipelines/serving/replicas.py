@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from ray import serve
 
 from pipelines.corpus import fetch_image
-from pipelines.loading import encoder_of, scoring_backbone, use_processors
+from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
 from pipelines.serving.pinned import Pinned
 from slq.errors import DataError, ServiceError, StorageError
 from slq.media import decode_image
-from slq.reranker import Reranker
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
@@ -68,11 +67,11 @@ class BackboneService:
         adapter = self._recipe.storage.adapter
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
         self._require_canary(pinned.version_now())
-        rerank = self._recipe.rerank
-        self._reranker = Reranker(
+        self._reranker = reranker_of(
+            self._recipe,
             scoring_backbone(self._recipe, self._encoder),
-            framing=rerank.framing,
-            batch_size=rerank.batch_size,
+            vision_bytes=self._recipe.serve.vision_cache_bytes,
+            prefix_bytes=self._recipe.serve.prefix_cache_bytes,
         )
         batch = self._recipe.serve
         self._embed_batch.set_max_batch_size(batch.max_batch)

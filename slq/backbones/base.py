@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -166,7 +167,8 @@ class Backbone(PromptBuilder):
 
         Args:
             prompts: The token sequences with their images.
-            features: Of the images, in the order of the rows, on any device; the vision tower runs without them.
+            features: Of the images, in the order of the rows and within them, on any device; the vision tower runs
+                without them.
 
         Raises:
             DataError: `features` are not those of the images in `prompts`, by their number or sizes.
@@ -206,7 +208,7 @@ class Backbone(PromptBuilder):
         Args:
             prefix: The frozen part, batch rows.
             embeds: (batch, n, hidden) input embeddings in the model's dtype.
-            mask: (batch, n) bool, False at right padding; all real by default.
+            mask: (batch, n) bool, False at padding; all real by default.
 
         Returns:
             (batch, n, hidden) states after the final norm.
@@ -214,7 +216,7 @@ class Backbone(PromptBuilder):
         batch, length = embeds.shape[:2]
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
-        steps = torch.arange(length, device=embeds.device)
+        steps = mask.long().cumsum(1).sub(1).clamp(min=0)  # padding on either side counts nothing
         positions = (prefix.next_position[:, None] + steps).expand(
             self.position_axes, batch, length
         )
@@ -225,6 +227,36 @@ class Backbone(PromptBuilder):
             past_key_values=prefix.cache(),
             use_cache=True,
         )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def follow_prompts(
+        self, prefix: Prefix, prompts: Prompts, features: Sequence[VisionFeatures] | None = None
+    ) -> Tensor:
+        """Run prompts that follow a prefix and may show further images.
+
+        Args:
+            prefix: The frozen part, batch rows.
+            prompts: What follows, a row each.
+            features: As of `prefix`: of the images in `prompts`.
+
+        Returns:
+            (batch, n, hidden) states after the final norm.
+        """
+        if not prompts.vision:
+            return self.follow(prefix, self.embed_tokens(prompts.input_ids), prompts.mask)
+        vision = self._vision(prompts) if features is None else self._seen(prompts, features)
+        positions = prefix.next_position[None, :, None] + self.positions(prompts)
+        output = self.core(
+            input_ids=prompts.input_ids,
+            attention_mask=torch.cat([prefix.mask, prompts.mask], dim=1).long(),
+            position_ids=self._for_model(positions),
+            past_key_values=prefix.cache(),
+            use_cache=True,
+            **vision,
+        )
+        self._forget()
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -243,10 +275,12 @@ class Backbone(PromptBuilder):
         """Model arguments that stand for a vision tower's output."""
         places = (prompts.input_ids == self.image_token_id).sum(1)
         wanted, given = places[places > 0].tolist(), [len(image) for image in features]
-        if wanted != given:
+        ends = list(accumulate(given))
+        # A row may show several images, so it must end where one of them does.
+        if not {*accumulate(wanted)} <= {*ends} or sum(wanted) != sum(given):
             raise DataError(
                 f"the images of these prompts take {wanted} tokens, the vision features have {given}; "
-                "pass those of the same images, one per row with an image"
+                "pass those of the same images, in the order of the rows"
             )
         if not features:
             return {}

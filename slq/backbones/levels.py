@@ -65,8 +65,8 @@ class LevelImages(PromptBuilder):
         """
         batch = super().collate(prompts)
         pixels = batch.vision.get(_PIXELS)
-        if pixels is None or pixels.dtype != torch.uint8:
-            return batch
+        if pixels is None or pixels.dtype != torch.uint8 or len(pixels) == 0:
+            return batch  # there are none where all images have been seen before
         if self._table is None:
             raise DataError(
                 "images were prepared by another version of the model's image processor than the encoder has; "

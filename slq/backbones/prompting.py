@@ -95,7 +95,8 @@ class PromptBuilder(ABC):
         plain = self._opening[False].rstrip(" ")
         self._text_lead = self._opening[False][len(plain) :]
         self._plain_ids = self.token_ids(plain)
-        self._closing_ids = self.token_ids(self._render(False)[1])
+        self._closing = self._render(False)[1]
+        self._closing_ids = self.token_ids(self._closing)
 
     @property
     @abstractmethod
@@ -141,6 +142,40 @@ class PromptBuilder(ABC):
     def token_ids(self, text: str) -> list[int]:
         """Tokens of trusted text, control tokens included; user text goes through `clean_text` first."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def text_lead(self) -> str:
+        """What stands before a text that opens the turn, and is joined with its first token."""
+        return self._text_lead
+
+    @property
+    def plain_ids(self) -> list[int]:
+        """Tokens that open the user's turn when no image does."""
+        return self._plain_ids
+
+    def within_turn(self, opening: Sequence[int]) -> tuple[list[int], str]:
+        """What shows an image in the middle of a turn: tokens, and text that stands before the next words.
+
+        Args:
+            opening: Tokens that open a turn with it.
+
+        Raises:
+            DataError: The family shows images at the start of a turn only.
+        """
+        start = len(self._plain_ids)
+        tail = self._opening[True].rpartition(self.processor.image_token)[2]
+        tail_ids = self.token_ids(tail) if tail else []
+        end = len(opening) - len(tail_ids)
+        if list(opening[:start]) != self._plain_ids or list(opening[end:]) != tail_ids:
+            raise DataError(
+                "this model shows images at the start of a turn only, so a pair cannot hold a second one"
+            )
+        return list(opening[start:end]), tail
+
+    @property
+    def answer_lead(self) -> str:
+        """What an answer's first token begins with: a space, where the turn that is opened does not end in one."""
+        return "" if self._closing[-1:].isspace() else " "
 
     @property
     def closing_ids(self) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from slq.reranking.framings import FRAMINGS
 from slq.scenes.captions import (
     COUNT_WORDS,
     explicit_arrangement,
@@ -28,7 +29,6 @@ from slq.scenes.sampling import (
     with_other_object,
 )
 from slq.scenes.sprites import Sprite
-from slq.scoring import FRAMINGS
 
 Skill = Literal["caption", "question", "match", "restate", "clue", "cover"]
 PATCH, MERGE = 8, 2  # pixels of a patch, patches of a visual token, along one side
@@ -229,5 +229,5 @@ def framed_match(
 ) -> Turn:
     """A match prompt in one of the scorer's own framings, so that training and scoring use the same words."""
     framing = FRAMINGS["true_false" if rng.random() < 0.5 else "mcq"]
-    answer = framing.positive[0] if matches else framing.negative[0]
+    answer = framing.positive if matches else framing.negative
     return Turn("match", framing.question(caption(described, sprites, rng)), answer)

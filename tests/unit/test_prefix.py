@@ -272,9 +272,9 @@ def test_the_cache_never_holds_more_than_its_bytes() -> None:
     for names in ("abc", "bd", "eeee", "abcdef"):
         returned, _ = get(cache, names)
         assert returned == list(names)
-        held = sum(row.num_bytes for row in cache._rows.values())
+        held = sum(row.num_bytes for row in cache._rows._values.values())
         assert held <= 2 * ROW_BYTES + 1
-        assert held == cache._num_bytes
+        assert held == cache._rows.num_bytes
 
 
 def test_a_row_that_is_too_large_pushes_out_no_other() -> None:

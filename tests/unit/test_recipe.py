@@ -79,7 +79,7 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(
 
 def test_an_unknown_key_that_resembles_nothing_lists_the_known_ones(tmp_path: Path) -> None:
     text = refusal(recipe_file(tmp_path, "rerank: {zzzzzz: 4}"))
-    assert "rerank.zzzzzz is unknown; known keys: batch_size, depth, framing" in text
+    assert "rerank.zzzzzz is unknown; known keys: batch_size, depth, enhancement, framing" in text
 
 
 @pytest.mark.parametrize(

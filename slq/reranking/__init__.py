@@ -1,0 +1,1 @@
+"""What the fine stage is made of; `slq.reranker` puts it together."""

@@ -1,0 +1,326 @@
+"""Forward passes of the fine stage: open images, and what follows them, with what is kept between them.
+
+What is kept is found again by the bytes of an image, so that it does not matter where an image comes from. It never
+crosses tenants.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from threading import Lock
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slq.backbones.base import Backbone, Prompt, Prompts, last_places
+from slq.backbones.vision import VisionFeatures
+from slq.enhancement import EnhancementConfig, Enhancer, Sight
+from slq.kept import Kept
+from slq.media import pixels_sha256
+from slq.prefix import Prefix
+from slq.reranking.layout import Layout, Words
+from slq.schema import Item
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What passes cost, in numbers that do not depend on the machine.
+
+    Attributes:
+        vision_passes: Images that went through the vision tower.
+        prefix_tokens: Tokens of open images that went through the language model.
+        suffix_tokens: Tokens of what follows them.
+        padded_tokens: Further places of those passes, which hold nothing.
+    """
+
+    vision_passes: int = 0
+    prefix_tokens: int = 0
+    suffix_tokens: int = 0
+    padded_tokens: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        names = [one.name for one in fields(self)]
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """An image as the model sees it.
+
+    Attributes:
+        opening: The tokens that open the user's turn with it, without its pixels.
+        features: What the vision tower made of it.
+    """
+
+    opening: Prompt
+    features: VisionFeatures
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by all tensors."""
+        light = sum(tensor.nbytes for tensor in self.opening.vision.values())
+        return self.features.num_bytes + light
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """An open turn.
+
+    Attributes:
+        prefix: Keys and values of some turns.
+        row: Which of them it is.
+    """
+
+    prefix: Prefix
+    row: int
+
+
+def prefix_of_turns(turns: Sequence[Turn]) -> Prefix:
+    """The turns as one batch; those of one pass are taken out of it together."""
+    first = turns[0].prefix
+    if any(turn.prefix is not first for turn in turns):
+        return Prefix.stack([turn.prefix.select(torch.tensor([turn.row])) for turn in turns])
+    if len(first) == 1:
+        return first.repeat(len(turns))
+    return first.select(torch.tensor([turn.row for turn in turns], device=first.mask.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Suffix:
+    """What follows an open image, up to the end of the user's turn.
+
+    Attributes:
+        prompt: Its tokens, with the images among them.
+        views: Those images, in order.
+    """
+
+    prompt: Prompt
+    views: tuple[View, ...] = ()
+
+
+class Passes:
+    """Runs a frozen backbone over open images and what follows.
+
+    Args:
+        backbone: The model.
+        enhancement: Whether layers look at the image again.
+        vision_bytes: Vision features of images to keep, in memory of the device; 0 keeps none.
+        prefix_bytes: Keys and values of open images to keep there.
+
+    Attributes:
+        counts: What has been run so far.
+        views: Kept vision features.
+        prefixes: Kept keys and values.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        enhancement: EnhancementConfig,
+        *,
+        vision_bytes: int = 0,
+        prefix_bytes: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.enhancement = enhancement
+        self._enhancer = Enhancer(backbone, enhancement) if enhancement.is_on else None
+        self._keeps, self._keeps_prefixes = vision_bytes + prefix_bytes > 0, prefix_bytes > 0
+        self._lock = Lock()
+        self.counts = Counts()
+        self.views: Kept[View] = Kept(vision_bytes)
+        self.prefixes: Kept[Prefix] = Kept(prefix_bytes)
+
+    def close(self) -> None:
+        """Take hooks off the model, if there are any."""
+        if self._enhancer is not None:
+            self._enhancer.close()
+
+    def key(self, image: Image.Image | None, tenant: str = "") -> Hashable:
+        """What an image is found by: its pixels where anything is kept, else the object."""
+        if image is None or not self._keeps:
+            return id(image)
+        return tenant, pixels_sha256(image)
+
+    @torch.no_grad()
+    def view(self, images: Mapping[Hashable, Image.Image]) -> dict[Hashable, View]:
+        """What the vision tower makes of images, by key; it runs over those that are not kept."""
+        keys, pictures = list(images), list(images.values())
+
+        def compute(missing: list[int]) -> list[View]:
+            items = [Item(image=pictures[number]) for number in missing]
+            prompts = self.backbone.tokenised(items, close=False)
+            with self._lock:
+                self.counts += Counts(vision_passes=len(prompts))
+            features = self.backbone.vision_features(self.backbone.collate(prompts))
+            return [
+                View(_without_pixels(prompt), of_image)
+                for prompt, of_image in zip(prompts, features, strict=True)
+            ]
+
+        return dict(zip(keys, self.views.get(keys, compute), strict=True))
+
+    @torch.no_grad()
+    def open(
+        self, pictures: Mapping[Hashable, Image.Image | None], views: Mapping[Hashable, View]
+    ) -> dict[Hashable, Turn]:
+        """Turns that are open behind an image, or without one.
+
+        Args:
+            pictures: The images, by key.
+            views: Of some of them; the vision tower runs over those others whose prefix is not kept.
+        """
+        keys = list(pictures)
+
+        def compute(missing: list[int]) -> Prefix:
+            names = [keys[number] for number in missing]
+            unseen = {
+                name: picture
+                for name in names
+                if (picture := pictures[name]) is not None and name not in views
+            }
+            found = {**views, **self.view(unseen)}
+            return self._opened([found.get(name) for name in names])
+
+        if not keys:
+            return {}
+        if not self._keeps_prefixes:  # no detour over single rows
+            whole = compute(list(range(len(keys))))
+            return {name: Turn(whole, row) for row, name in enumerate(keys)}
+        rows = self.prefixes.get(keys, lambda missing: compute(missing).split())
+        return {name: Turn(row, 0) for name, row in zip(keys, rows, strict=True)}
+
+    def _opened(self, shown: Sequence[View | None]) -> Prefix:
+        openings = [self._opening(view) for view in shown]
+        prompts = self.backbone.collate(openings)
+        seen = [() if view is None else (view,) for view in shown]
+        with self._seeing(seen, prompts, asked=self.enhancement.touches_prefix):
+            prefix = self.backbone.prefix(prompts, _features(seen))
+        self._count("prefix_tokens", [len(one) for one in openings])
+        return prefix
+
+    def suffix(self, layout: Layout, others: Sequence[View]) -> Suffix:
+        """Tokens of what follows the shared image of a layout.
+
+        Args:
+            layout: The pair.
+            others: Views of its images but the shared one, in order.
+        """
+        backbone = self.backbone
+        text = backbone.text_lead if layout.shared is None else ""
+        ids: list[int] = []
+        views = iter(others)
+        for run in layout.runs:
+            if isinstance(run, Words):
+                text += run.text if run.trusted else self._one_line(run.text)
+                continue
+            shown, tail = backbone.within_turn(next(views).opening.ids)
+            ids += [*backbone.token_ids(text), *shown]
+            text = tail
+        ids += [*backbone.token_ids(text), *backbone.closing_ids]
+        vision = _joined([view.opening.vision for view in others])
+        return Suffix(Prompt(ids, vision), tuple(others))
+
+    def _one_line(self, text: str) -> str:
+        """A user's text without line breaks, with which it could write lines that look like ours."""
+        return " ".join(self.backbone.clean_text(text).split())
+
+    @torch.no_grad()
+    def answer(
+        self, prefix: Prefix | None, shared: Sequence[View | None], suffixes: Sequence[Suffix]
+    ) -> Tensor:
+        """(batch, hidden) states of the last tokens after the final norm: what the model is about to say.
+
+        Args:
+            prefix: An open turn for each suffix; None where `enhancement.needs_whole`.
+            shared: The image of each, if it shows one.
+            suffixes: What follows.
+        """
+        if prefix is None:
+            return self._whole(shared, suffixes)
+        prompts = self.backbone.collate([suffix.prompt for suffix in suffixes])
+        seen = _seen(shared, suffixes)
+        begun = torch.tensor([view is not None for view in shared])
+        with self._seeing(seen, prompts, begun=begun):
+            later = [view.features for suffix in suffixes for view in suffix.views]
+            hidden = self.backbone.follow_prompts(prefix, prompts, later)
+        self._count("suffix_tokens", [len(suffix.prompt) for suffix in suffixes])
+        return hidden[last_places(prompts.mask)]
+
+    def _whole(self, shared: Sequence[View | None], suffixes: Sequence[Suffix]) -> Tensor:
+        """As `answer`, in one pass each: for what changes tokens before the one that is asked."""
+        whole = []
+        for view, suffix in zip(shared, suffixes, strict=True):
+            opening = self._opening(view)
+            vision = _joined([opening.vision, suffix.prompt.vision])
+            whole.append(Prompt([*opening.ids, *suffix.prompt.ids], vision))
+        prompts, seen = self.backbone.collate(whole), _seen(shared, suffixes)
+        with self._seeing(seen, prompts):
+            prefix = self.backbone.prefix(prompts, _features(seen))
+        self._count("suffix_tokens", [len(prompt) for prompt in whole])
+        return prefix.last_hidden
+
+    def _opening(self, view: View | None) -> Prompt:
+        return Prompt(self.backbone.plain_ids) if view is None else view.opening
+
+    def _seeing(
+        self,
+        seen: Sequence[Sequence[View]],
+        prompts: Prompts,
+        *,
+        begun: Tensor | None = None,
+        asked: bool = True,
+    ) -> AbstractContextManager[Any]:
+        """A block whose passes look at images again.
+
+        Args:
+            seen: Of each row.
+            prompts: Of the pass.
+            begun: How many of each row's images stand before them; none by default.
+            asked: False for a block that does nothing.
+        """
+        if self._enhancer is None or not asked or not any(seen):
+            return nullcontext()
+        sight = Sight(
+            self.enhancement,
+            [[view.features for view in row] for row in seen],
+            ids=prompts.input_ids,
+            mask=prompts.mask,
+            image_token_id=self.backbone.image_token_id,
+            begun=torch.zeros(len(seen), dtype=torch.long) if begun is None else begun.long(),
+        )
+        return self._enhancer.seeing(sight)
+
+    def _count(self, kind: str, lengths: Sequence[int]) -> None:
+        real = sum(lengths)
+        padded = max(lengths) * len(lengths) - real
+        with self._lock:
+            self.counts += Counts(**{kind: real}, padded_tokens=padded)
+
+
+def _seen(shared: Sequence[View | None], suffixes: Sequence[Suffix]) -> list[tuple[View, ...]]:
+    """All images of each row, in order."""
+    return [
+        suffix.views if view is None else (view, *suffix.views)
+        for view, suffix in zip(shared, suffixes, strict=True)
+    ]
+
+
+def _features(seen: Sequence[Sequence[View]]) -> list[VisionFeatures]:
+    return [view.features for row in seen for view in row]
+
+
+def _without_pixels(prompt: Prompt) -> Prompt:
+    """The prompt with what says how its image is cut, but none of it: the tower has seen it."""
+    light = {
+        name: value[:0].clone() if name.startswith("pixel") else value
+        for name, value in prompt.vision.items()
+    }
+    return Prompt(prompt.ids, light)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Vision arguments of several images, as of a batch."""
+    shown = [part for part in parts if part]
+    return {name: torch.cat([part[name] for part in shown]) for name in (shown[0] if shown else ())}
