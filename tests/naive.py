@@ -140,7 +140,10 @@ def naive_embedding(backbone: Backbone, item: Item, latents: Tensor) -> Tensor:
 
 def naive_logits(backbone: Backbone, item: Item) -> Tensor:
     """(vocab,) logits of the token after the whole prompt, from one ordinary pass with the head."""
-    inputs = chat_inputs(backbone, item)
+    return _next_logits(backbone, chat_inputs(backbone, item))
+
+
+def _next_logits(backbone: Backbone, inputs: dict[str, Tensor]) -> Tensor:
     vision = {name: value for name, value in inputs.items() if name != "input_ids"}
     with torch.no_grad():
         output = backbone.model(
@@ -175,15 +178,4 @@ def turn_inputs(backbone: Backbone, content: Sequence[str | Image.Image]) -> dic
 
 def turn_logits(backbone: Backbone, content: Sequence[str | Image.Image]) -> Tensor:
     """(vocab,) logits of the token after a turn, from one ordinary pass with the head."""
-    inputs = turn_inputs(backbone, content)
-    vision = {name: value for name, value in inputs.items() if name != "input_ids"}
-    with torch.no_grad():
-        output = backbone.model(
-            input_ids=inputs["input_ids"],
-            attention_mask=torch.ones_like(inputs["input_ids"]),
-            position_ids=written_out_positions(backbone, inputs, 0),
-            use_cache=False,
-            **vision,
-        )
-    logits: Tensor = output.logits[0, -1]
-    return logits
+    return _next_logits(backbone, turn_inputs(backbone, content))
