@@ -9,13 +9,13 @@ from pipelines.commits import ERRORS, Commit
 from pipelines.embedding.arrivals import Arrivals
 from pipelines.embedding.encode import EncodePieces, encoding_threads
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.journal import start_journal
 from pipelines.embedding.metrics import count
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import remove_pieces
 from pipelines.embedding.sealing import Sealing
 from pipelines.embedding.totals import Totals, too_many_bad
 from pipelines.embedding.write import WritePieces, Written, written_pieces
+from pipelines.journal import start_journal
 from pipelines.ledger import Ledger
 from pipelines.tasks import cluster_errors
 
