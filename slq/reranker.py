@@ -51,6 +51,7 @@ class Ranked:
         coarse_score: As given, or 0.
         reading: What the model was about to say; None if it was not scored.
         problem: Why it cannot be scored, if it cannot.
+        stage: Of a cascade, which one's score it is.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Ranked:
     coarse_score: float
     reading: Reading | None = None
     problem: str | None = None
+    stage: int | None = None
 
 
 class Reranker:

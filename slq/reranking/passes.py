@@ -4,9 +4,10 @@ What is kept is found again by the bytes of an image, so that it does not matter
 crosses tenants.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from itertools import groupby
 from threading import Lock
 from typing import Any
 
@@ -22,6 +23,8 @@ from slq.media import pixels_sha256
 from slq.prefix import Prefix
 from slq.reranking.layout import Layout, Words
 from slq.schema import Item
+
+_TOKENS_AT_ONCE = (1280, 2**16)  # of images, on a CPU and on a GPU
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,14 @@ class Turn:
 
 
 def prefix_of_turns(turns: Sequence[Turn]) -> Prefix:
-    """The turns as one batch; those of one pass are taken out of it together."""
-    first = turns[0].prefix
-    if any(turn.prefix is not first for turn in turns):
-        return Prefix.stack([turn.prefix.select(torch.tensor([turn.row])) for turn in turns])
-    if len(first) == 1:
-        return first.repeat(len(turns))
-    return first.select(torch.tensor([turn.row for turn in turns], device=first.mask.device))
+    """The turns as one batch; neighbours that come from one pass are taken out of it together."""
+    parts = []
+    for _, found in groupby(turns, key=lambda turn: id(turn.prefix)):
+        same = list(found)
+        whole = same[0].prefix
+        rows = torch.tensor([turn.row for turn in same], device=whole.mask.device)
+        parts.append(whole.repeat(len(same)) if len(whole) == 1 else whole.select(rows))
+    return parts[0] if len(parts) == 1 else Prefix.stack(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +157,11 @@ class Passes:
             prompts = self.backbone.tokenised(items, close=False)
             with self._lock:
                 self.counts += Counts(vision_passes=len(prompts))
-            features = self.backbone.vision_features(self.backbone.collate(prompts))
+            features = [
+                of_image
+                for part in self._at_once([len(prompt) for prompt in prompts])
+                for of_image in self.backbone.vision_features(self.backbone.collate(prompts[part]))
+            ]
             return [
                 View(_without_pixels(prompt), of_image)
                 for prompt, of_image in zip(prompts, features, strict=True)
@@ -173,7 +181,7 @@ class Passes:
         """
         keys = list(pictures)
 
-        def compute(missing: list[int]) -> Prefix:
+        def compute(missing: list[int]) -> list[Prefix]:
             names = [keys[number] for number in missing]
             unseen = {
                 name: picture
@@ -186,19 +194,40 @@ class Passes:
         if not keys:
             return {}
         if not self._keeps_prefixes:  # no detour over single rows
-            whole = compute(list(range(len(keys))))
-            return {name: Turn(whole, row) for row, name in enumerate(keys)}
-        rows = self.prefixes.get(keys, lambda missing: compute(missing).split())
+            found = [
+                Turn(batch, row)
+                for batch in compute(list(range(len(keys))))
+                for row in range(len(batch))
+            ]
+            return dict(zip(keys, found, strict=True))
+        rows = self.prefixes.get(
+            keys, lambda missing: [row for batch in compute(missing) for row in batch.split()]
+        )
         return {name: Turn(row, 0) for name, row in zip(keys, rows, strict=True)}
 
-    def _opened(self, shown: Sequence[View | None]) -> Prefix:
+    def _opened(self, shown: Sequence[View | None]) -> list[Prefix]:
+        """Open turns, in the order of the views, in as many passes as are needed."""
         openings = [self._opening(view) for view in shown]
-        prompts = self.backbone.collate(openings)
-        seen = [() if view is None else (view,) for view in shown]
-        with self._seeing(seen, prompts, asked=self.enhancement.touches_prefix):
-            prefix = self.backbone.prefix(prompts, _features(seen))
-        self._count("prefix_tokens", [len(one) for one in openings])
-        return prefix
+        found = []
+        for part in self._at_once([len(one) for one in openings]):
+            prompts = self.backbone.collate(openings[part])
+            seen = [() if view is None else (view,) for view in shown[part]]
+            with self._seeing(seen, prompts, asked=self.enhancement.touches_prefix):
+                found.append(self.backbone.prefix(prompts, _features(seen)))
+            self._count("prefix_tokens", [len(one) for one in openings[part]])
+        return found
+
+    def _at_once(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Parts of so many tokens that a pass of them is fast: on a CPU it then stays in the caches."""
+        most = _TOKENS_AT_ONCE[self.backbone.device.type != "cpu"]
+        start = total = 0
+        for place, length in enumerate(lengths):
+            if place > start and total + length > most:
+                yield slice(start, place)
+                start, total = place, 0
+            total += length
+        if lengths:
+            yield slice(start, len(lengths))
 
     def suffix(self, layout: Layout, others: Sequence[View]) -> Suffix:
         """Tokens of what follows the shared image of a layout.

@@ -32,27 +32,9 @@ from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.schema import Item
-from tests.integration.runs import changed, fingerprints_of_files
+from tests.integration.runs import broken_corpus, changed, fingerprints_of_files, write_run
 
 Rows = list[dict[str, Any]]
-
-
-def write_run(recipe: Recipe, path: Path, *, per_query: int = 6, seed: int = 1) -> Recipe:
-    """A run of random candidates with the relevant one among them, for a third of the queries."""
-    rng = random.Random(seed)
-    queries = pq.read_table(recipe.data.path("queries"))["id"].to_pylist()[::3]
-    items = pq.read_table(recipe.data.path("corpus"))["id"].to_pylist()
-    answers = {
-        row["query_id"]: row["item_id"]
-        for row in pq.read_table(recipe.data.path("relevance")).to_pylist()
-    }
-    rows = []
-    for query in queries:
-        others = rng.sample([item for item in items if item != answers[query]], per_query - 1)
-        for item in rng.sample([answers[query], *others], per_query):
-            rows.append({"query_id": query, "item_id": item, "score": rng.random()})
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return changed(recipe, rerank={"run": path})
 
 
 @pytest.fixture
@@ -343,14 +325,6 @@ def data_set_of(recipe: Recipe) -> None:
 
 
 # ---- what cannot be scored ----
-
-
-def broken_corpus(recipe: Recipe, path: Path, numbers: list[int]) -> Recipe:
-    rows = pq.read_table(recipe.data.path("corpus")).to_pylist()
-    for number in numbers:
-        rows[number]["image"] = b"\x89PNG no image"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return changed(recipe, data={"corpus": str(path)})
 
 
 def test_a_candidate_that_cannot_be_read_keeps_its_coarse_place_and_is_named(
