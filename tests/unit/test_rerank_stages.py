@@ -4,6 +4,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -500,3 +501,41 @@ def test_a_shard_does_not_depend_on_what_was_scored_before_it(
     stored = pq.read_table(Path(recipe.storage.reranking) / "shards/part-000001.parquet")
     assert [np.float32(row["margin"]) for row in rows] == stored["margin"].to_pylist()
     assert pq.read_table(Path(recipe.storage.reranking) / POOL).num_rows == result["candidates"]
+
+
+class Deadly:
+    """An announcer that remembers deaths over some work, as if workers had died before."""
+
+    def __init__(self, *works: str) -> None:
+        self._works = works
+        self.announced_works: list[str] = []
+
+    @contextmanager
+    def announced(self, work: str) -> Iterator[bool]:
+        self.announced_works.append(work)
+        yield work in self._works
+
+
+def test_a_pair_that_has_killed_its_workers_is_set_aside_and_its_neighbours_are_scored(
+    recipe: Recipe, recorders: list[Recorder]
+) -> None:
+    rerank(recipe)
+    scorer = json.loads((Path(recipe.storage.reranking) / "run.json").read_text())["scorer"]
+    flow = Flow(recipe, scorer)
+    scoring, block = ScorePairs(flow), gathered(flow, 1)
+    calm, _ = scoring.scored(block)
+    victim = block.pairs["pair"][3].as_py()
+    chunks = [[row["pair"] for row in calm][n] for n in next(iter(scoring._chunks(calm)))]
+    number = 0 if victim in chunks else 1
+    deadly = Deadly("rerank 1", f"rerank 1 {number}", f"rerank 1 {number} {victim}")
+    scoring._announcer = deadly  # type: ignore[assignment]
+    careful, work = scoring.scored(block)
+    assert f"rerank 1 {number} {victim}" in deadly.announced_works
+    assert [row["pair"] for row in careful if row["problem"]] == [victim]
+    assert (work.scored, work.unscored) == (len(calm) - 1, 1)
+    for row, before in zip(careful, calm, strict=True):
+        if row["pair"] == victim:
+            assert row["error"] == "killed_worker"
+            assert "workers died while they scored this item" in row["problem"]
+        else:
+            assert row["margin"] == pytest.approx(before["margin"], abs=1e-5)
