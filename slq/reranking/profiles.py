@@ -1,9 +1,16 @@
-"""How candidates are ordered by what was read of them (spec: RetLLM section 2)."""
+"""How candidates are ordered by what was read of them (spec: RetLLM section 2).
 
+`ordered` is the one rule of places: of `Reranker.rank`, of the service and of evaluation.
+"""
+
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slq.errors import ConfigError
+
+DOUBTFUL_BELOW = 0.5
+"""Label mass below which the model did not answer the question, so that its margin means little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,8 +19,7 @@ class Reading:
 
     Attributes:
         margin: In nats; higher is a better match.
-        label_mass: Probability that it says any label at all; below 0.5 the margin means little. None, as what
-            follows, where the labels alone were read.
+        label_mass: Probability that it says any label at all. None, as what follows, where the labels alone were read.
         entropy: Of the next token over the full vocabulary, in nats.
         hundredths: Probability of the positive label over the full vocabulary, cut to whole hundredths.
     """
@@ -22,6 +28,17 @@ class Reading:
     label_mass: float | None = None
     entropy: float | None = None
     hundredths: int | None = None
+
+    @property
+    def probability(self) -> float:
+        """Of a match, given that the model says a label: the sigmoid of the margin."""
+        small = math.exp(-abs(self.margin))  # never overflows
+        return (1.0 if self.margin >= 0 else small) / (1.0 + small)
+
+    @property
+    def is_doubtful(self) -> bool | None:
+        """Whether a label is too unlikely for the margin to mean much; None where the labels alone were read."""
+        return None if self.label_mass is None else self.label_mass < DOUBTFUL_BELOW
 
 
 @dataclass(frozen=True, slots=True)

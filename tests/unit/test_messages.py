@@ -10,17 +10,14 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from pipelines.contents import Content, SearchQuery, decode_base64, vector_of
 from pipelines.messages import (
-    Content,
     EmbeddingsRequest,
     IndexRequest,
-    SearchQuery,
     SearchRequest,
     SearchResponse,
-    decode_base64,
     embeddings_response,
     error_body,
-    vector_of,
 )
 from slq.errors import DataError, MediaError
 
