@@ -111,6 +111,7 @@ def reranker_of(
     section = recipe.rerank
     return Reranker(
         backbone,
+        profile=section.profile,
         framing=section.framing,
         batch_size=section.batch_size,
         enhancement=section.enhancement,
