@@ -4,7 +4,6 @@ Handlers and middleware are there before the ingress class: Ray Serve freezes th
 """
 
 import asyncio
-import logging
 import time
 from importlib import resources as package_files
 from typing import Any
@@ -18,7 +17,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from pipelines.contents import vector_of
-from pipelines.corpus import fetch_image
 from pipelines.messages import (
     EmbeddingsRequest,
     IndexRequest,
@@ -35,13 +33,12 @@ from pipelines.serving.calls import answer_of
 from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
 from pipelines.serving.index_service import Found, Sent
+from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
-from slq.errors import DataError, StorageError, UnavailableError
-from slq.media import decode_image
+from slq.errors import DataError, UnavailableError
 from slq.quantization import cut
 from slq.schema import Item
 
-log = logging.getLogger(__name__)
 _HEALTH_TIMEOUT_S = 10.0
 _TENANT = ""  # of every request: nobody is asked for a key yet
 app = FastAPI(
@@ -61,23 +58,6 @@ async def _limit_body(request: Request, call_next: Any) -> Any:
     if int(length or 0) > limit:
         return JSONResponse(error_body(f"the body exceeds {limit} bytes", "too_large"), 413)
     return await call_next(request)
-
-
-def read_image(uri: str) -> bytes | None:
-    """The bytes of an indexed item's image, only after they decoded as one; None where the item has no image.
-
-    Raises:
-        DataError: The file is gone, or it is no image: its content is never handed out.
-    """
-    data = fetch_image(uri)
-    if data is not None:
-        decode_image(data)
-    return data
-
-
-def content_type(image: bytes) -> str:
-    """Media type of bytes that `decode_image` accepts."""
-    return {b"\x89PN": "image/png", b"RIF": "image/webp"}.get(image[:3], "image/jpeg")
 
 
 @serve.deployment
@@ -268,16 +248,7 @@ class Ingress:
     async def image(self, item_id: str) -> Response:
         """The image of an indexed item."""
         uri = await answer_of(self._index.uri_of.remote(item_id))
-        try:
-            data = await asyncio.to_thread(read_image, uri) if uri else None
-        except (DataError, StorageError) as error:
-            log.warning("image of item %r: %s", item_id, error)
-            data = None
-        if data is None:
-            message = f"item {item_id!r} has no image that can be read"
-            return JSONResponse(error_body(message, "not_found"), 404)
-        headers = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
-        return Response(data, media_type=content_type(data), headers=headers)
+        return await asyncio.to_thread(picture_of, item_id, uri)
 
     @app.get("/")
     async def page(self) -> HTMLResponse:

@@ -1,6 +1,7 @@
 """The order of candidates, on constructed readings: one test for each branch of the rules."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -77,3 +78,21 @@ def test_an_order_holds_everybody_once_and_is_total(seed: int) -> None:
 def test_an_unknown_profile_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="'x' is unknown; choose one of default, compat"):
         profile_by_name("x")
+
+
+@pytest.mark.parametrize("margin", [-800.0, -30.0, -1.5, 0.0, 0.3, 20.0, 800.0])
+def test_the_probability_is_the_sigmoid_of_the_margin_however_large(margin: float) -> None:
+    found = Reading(margin).probability
+    if abs(margin) < 100:
+        assert found == pytest.approx(1 / (1 + math.exp(-margin)), rel=1e-12)
+    assert 0 <= found <= 1
+    assert found + Reading(-margin).probability == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("mass", "doubtful"), [(None, None), (0.0, True), (0.4999, True), (0.5, False), (1.0, False)]
+)
+def test_a_reading_is_doubtful_where_labels_are_less_likely_than_not(
+    mass: float | None, doubtful: bool | None
+) -> None:
+    assert Reading(9.0, mass).is_doubtful is doubtful
