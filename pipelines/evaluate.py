@@ -28,6 +28,7 @@ from slq.files import write_json
 from slq.index import SearchIndex
 from slq.quantization import cut
 from slq.reranker import Reranker
+from slq.reranking.profiles import Reading, profile_by_name
 from slq.schema import Item
 
 
@@ -120,7 +121,7 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> tuple[dict[str, Score
     facts: dict[str, Any] = {}
     for system in measured_systems(recipe):
         found = vectors["slq" if system in EMBED_AS_SLQ else system]
-        exact = Scores.of_similarities(found[num_items:] @ found[:num_items].T)
+        exact = Scores(found[num_items:] @ found[:num_items].T)
         if system == "slq_index":
             scores[system], facts = _through_index(recipe, benchmark, found[num_items:], exact)
             continue
@@ -128,12 +129,13 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> tuple[dict[str, Score
         for length in recipe.eval.dimensions if system == "slq" else ():
             short = cut(found, length)
             coarse = short[num_items:] @ short[:num_items].T
-            scores[f"{system}{LENGTH_MARK}{length}"] = Scores.of_similarities(coarse)
+            scores[f"{system}{LENGTH_MARK}{length}"] = Scores(coarse)
     if "slq_fine" in scores:
         coarse = scores["slq_fine"].coarse
         best = np.argsort(-coarse, axis=1, kind="stable")[:, : recipe.rerank.depth]
-        margins = _score_best(recipe, benchmark, best)
-        np.put_along_axis(scores["slq_fine"].fine, best, margins, axis=1)
+        readings = _read_best(recipe, benchmark, best)
+        profile = profile_by_name(recipe.rerank.profile)
+        scores["slq_fine"] = scores["slq_fine"].scored(best, readings, profile)
     return scores, facts
 
 
@@ -161,10 +163,10 @@ def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray
     return {system: np.concatenate([part[system] for part in found]) for system in found[0]}
 
 
-def _score_best(
+def _read_best(
     recipe: Recipe, benchmark: Benchmark, best: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Margins (queries, depth) of each query's best items."""
+) -> list[list[Reading]]:
+    """Readings of each query with its best items, (queries, depth) of them."""
     import ray
 
     task = model_task(score_part, recipe.resources.gpus_per_worker)
@@ -174,8 +176,7 @@ def _score_best(
         task.remote(recipe_json, benchmark.queries[part], items, best[part])
         for part in parts(len(best))
     ]
-    margins: NDArray[np.float32] = np.concatenate(collect(tasks, "eval fine stage part"))
-    return margins
+    return [row for part in collect(tasks, "eval fine stage part") for row in part]
 
 
 @cache
@@ -223,9 +224,13 @@ def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.floa
 
 def score_part(
     recipe_json: str, queries: list[Item], items: list[Item], best: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Margins (queries, depth) of each query's best items."""
+) -> list[list[Reading]]:
+    """Readings of each query with its best items, (queries, depth) of them; as much as the profile orders by."""
     reranker = _reranker(recipe_json)
     pairs = [(query, items[int(i)]) for query, row in zip(queries, best, strict=True) for i in row]
-    margins: NDArray[np.float32] = reranker.score(pairs).numpy().reshape(best.shape)
-    return margins
+    if reranker.profile.needs_vocabulary:
+        readings = reranker.read(pairs)
+    else:
+        readings = [Reading(margin) for margin in reranker.score(pairs).tolist()]
+    depth = best.shape[1]
+    return [readings[start : start + depth] for start in range(0, len(readings), depth)]

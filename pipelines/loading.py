@@ -171,6 +171,7 @@ def reranker_of(
     fused = calibration is not None and section.fuse
     return Reranker(
         backbone,
+        profile=section.profile,
         framing=section.framing,
         batch_size=section.batch_size,
         enhancement=section.enhancement,

@@ -1,49 +1,12 @@
 """Request and response bodies of the HTTP service."""
 
 import base64
-import binascii
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from slq.errors import DataError, MediaError
-from slq.media import decode_image, sanitise_text
+from pipelines.contents import Content, Message, SearchQuery, as_content
 from slq.schema import Item
-
-
-class Message(BaseModel):
-    """Base of all bodies; unknown fields are errors, so a typo never passes in silence."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Content(Message):
-    """A text, an image, or both."""
-
-    text: str | None = None
-    image: str | None = Field(default=None, description="data:image/...;base64,... or plain base64")
-
-    def item(self) -> Item:
-        """The decoded item.
-
-        Raises:
-            DataError: Neither text nor image is there, or the image cannot be used.
-        """
-        image = decode_image(decode_base64(self.image)) if self.image else None
-        return Item(text=_clean(self.text), image=image)
-
-
-def _clean(text: str | None) -> str | None:
-    """Refuse texts that the encoder would refuse, before they share a batch with other requests."""
-    return sanitise_text(text, ()) if text and text.strip() else text
-
-
-class SearchQuery(Content):
-    """What to search for; an `embedding` replaces text and image."""
-
-    embedding: list[float] | None = None
 
 
 class SearchRequest(Message):
@@ -56,23 +19,63 @@ class SearchRequest(Message):
         default=None,
         description="candidates that the fine stage scores; the recipe's depth by default",
     )
+    budget_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="milliseconds from when the request is accepted, after which no further pass of the fine stage "
+        "begins; coarse search takes its time all the same. With 0 the coarse order is answered",
+    )
+    explain: bool = Field(
+        default=False,
+        description="tell of each scored result what the model was about to say; takes the whole vocabulary",
+    )
 
     model_config = ConfigDict(
         json_schema_extra={
-            "example": {"query": {"text": "two dogs left of a tree"}, "top_k": 5, "mode": "fine"}
+            "example": {
+                "query": {"text": "two dogs left of a tree"},
+                "top_k": 5,
+                "mode": "fine",
+                "budget_ms": 500,
+                "explain": True,
+            }
         }
     )
 
 
+class Explanation(Message):
+    """What the model was about to say of a pair: a `Reading` of the whole vocabulary."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    margin: float = Field(description="in nats; above 0 it takes them for a match")
+    probability: float = Field(description="the sigmoid of the margin")
+    label_mass: float = Field(description="how likely it says any label at all")
+    entropy: float = Field(description="of the next token, in nats")
+    is_doubtful: bool = Field(description="label_mass is below 0.5, so the margin means little")
+
+
 class SearchResult(Message):
-    """One found item."""
+    """One found item, at its place: results are in order."""
 
     id: str
-    score: float
+    score: float = Field(
+        description="the fine score where there is one, else the coarse score; the two do not compare"
+    )
     coarse_score: float
-    fine_score: float | None = None
+    fine_score: float | None = Field(
+        default=None, description="of rerank.profile: the margin in nats by default"
+    )
     uri: str | None = None
     text: str | None = None
+    problem: str | None = Field(
+        default=None, description="why the fine stage could not score it; it keeps its coarse place"
+    )
+    explanation: Explanation | None = Field(
+        default=None, description="of a scored result, if `explain` asks for it"
+    )
+
+
+DegradedReason = Literal["partitions", "candidates", "budget"]
 
 
 class SearchResponse(Message):
@@ -81,9 +84,11 @@ class SearchResponse(Message):
     results: list[SearchResult]
     timings_ms: dict[str, float]
     reranked: int = Field(description="candidates that the fine stage scored")
-    degraded: bool = Field(
-        description="a part of the index did not answer (see shards_ok), or some candidates could not be read or "
-        "scored; those keep their coarse order, after the scored ones"
+    degraded: bool = Field(description="there are `degraded_reasons`")
+    degraded_reasons: list[DegradedReason] = Field(
+        description="`partitions`: a part of the index did not answer (see shards_ok); `candidates`: some could not be "
+        "read or scored (see `problem`); `budget`: `budget_ms` ended before all were scored. What was not scored keeps "
+        "its coarse place"
     )
     shards_ok: int = Field(description="partitions of the index that the results come from")
     shards_total: int = Field(description="partitions of the index")
@@ -128,9 +133,7 @@ class EmbeddingsRequest(Message):
     def items(self) -> list[Item]:
         """The decoded inputs."""
         inputs = self.input if isinstance(self.input, list) else [self.input]
-        return [
-            Item(text=_clean(value)) if isinstance(value, str) else value.item() for value in inputs
-        ]
+        return [as_content(value).item() for value in inputs]
 
 
 def embeddings_response(
@@ -150,49 +153,58 @@ def embeddings_response(
     return {"object": "list", "data": data, "model": request.model, "usage": usage}
 
 
+class RerankRequest(Message):
+    """Body of POST /v1/rerank, in the shape of Jina and Cohere; query and documents may also be or hold images."""
+
+    query: str | Content
+    documents: list[str | Content]
+    model: str = "slq"
+    top_n: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="results that are answered; all by default"
+    )
+    return_documents: bool = Field(default=False, description="answer each document, too")
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "query": "a red apple",
+                "documents": ["fruit on a table", {"text": "two dogs"}],
+                "top_n": 1,
+            }
+        }
+    )
+
+    def item(self) -> Item:
+        """The decoded query.
+
+        Raises:
+            DataError: It cannot be used.
+        """
+        return as_content(self.query).item()
+
+    def contents(self) -> list[Content]:
+        """The documents; none is decoded."""
+        return [as_content(document) for document in self.documents]
+
+
+class RerankResult(Message):
+    """One document at its place."""
+
+    index: int = Field(description="its position in `documents`")
+    relevance_score: float = Field(
+        description="the sigmoid of the margin, in 0..1; 0 where there is a problem"
+    )
+    document: Content | None = None
+    problem: str | None = Field(default=None, description="why it could not be read or scored")
+
+
+class RerankResponse(Message):
+    """Answer of POST /v1/rerank: the best first, documents with a problem at the end."""
+
+    results: list[RerankResult]
+    model: str
+
+
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def decode_base64(text: str) -> bytes:
-    """Bytes of a data URI or plain base64.
-
-    Raises:
-        MediaError: It is neither; links are not fetched.
-    """
-    payload = text
-    if text.startswith("data:"):
-        header, _, payload = text.partition(",")
-        if ";base64" not in header:
-            raise MediaError("bad_data_uri", "the image's data URI must be base64")
-    elif "://" in text[:12]:
-        raise MediaError("url_refused", "image URLs are not fetched; send the bytes as a data URI")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
-        raise MediaError("bad_base64", "the image is not valid base64") from None
-
-
-def vector_of(query: SearchQuery, dimension: int) -> NDArray[np.float32] | None:
-    """The query's own embedding as a (dimension,) float32 unit vector, or None.
-
-    Raises:
-        DataError: It has the wrong length, no direction, or a value that is not a finite float32.
-    """
-    if query.embedding is None:
-        return None
-    if len(query.embedding) != dimension:
-        raise DataError(
-            f"query.embedding has {len(query.embedding)} values; this index has {dimension}"
-        )
-    with np.errstate(over="ignore"):  # 1e39 becomes infinity, which is refused below
-        vector = np.asarray(query.embedding, dtype=np.float64).astype(np.float32)
-    if not np.isfinite(vector).all():
-        raise DataError("query.embedding holds NaN, infinity or a value too large for float32")
-    wide = vector.astype(np.float64)  # squares of large float32 values overflow float32
-    norm = np.linalg.norm(wide)
-    if not norm > 0:
-        raise DataError("query.embedding has norm 0; it must point somewhere")
-    unit: NDArray[np.float32] = (wide / norm).astype(np.float32)
-    return unit

@@ -1,7 +1,8 @@
 """From scores to numbers: rankings, metrics of every subset with intervals, and run files."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -21,26 +22,40 @@ from slq.metrics import (
     recalls,
     reciprocal_ranks,
 )
+from slq.reranking.profiles import PROFILES, Profile, Reading, ordered
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Similarities of one system.
+    """What one system says of every query and item.
 
     Attributes:
-        coarse: (queries, items) float32; -inf where an index did not give an item.
-        fine: The same of margins where a pair was scored, else NaN.
+        coarse: (queries, items) float32 similarities; -inf where an index did not give an item.
+        readings: Of each query, by column of the item, those of pairs that the fine stage scored; None without one.
+        profile: Says what readings are ordered by.
         is_whole: Whether every item has a similarity, so that items can also look for queries.
     """
 
     coarse: NDArray[np.float32]
-    fine: NDArray[np.float32]
+    readings: Sequence[Mapping[int, Reading]] | None = None
+    profile: Profile = PROFILES["default"]
     is_whole: bool = True
 
-    @classmethod
-    def of_similarities(cls, coarse: NDArray[np.float32]) -> "Scores":
-        """Without a fine stage."""
-        return cls(coarse, np.full_like(coarse, np.nan))
+    def scored(
+        self, best: NDArray[np.int64], readings: Sequence[Sequence[Reading]], profile: Profile
+    ) -> "Scores":
+        """The same with what a fine stage has read.
+
+        Args:
+            best: (queries, depth) columns of the items that were scored.
+            readings: What was read of them; a margin that is not finite counts as none, as in `Reranker.rank`.
+            profile: Says what they are ordered by.
+        """
+        by_column = [
+            {n: one for n, one in zip(row.tolist(), found, strict=True) if isfinite(one.margin)}
+            for row, found in zip(best, readings, strict=True)
+        ]
+        return replace(self, readings=by_column, profile=profile)
 
     @classmethod
     def of_hits(cls, benchmark: Benchmark, found: Sequence[Sequence[Hit]]) -> "Scores":
@@ -59,7 +74,7 @@ class Scores:
                         "data.corpus that the index was built from"
                     )
                 row[column[hit.id]] = hit.score
-        return cls(coarse, np.full_like(coarse, np.nan), is_whole=False)
+        return cls(coarse, is_whole=False)
 
 
 def run_file(system: str) -> str:
@@ -67,15 +82,38 @@ def run_file(system: str) -> str:
     return f"run_{system.replace(VARIANT_MARK, '.variant.').replace(LENGTH_MARK, '.cut.')}.parquet"
 
 
-def final_scores(scores: Scores) -> NDArray[np.float32]:
-    """One score that orders as the fine stage says: scored candidates by margin, above all others by similarity."""
-    scored = ~np.isnan(scores.fine)
-    if not scored.any():
-        return scores.coarse
-    lowest = np.where(scored, scores.fine, np.inf).min(axis=1, keepdims=True)
-    # cosines lie in -1..1, so shifting the rest by 3 below the lowest margin keeps the two blocks apart
-    lowest = np.where(np.isfinite(lowest), lowest, 0.0)
-    return np.where(scored, scores.fine, lowest - 3.0 + scores.coarse).astype(np.float32)
+def placed(scores: Scores, by_coarse: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Columns of the items of each query, best first, as the fine stage orders them.
+
+    Args:
+        scores: Of the system.
+        by_coarse: (queries, items) columns by similarity; also says which of equals comes first after the fine stage.
+    """
+    if scores.readings is None:
+        return by_coarse
+    order = by_coarse.copy()
+    for q, readings in enumerate(scores.readings):
+        is_scored = np.isin(by_coarse[q], list(readings))
+        depth = int(is_scored.nonzero()[0].max(initial=-1)) + 1  # what stands below keeps its place
+        head = by_coarse[q, :depth]
+        of_place = {n: readings[i] for n, i in enumerate(head.tolist()) if i in readings}
+        order[q, :depth] = head[ordered(of_place, scores.coarse[q, head].tolist(), scores.profile)]
+    return order
+
+
+def scores_of_places(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scores that sort into a ranking: the similarity that each place has by coarse order.
+
+    Where it is not below that of the place before, it is the next smaller float32, so that equal similarities do not
+    leave it to a reader how the fine stage has ordered them.
+
+    Args:
+        coarse: (places,) similarities in descending order.
+    """
+    scores = coarse.copy()
+    for n in range(1, len(scores)):
+        scores[n] = min(scores[n], np.nextafter(scores[n - 1], np.float32(-np.inf)))
+    return scores
 
 
 def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
@@ -108,14 +146,13 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
     }
     per_query: dict[str, NDArray[np.float64]] = {}
     for system, found in scores.items():
-        final = final_scores(found)
-        order = pessimistic_order(final, benchmark.relevant)
+        order = placed(found, pessimistic_order(found.coarse, benchmark.relevant))
         ranked = np.take_along_axis(benchmark.relevant, order, axis=1)
         per_query[system] = hits(ranked, 1)
         report = {name: _metrics(ranked[mask], ks) for name, mask in subsets(benchmark).items()}
         results["systems"][system] = {"text_to_image": report}
         # The fine stage and an index rank items for a query, not the reverse.
-        if found.is_whole and np.isnan(found.fine).all():
+        if found.is_whole and found.readings is None:
             reverse = _reverse(benchmark, found.coarse, ks)
             results["systems"][system]["image_to_text"] = reverse
     if {"slq", "slq_fine"} <= set(scores):
@@ -165,20 +202,23 @@ def shared_best(first: Scores, second: Scores, depth: int) -> float:
 
 def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:
     """The ranking as a run file, `depth` items per query."""
-    final = final_scores(scores)
-    order = np.argsort(-final, axis=1, kind="stable")[:, :depth]
+    by_coarse = np.argsort(-scores.coarse, axis=1, kind="stable")
     rows = []
-    for q, best in enumerate(order):
-        for rank, i in enumerate(best[np.isfinite(final[q, best])], start=1):
-            margin = float(scores.fine[q, i])
+    for q, best in enumerate(placed(scores, by_coarse)[:, :depth]):
+        of_places = scores.coarse[q, by_coarse[q, :depth]]
+        readings = {} if scores.readings is None else scores.readings[q]
+        if readings:
+            of_places = scores_of_places(of_places)
+        for rank, i in enumerate(best[np.isfinite(of_places)].tolist(), start=1):
+            reading = readings.get(i)
             rows.append(
                 {
                     "query_id": benchmark.queries[q].id,
                     "item_id": benchmark.items[i].id,
                     "rank": rank,
-                    "score": float(final[q, i]),
+                    "score": float(of_places[rank - 1]),
                     "coarse_score": float(scores.coarse[q, i]),
-                    "fine_score": None if np.isnan(margin) else margin,
+                    "fine_score": None if reading is None else scores.profile.score(reading),
                 }
             )
     return pa.Table.from_pylist(rows, schema=RUN)

@@ -147,8 +147,11 @@ class EmbedConfig(Section):
 class RerankConfig(Section):
     """The fine stage."""
 
-    framing: Literal["true_false", "mcq", "yes_no", "rate"] = "true_false"
-    """How a pair is put to the model."""
+    profile: Literal["default", "compat"] = "default"
+    """How candidates are ordered: by margin, or with `compat` as RetLLM's release does, by a probability cut to two
+    decimals and then entropy."""
+    framing: Literal["true_false", "mcq", "yes_no", "rate"] | None = "true_false"
+    """How a pair is put to the model; as the profile does if null."""
     depth: Annotated[int, Field(gt=0)] = 5
     """Coarse candidates that are scored."""
     batch_size: Annotated[int, Field(gt=0)] = 64

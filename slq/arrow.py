@@ -26,7 +26,8 @@ RUN = pa.schema(
         ("fine_score", pa.float32()),
     ]
 )
-"""A ranking; `rank` starts at 1, `fine_score` is null where only the coarse stage ran."""
+"""A ranking; `rank` starts at 1, `fine_score` is null where only the coarse stage ran. `score` sorts into the ranking:
+it is the coarse score that belongs to the place, which after a fine stage need not be the item's own."""
 
 NEGATIVES = pa.schema(
     [

@@ -6,7 +6,7 @@ runs per pair, and only the label rows of the language-model head are multiplied
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,12 +159,14 @@ class Reranker:
 
         Args:
             query: A text, an image, or a mapping of both.
-            candidates: The same kinds.
+            candidates: The same kinds. Each is asked for just before its pass, so a sequence may read them as they
+                are asked for; DataError and OSError say that one cannot be read.
             coarse_scores: One per candidate; the input order by default.
             depth: Candidates to score, the best by coarse score; all by default.
             adaptive: How many fewer where coarse scores leave little to decide.
-            budget_s: Seconds after which no further pass begins. Passes begin with the best candidate by coarse score
-                and grow, so that the last one tells how long the next one takes; 0 scores none.
+            budget_s: Seconds, from now on, after which no further pass begins. Passes begin with the best candidate by
+                coarse score and grow, so that the last one tells how long the next one takes, with the time that its
+                candidates took to be read; 0 scores none.
             details: Whether readings hold what takes the whole vocabulary, too; always with the profile `compat`.
             tenant: As of `score`.
 
@@ -182,17 +184,14 @@ class Reranker:
         if depth is not None and depth < 0:
             raise DataError(f"depth is {depth}; it must be 0 or more")
         item = self._readable(query)
-        pairs: dict[int, tuple[Item, Item]] = {}
-        problems: dict[int, str] = {}
         most = depth_of(np.array(coarse), len(coarse) if depth is None else depth, adaptive)
-        for number in coarse_order(coarse)[:most]:
-            try:
-                pairs[number] = (item, self._readable(candidates[number]))
-            except (DataError, OSError) as error:  # OSError: an image that is read only now
-                problems[number] = str(error)
         work = self._work(tenant, whole=details or self.profile.needs_vocabulary)
-        found = self._within(pairs, budget_s, work)
-        problems |= {n: one for n, one in found.items() if isinstance(one, str)}
+
+        def judge(numbers: Sequence[int]) -> dict[int, Reading | str]:
+            return self._judged(item, candidates, numbers, work)
+
+        found = self._within(coarse_order(coarse)[:most], judge, budget_s)
+        problems = {n: one for n, one in found.items() if isinstance(one, str)}
         readings = {n: one for n, one in found.items() if isinstance(one, Reading)}
         return [
             self._ranked(number, coarse[number], readings.get(number), problems.get(number))
@@ -213,10 +212,13 @@ class Reranker:
         return Ranked(number, score, coarse, reading, problem)
 
     def _within(
-        self, pairs: Mapping[int, tuple[Item, Item]], budget_s: float | None, work: Work
+        self,
+        numbers: Sequence[int],
+        judge: Callable[[Sequence[int]], dict[int, Reading | str]],
+        budget_s: float | None,
     ) -> dict[int, Reading | str]:
-        """Readings of as many pairs, from the first on, as fit into a budget, or what is wrong with a pair."""
-        numbers, found = list(pairs), dict[int, Reading | str]()
+        """What `judge` finds of as many candidates, from the first on, as fit into a budget."""
+        found = dict[int, Reading | str]()
         size = len(numbers) if budget_s is None else _FIRST_CHUNK
         began, each = time.monotonic(), 0.0
         while numbers:
@@ -224,11 +226,27 @@ class Reranker:
             late = budget_s is not None and now - began + each * min(size, len(numbers)) > budget_s
             if late or (budget_s is not None and budget_s <= 0):
                 break
+            is_open = any(isinstance(one, Reading) for one in found.values())
             chunk, numbers = numbers[:size], numbers[size:]
-            found |= zip(chunk, self._each([pairs[n] for n in chunk], work), strict=True)
-            if len(found) > _FIRST_CHUNK:  # the first one also opens what all of them share
+            found |= judge(chunk)
+            if is_open:  # the first pass also opens what all of them share
                 each = (time.monotonic() - now) / len(chunk)
             size = min(2 * size, self._batch_size)
+        return found
+
+    def _judged(
+        self, query: Item, candidates: Sequence[Any], numbers: Sequence[int], work: Work
+    ) -> dict[int, Reading | str]:
+        """Readings, or what is wrong with a candidate that cannot be read or that the model cannot take."""
+        found: dict[int, Reading | str] = {}
+        pairs: dict[int, tuple[Item, Item]] = {}
+        for number in numbers:
+            try:
+                pairs[number] = (query, self._readable(candidates[number]))
+            except (DataError, OSError) as error:  # OSError: an image that is read only now
+                found[number] = str(error)
+        if pairs:
+            found |= zip(pairs, self._each(list(pairs.values()), work), strict=True)
         return found
 
     def _each(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading | str]:

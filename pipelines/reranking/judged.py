@@ -62,7 +62,7 @@ def judge(
     judged = [one for one in rankings if one.query_id in relevant]
     if not judged:
         return {"judged": 0}, None
-    profile = profile_by_name(getattr(recipe.rerank, "profile", "default"))
+    profile = profile_by_name(recipe.rerank.profile)
     fine: Order = lambda one: ordered(one.readings, one.coarse.tolist(), profile)  # noqa: E731
     systems: dict[str, Order] = {
         "coarse": lambda one: coarse_order(one.coarse.tolist()),

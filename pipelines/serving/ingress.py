@@ -1,73 +1,50 @@
-"""The HTTP face of the online service: routes, limits, and errors in OpenAI's shape.
+"""The HTTP face of the online service: routes and limits.
 
-Handlers and middleware stand before the ingress class: Ray Serve freezes the app when it decorates that class.
+Handlers and middleware are there before the ingress class: Ray Serve freezes the app when it decorates that class.
 """
 
 import asyncio
-import logging
 import time
 from importlib import resources as package_files
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from pipelines.corpus import fetch_image
+from pipelines.contents import vector_of
 from pipelines.messages import (
     EmbeddingsRequest,
     IndexRequest,
     IndexResponse,
+    RerankRequest,
+    RerankResponse,
     SearchRequest,
     SearchResponse,
-    SearchResult,
     embeddings_response,
     error_body,
-    vector_of,
 )
 from pipelines.recipe import Recipe
-from pipelines.serving.calls import answer_of, cause_of
+from pipelines.serving.calls import answer_of
+from pipelines.serving.faults import answer_in_error_shape
+from pipelines.serving.fine import FineStage
 from pipelines.serving.index_service import Found, Sent
+from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
-from slq.errors import (
-    ArtifactError,
-    ArtifactMismatchError,
-    DataError,
-    MediaError,
-    RefusedVersionError,
-    StorageError,
-    UnavailableError,
-)
-from slq.media import decode_image
+from slq.errors import DataError, UnavailableError
 from slq.quantization import cut
 from slq.schema import Item
 
-log = logging.getLogger(__name__)
-_RETRY_AFTER_S = 1
 _HEALTH_TIMEOUT_S = 10.0
+_TENANT = ""  # of every request: nobody is asked for a key yet
 app = FastAPI(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
 )
-
-
-def _status_of(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, ArtifactMismatchError):
-        return 409, "fingerprint_mismatch"
-    if isinstance(error, UnavailableError | StorageError | ArtifactError):
-        return 503, "service_unavailable"
-    if isinstance(error, RefusedVersionError):
-        return 409, "version_refused"
-    if isinstance(error, MediaError) and error.reason == "too_many_bytes":
-        return 413, "too_large"
-    if isinstance(error, DataError):
-        return 400, "invalid_request_error"
-    return 500, "server_error"
+answer_in_error_shape(app)
 
 
 @app.middleware("http")
@@ -81,59 +58,6 @@ async def _limit_body(request: Request, call_next: Any) -> Any:
     if int(length or 0) > limit:
         return JSONResponse(error_body(f"the body exceeds {limit} bytes", "too_large"), 413)
     return await call_next(request)
-
-
-@app.exception_handler(Exception)
-async def _on_error(_: Request, error: Exception) -> JSONResponse:
-    cause = cause_of(error)
-    status, kind = _status_of(cause)
-    message = str(cause) if status != 500 else "internal error; see the service's log"
-    if status == 503 and not isinstance(cause, UnavailableError):  # its words tell hosts and paths
-        log.warning("storage fails: %s", cause)
-        message = "storage that the service needs cannot be used now; try again later"
-    headers = {"retry-after": str(_RETRY_AFTER_S)} if status == 503 else None
-    return JSONResponse(error_body(message, kind), status, headers=headers)
-
-
-@app.exception_handler(DataError)
-@app.exception_handler(ArtifactMismatchError)
-@app.exception_handler(RefusedVersionError)
-@app.exception_handler(StorageError)
-@app.exception_handler(ArtifactError)
-@app.exception_handler(UnavailableError)
-@app.exception_handler(RayTaskError)
-async def _on_known_error(request: Request, error: Exception) -> JSONResponse:
-    return await _on_error(request, error)
-
-
-@app.exception_handler(RequestValidationError)
-async def _on_bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
-    parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-    return JSONResponse(error_body("; ".join(parts), "invalid_request_error"), 400)
-
-
-@app.exception_handler(HTTPException)
-async def _on_no_route(request: Request, error: HTTPException) -> JSONResponse:
-    kind = "not_found" if error.status_code == 404 else "invalid_request_error"
-    message = f"{request.method} {request.url.path}: {error.detail}; see /docs for the routes"
-    return JSONResponse(error_body(message, kind), error.status_code, headers=error.headers)
-
-
-def read_image(uri: str) -> bytes | None:
-    """The bytes of an indexed item's image, only after they decoded as one; None where the item has no image.
-
-    Raises:
-        DataError: The file is gone, or it is no image: its content is never handed out.
-    """
-    data = fetch_image(uri)
-    if data is not None:
-        decode_image(data)
-    return data
-
-
-def content_type(image: bytes) -> str:
-    """Media type of bytes that `decode_image` accepts."""
-    return {b"\x89PN": "image/png", b"RIF": "image/webp"}.get(image[:3], "image/jpeg")
 
 
 @serve.deployment
@@ -184,94 +108,61 @@ class Ingress:
 
     @app.post("/search")
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:
-        """Coarse search, then the fine stage on the best candidates (`auto` scores them when a pair has one image)."""
+        """Coarse search, then the fine stage on the best candidates, for which the query needs a text or an image."""
+        accepted = time.perf_counter()
         info = await self._known()
         self._check_limits(body)
-        started = time.perf_counter()
-        vector = vector_of(body.query, info["dimension"])
-        item = None
-        if vector is None or body.query.text or body.query.image:
-            item = await asyncio.to_thread(body.query.item)
-        if item is None and body.mode == "fine":
-            raise DataError(
-                "the fine stage needs the query's text or image, not only its embedding"
-            )
-        if vector is None:
-            assert item is not None
-            vector = (await self._embed([item]))[0]
+        item, vector = await self._query(body, info["dimension"])
         embedded = time.perf_counter()
-        depth = self._depth(body)
+        depth = self._depth(body) if item is not None else 0
         found: Found = await answer_of(self._index.search.remote(vector, max(body.top_k, depth)))
         searched = time.perf_counter()
-        results = [
-            SearchResult(
-                id=hit.id, score=hit.score, coarse_score=hit.score, uri=row["uri"], text=row["text"]
-            )
-            for hit, row in zip(found.hits, found.rows, strict=True)
-        ]
-        reranked, degraded = 0, False
-        if depth and item is not None:
-            reranked, degraded = await self._rerank(
-                item, results, found.rows, depth, required=body.mode == "fine"
-            )
+        budget_s = None if body.budget_ms is None else body.budget_ms / 1000
+        fine = FineStage(
+            self._backbone,
+            budget_s=None if budget_s is None else budget_s - (searched - accepted),
+            explain=body.explain,
+            tenant=_TENANT,
+        )
+        outcome = await fine.search(item, found, depth)
         scored = time.perf_counter()
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
+        reasons = outcome.reasons
+        if found.shards_ok < found.shards_total:
+            reasons = ["partitions", *reasons]
         return SearchResponse(
-            results=results[: body.top_k],
+            results=outcome.results[: body.top_k],
             timings_ms={
-                "embed": 1000 * (embedded - started),
+                "embed": 1000 * (embedded - accepted),
                 "search": 1000 * (searched - embedded),
                 "fine": 1000 * (scored - searched),
             },
-            reranked=reranked,
-            degraded=degraded or found.shards_ok < found.shards_total,
+            reranked=outcome.reranked,
+            degraded=bool(reasons),
+            degraded_reasons=reasons,
             shards_ok=found.shards_ok,
             shards_total=found.shards_total,
             index_version=found.version,
             fingerprint=info["fingerprint"],
         )
 
+    async def _query(
+        self, body: SearchRequest, dimension: int
+    ) -> tuple[Item | None, NDArray[np.float32]]:
+        """The query's text and image, if it has any, and its (dimension,) vector."""
+        vector = vector_of(body.query, dimension)
+        if vector is not None and not (body.query.text or body.query.image):
+            if body.mode == "fine":
+                raise DataError(
+                    "the fine stage needs the query's text or image, not only its embedding"
+                )
+            return None, vector
+        item = await asyncio.to_thread(body.query.item)
+        return item, vector if vector is not None else (await self._embed([item]))[0]
+
     def _depth(self, body: SearchRequest) -> int:
         """How many candidates the fine stage may score."""
         return 0 if body.mode == "coarse" else body.rerank_k or self._recipe.rerank.depth
-
-    async def _rerank(
-        self,
-        item: Item,
-        results: list[SearchResult],
-        rows: list[dict[str, Any]],
-        depth: int,
-        *,
-        required: bool,
-    ) -> tuple[int, bool]:
-        """Put the scored block in front, by margin, then coarse score.
-
-        Returns:
-            How many were scored, and whether any that should have been could not.
-        """
-        query_has_image = item.image is not None
-        scorable = [
-            n
-            for n in range(min(depth, len(results)))
-            if ("image" in rows[n]["modality"]) != query_has_image
-        ]
-        if not scorable:
-            if required:
-                raise DataError(
-                    "the fine stage needs one image in each pair; use mode `coarse` for this query"
-                )
-            return 0, False
-        uris, texts = ([rows[n][key] for n in scorable] for key in ("uri", "text"))
-        margins = await answer_of(self._backbone.score.remote(item, uris, texts))
-        scored = {n: m for n, m in zip(scorable, margins, strict=True) if m is not None}
-        for n, margin in scored.items():
-            results[n].fine_score = results[n].score = margin
-        block = sorted(
-            (results[n] for n in scored), key=lambda r: (-r.score, -r.coarse_score, r.id)
-        )
-        rest = [result for n, result in enumerate(results) if n not in scored]
-        results[:] = block + rest
-        return len(scored), len(scored) < len(scorable)
 
     def _check_limits(self, body: SearchRequest) -> None:
         limits = self._recipe.serve
@@ -296,6 +187,18 @@ class Ingress:
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         words = sum(len((item.text or "").split()) for item in items)
         return await asyncio.to_thread(embeddings_response, vectors, body, words)
+
+    @app.post("/v1/rerank", response_model_exclude_none=True)
+    async def rerank(self, body: RerankRequest, response: Response) -> RerankResponse:
+        """Documents by how well they match a query, in the shape of Jina and Cohere."""
+        info = await self._known()
+        count, limit = len(body.documents), self._recipe.serve.max_rerank
+        if not 0 < count <= limit:
+            raise DataError(f"documents has {count} entries; send at least one and at most {limit}")
+        item = await asyncio.to_thread(body.item)
+        results = await FineStage(self._backbone, tenant=_TENANT).documents(item, body)
+        response.headers["x-slq-fingerprint"] = info["fingerprint"]
+        return RerankResponse(results=results, model=body.model)
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -345,16 +248,7 @@ class Ingress:
     async def image(self, item_id: str) -> Response:
         """The image of an indexed item."""
         uri = await answer_of(self._index.uri_of.remote(item_id))
-        try:
-            data = await asyncio.to_thread(read_image, uri) if uri else None
-        except (DataError, StorageError) as error:
-            log.warning("image of item %r: %s", item_id, error)
-            data = None
-        if data is None:
-            message = f"item {item_id!r} has no image that can be read"
-            return JSONResponse(error_body(message, "not_found"), 404)
-        headers = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
-        return Response(data, media_type=content_type(data), headers=headers)
+        return await asyncio.to_thread(picture_of, item_id, uri)
 
     @app.get("/")
     async def page(self) -> HTMLResponse:

@@ -6,6 +6,7 @@ scale up, finds the same, or refuses to start.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -13,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from pipelines.corpus import fetch_image
+from pipelines.contents import Content
 from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
+from pipelines.serving.candidates import Candidates, Stored
 from pipelines.serving.pinned import Pinned
-from slq.errors import DataError, ServiceError, StorageError
-from slq.media import decode_image
+from slq.errors import DataError, ServiceError
+from slq.reranker import Ranked
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
@@ -109,36 +111,35 @@ class BackboneService:
                 raise result
         return results
 
-    async def score(
-        self, query: Item, uris: list[str | None], texts: list[str | None]
-    ) -> list[float | None]:
-        """Margins of candidates, given where their images lie and what their texts are.
+    async def rank(
+        self,
+        query: Item,
+        candidates: list[Stored | Content],
+        coarse_scores: list[float] | None = None,
+        *,
+        budget_s: float | None = None,
+        details: bool = False,
+        tenant: str = "",
+    ) -> list[Ranked]:
+        """The candidates in the order of the fine stage; arguments as `Reranker.rank`.
 
-        None stands for a candidate that cannot be read or scored: its file may be gone since it was indexed.
+        Candidates are read here, each just before its pass, and what cannot be read or scored is flagged and keeps its
+        coarse place. Time that the call waits for a free thread counts.
         """
-        return await asyncio.to_thread(self._score, query, uris, texts)
+        called = time.monotonic()
 
-    def _score(
-        self, query: Item, uris: list[str | None], texts: list[str | None]
-    ) -> list[float | None]:
-        margins: list[float | None] = [None] * len(uris)
-        candidates = {
-            number: candidate
-            for number, (uri, text) in enumerate(zip(uris, texts, strict=True))
-            if (candidate := candidate_of(uri, text)) is not None
-        }
-        if not candidates:
-            return margins
-        scored = each_alone(
-            lambda pairs: self._reranker.score(pairs).tolist(),
-            [(query, candidate) for candidate in candidates.values()],
-        )
-        for number, margin in zip(candidates, scored, strict=True):
-            if isinstance(margin, Exception):
-                log.warning("candidate %s cannot be scored: %s", uris[number], margin)
-            else:
-                margins[number] = margin
-        return margins
+        def run() -> list[Ranked]:
+            left = None if budget_s is None else budget_s - (time.monotonic() - called)
+            return self._reranker.rank(
+                query,
+                Candidates(candidates),
+                coarse_scores,
+                budget_s=left,
+                details=details,
+                tenant=tenant,
+            )
+
+        return await asyncio.to_thread(run)
 
     def describe(self) -> dict[str, Any]:
         """What `/info` says about the model."""
@@ -147,6 +148,7 @@ class BackboneService:
             "fingerprint": encoder.fingerprint,
             "dimension": encoder.dimension,
             "backbone": encoder.backbone.name,
+            "profile": self._reranker.profile.name,
             "framing": self._reranker.framing.name,
         }
 
@@ -154,13 +156,3 @@ class BackboneService:
         """Ray Serve replaces a replica whose model cannot embed a word any more."""
         if not np.isfinite(self._encoder.encode(["health"])).all():
             raise ServiceError("the backbone gives vectors that are not finite")
-
-
-def candidate_of(uri: str | None, text: str | None) -> Item | None:
-    """A stored item as the fine stage reads it, or None where its image cannot be read any more."""
-    try:
-        data = fetch_image(uri) if uri else None
-        return Item(text=text, image=decode_image(data) if data is not None else None)
-    except (DataError, StorageError) as error:
-        log.warning("candidate %s cannot be read: %s", uri, error)
-        return None

@@ -25,6 +25,7 @@ from PIL import Image
 from ray import serve
 from ray.serve.exceptions import BackPressureError
 
+from pipelines.contents import Content
 from pipelines.embed import embed
 from pipelines.index import index
 from pipelines.loading import encoder_of
@@ -53,7 +54,8 @@ from slq.errors import (
     ServiceError,
     UnavailableError,
 )
-from slq.index import Content, IndexConfig, VectorIndex, write_version
+from slq.index import Content as Vectors
+from slq.index import IndexConfig, VectorIndex, write_version
 from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.schema import Item
@@ -201,7 +203,7 @@ def test_a_replica_finds_the_index_version_that_the_service_is_on(
     start_of_service = pinned(moved)
     vector = vector_column(np.eye(1, 64, dtype=np.float16))
     rows = pa.table({"id": ["x"], "embedding": vector, "text": ["x"], "content_hash": ["x"]})
-    write_version(tmp_path / "index", Content([Given(rows)], 64, "other"), IndexConfig())
+    write_version(tmp_path / "index", Vectors([Given(rows)], 64, "other"), IndexConfig())
     replica = IndexSearch(moved.model_dump(mode="json"), start_of_service, Recorder("a"))
     assert asyncio.run(replica.describe())["index_version"] == "v000001"
     for wrong in (Pinned("0" * 64, "v000001"), Pinned(start_of_service.fingerprint, "v000002")):
@@ -336,6 +338,20 @@ def test_an_input_that_the_model_raises_for_fails_alone_in_its_pass(
         asyncio.run(service.embed([shared[1]]))
 
 
+def test_what_is_kept_of_one_tenants_candidates_is_not_anothers(
+    recipe: Recipe, corpus: dict[str, dict[str, Any]]
+) -> None:
+    keeping = changed(recipe, serve={"vision_cache_bytes": 2**24})
+    service = BackboneService.func_or_class(keeping.model_dump(mode="json"), pinned(recipe))
+    sent = [Content(image=base64.b64encode(corpus["test-00003"]["image"]).decode())]
+    passes = []
+    for tenant in ("a", "a", "b"):
+        (ranked,) = asyncio.run(service.rank(Item(text=QUERY), sent, tenant=tenant))
+        assert ranked.fine_score is not None
+        passes.append(service._reranker.counts.vision_passes)
+    assert passes == [1, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("report", "cause"),
     [
@@ -452,6 +468,16 @@ def test_coarse_search_equals_encoder_and_index(
     assert (found["reranked"], found["degraded"]) == (0, False)
 
 
+def item_of(row: dict[str, Any]) -> Item:
+    return Item(text=row["text"], image=row["image"] and decode_image(row["image"]))
+
+
+def placed_by_hand(coarse: list[str], margins: dict[str, float]) -> list[str]:
+    """Whoever has a margin takes, by margin, the places that those with one have; the others stay."""
+    best_first = iter(sorted(margins, key=lambda name: -margins[name]))
+    return [next(best_first) if name in margins else name for name in coarse]
+
+
 @pytest.mark.parametrize("top_k", [3, 8])
 def test_fine_search_orders_the_best_candidates_by_margin(
     service: httpx.Client,
@@ -462,13 +488,12 @@ def test_fine_search_orders_the_best_candidates_by_margin(
 ) -> None:
     found = search(service, query={"text": QUERY}, top_k=top_k, mode="fine")
     hits = VectorIndex(recipe.storage.index).search(encoder.encode([QUERY]), max(top_k, DEPTH))[0]
-    pictures = {hit.id: corpus[hit.id]["image"] for hit in hits[:DEPTH]}
-    scored = [name for name, data in pictures.items() if data is not None]
+    scored = [hit.id for hit in hits[:DEPTH] if hit.id != REPLACED]
+    assert TEXT_ONLY in scored  # a text against a text
     reranker = Reranker(encoder.backbone, framing=recipe.rerank.framing)
-    pairs = [(Item(text=QUERY), Item(image=decode_image(pictures[name]))) for name in scored]
+    pairs = [(Item(text=QUERY), item_of(corpus[name])) for name in scored]
     margins = dict(zip(scored, reranker.score(pairs).tolist(), strict=True))
-    block = sorted(scored, key=lambda name: -margins[name])
-    expected = (block + [hit.id for hit in hits if hit.id not in margins])[:top_k]
+    expected = placed_by_hand([hit.id for hit in hits], margins)[:top_k]
     assert [result["id"] for result in found["results"]] == expected
     assert found["reranked"] == len(scored)
     coarse = {hit.id: hit.score for hit in hits}
@@ -478,28 +503,126 @@ def test_fine_search_orders_the_best_candidates_by_margin(
             assert result["fine_score"] == pytest.approx(margins[result["id"]], abs=1e-3)
         else:
             assert result["fine_score"] is None
+        assert result["explanation"] is None
+
+
+def test_images_are_scored_against_images_and_texts_and_explained(
+    service: httpx.Client, encoder: Encoder, recipe: Recipe, corpus: dict[str, dict[str, Any]]
+) -> None:
+    """The vector brings the text among the candidates; the fine stage sees the query's image and text."""
+    picture = corpus["test-00003"]["image"]
+    query = {
+        "embedding": encoder.encode([QUERY])[0].tolist(),
+        "image": base64.b64encode(picture).decode(),
+        "text": QUERY,
+    }
+    found = search(service, query=query, top_k=6, rerank_k=6, mode="auto", explain=True)
+    scored = {r["id"]: r for r in found["results"] if r["fine_score"] is not None}
+    assert {TEXT_ONLY} < scored.keys() == {r["id"] for r in found["results"]} - {REPLACED}
+    asked = Item(text=QUERY, image=decode_image(picture))
+    pairs = [(asked, item_of(corpus[name])) for name in scored]
+    readings = Reranker(encoder.backbone, framing=recipe.rerank.framing).read(pairs)
+    for name, reading in zip(scored, readings, strict=True):
+        told = scored[name]["explanation"]
+        assert scored[name]["fine_score"] == told["margin"]
+        assert told["margin"] == pytest.approx(reading.margin, abs=1e-3)
+        assert told["probability"] == pytest.approx(1 / (1 + np.exp(-reading.margin)), abs=1e-3)
+        assert told["label_mass"] == pytest.approx(reading.label_mass, abs=1e-4)
+        assert told["entropy"] == pytest.approx(reading.entropy, abs=1e-3)
+        assert told["is_doubtful"] is (told["label_mass"] < 0.5)
+    assert len({told["fine_score"] for told in scored.values()}) > 1
 
 
 def test_a_candidate_that_cannot_be_read_keeps_its_coarse_place_and_is_told(
-    service: httpx.Client, encoder: Encoder, corpus: dict[str, dict[str, Any]]
+    service: httpx.Client, encoder: Encoder, recipe: Recipe, corpus: dict[str, dict[str, Any]]
 ) -> None:
     twin = corpus["test-00001"]["image"]  # what the lost file held when it was indexed
     query = {"embedding": encoder.encode([{"image": twin}])[0].tolist(), "text": QUERY}
     coarse = [r["id"] for r in search(service, query=query, top_k=9, mode="coarse")["results"]]
     assert REPLACED in coarse[:2]
     found = search(service, query=query, top_k=9, rerank_k=6, mode="fine")
-    assert found["degraded"] is True
-    scored = [r["id"] for r in found["results"] if r["fine_score"] is not None]
-    assert set(scored) == set(coarse[:6]) - {REPLACED, TEXT_ONLY}
+    assert (found["degraded"], found["degraded_reasons"]) == (True, ["candidates"])
+    scored = [name for name in coarse[:6] if name != REPLACED]
+    pairs = [(Item(text=QUERY), item_of(corpus[name])) for name in scored]
+    reranker = Reranker(encoder.backbone, framing=recipe.rerank.framing)
+    margins = dict(zip(scored, reranker.score(pairs).tolist(), strict=True))
+    expected = placed_by_hand(coarse, margins)
+    assert [r["id"] for r in found["results"]] == expected
+    assert expected.index(REPLACED) == coarse.index(REPLACED)
     assert found["reranked"] == len(scored)
-    rest = [name for name in coarse if name not in scored]
-    assert [r["id"] for r in found["results"]] == scored + rest
+    problems = {r["id"]: r["problem"] for r in found["results"] if r["problem"] is not None}
+    assert problems == {REPLACED: "the file is none of JPEG, PNG, WEBP"}
+
+
+@pytest.mark.parametrize("mode", ["auto", "fine"])
+def test_a_budget_of_nothing_gives_the_coarse_order_and_says_so(
+    service: httpx.Client, mode: str
+) -> None:
+    coarse = search(service, query={"text": QUERY}, top_k=7, mode="coarse")
+    found = search(service, query={"text": QUERY}, top_k=7, mode=mode, budget_ms=0)
+    assert [r["id"] for r in found["results"]] == [r["id"] for r in coarse["results"]]
+    assert all(r["fine_score"] is None and r["problem"] is None for r in found["results"])
+    assert (found["reranked"], found["degraded_reasons"]) == (0, ["budget"])
+    assert found["degraded"] is True
+    assert (coarse["degraded"], coarse["degraded_reasons"]) == (False, [])
+
+
+def test_a_budget_that_suffices_changes_nothing(service: httpx.Client) -> None:
+    plain = search(service, query={"text": QUERY}, top_k=7, mode="fine")
+    found = search(service, query={"text": QUERY}, top_k=7, mode="fine", budget_ms=3_600_000)
+    assert [r["id"] for r in found["results"]] == [r["id"] for r in plain["results"]]
+    assert found["reranked"] == plain["reranked"] > 0
+    assert "budget" not in found["degraded_reasons"]
 
 
 def test_the_fine_stage_scores_as_many_as_asked(service: httpx.Client) -> None:
     found = search(service, query={"text": QUERY}, top_k=10, rerank_k=9, mode="fine")
-    assert found["reranked"] in (7, 8, 9)  # the text and the lost image may stand among the nine
+    assert found["reranked"] in (8, 9)  # the lost image may stand among the nine
     assert sum(result["fine_score"] is not None for result in found["results"]) == found["reranked"]
+
+
+def test_documents_that_are_sent_are_reranked_as_other_services_do(
+    service: httpx.Client, encoder: Encoder, recipe: Recipe, corpus: dict[str, dict[str, Any]]
+) -> None:
+    pictures = [base64.b64encode(corpus[f"test-0000{n}"]["image"]).decode() for n in (2, 3, 4)]
+    body = {
+        "model": "slq",
+        "query": QUERY,
+        "documents": [
+            {"image": f"data:image/png;base64,{pictures[0]}"},
+            QUERY,
+            {"image": "http://127.0.0.1/a.png"},
+            {"text": "two cats", "image": pictures[1]},
+            {"image": pictures[2]},
+        ],
+    }
+    answer = service.post("/v1/rerank", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == "slq"
+    results = answer.json()["results"]
+    images = [decode_image(base64.b64decode(data)) for data in pictures]
+    items = {
+        0: Item(image=images[0]),
+        1: Item(text=QUERY),
+        3: Item(text="two cats", image=images[1]),
+        4: Item(image=images[2]),
+    }
+    reranker = Reranker(encoder.backbone, framing=recipe.rerank.framing)
+    scores = reranker.score([(Item(text=QUERY), item) for item in items.values()]).tolist()
+    margins = dict(zip(items, scores, strict=True))
+    assert [one["index"] for one in results] == [*sorted(margins, key=lambda n: -margins[n]), 2]
+    for one in results[:4]:
+        assert set(one) == {"index", "relevance_score"}
+        expected = 1 / (1 + np.exp(-margins[one["index"]]))
+        assert one["relevance_score"] == pytest.approx(expected, abs=1e-4)
+    assert results[4]["relevance_score"] == 0
+    assert "image URLs are not fetched" in results[4]["problem"]
+    short = {**body, "top_n": 2, "return_documents": True}
+    best = service.post("/v1/rerank", json=short).json()["results"]
+    assert [one["index"] for one in best] == [one["index"] for one in results[:2]]
+    for one in best:
+        given = body["documents"][one["index"]]
+        assert one["document"] == ({"text": given} if isinstance(given, str) else given)
 
 
 def test_the_length_of_a_given_vector_changes_nothing(
@@ -654,6 +777,8 @@ def test_another_endpoint_on_a_cluster_that_serves_already_is_refused(
         ({"query": {"text": "x"}, "mode": "best"}, "mode"),
         ({"query": {"embedding": [1.0, 2.0]}}, "query.embedding has 2 values; this index has"),
         ({"query": {"text": "x" * 200_000}}, "at most 100000"),
+        ({"query": {"text": "x"}, "budget_ms": -1}, "budget_ms"),
+        ({"query": {"text": "x"}, "explain": "why"}, "explain"),
         ({}, "query"),
     ],
 )
@@ -679,6 +804,24 @@ def test_embeddings_that_cannot_be_made_are_a_400(
     service: httpx.Client, body: dict[str, Any]
 ) -> None:
     assert refusal(service.post("/v1/embeddings", json=body), 400)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"query": "x", "documents": []}, "documents has 0 entries; send at least one"),
+        ({"query": "x", "documents": ["y"] * 11}, "at most 10"),
+        ({"query": "", "documents": ["y"]}, "neither an image nor a text"),
+        ({"query": {"image": "no base64!"}, "documents": ["y"]}, "not valid base64"),
+        ({"query": "x", "documents": ["y"], "top_n": 0}, "top_n"),
+        ({"query": "x", "documents": ["y"], "topn": 1}, "topn"),
+        ({"query": "x"}, "documents"),
+    ],
+)
+def test_documents_that_cannot_be_reranked_are_a_400(
+    service: httpx.Client, body: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(service.post("/v1/rerank", json=body), 400)
 
 
 def test_a_fine_search_without_anything_to_score_is_refused_not_ignored(

@@ -2,17 +2,22 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluate import embed_part
+from pipelines.benchmark import load_benchmark
+from pipelines.evaluate import embed_part, score_part
 from pipelines.loading import backbone_of, encoder_of, scoring_backbone, untrained_adapter
+from pipelines.ranking import Scores, run_table
 from pipelines.recipe import Recipe
 from slq.artifacts import save_adapter
 from slq.encoder import Encoder
+from slq.reranker import Reranker
+from slq.reranking.profiles import PROFILES
 from slq.schema import Item
 from tests.integration.runs import changed
 
@@ -52,10 +57,38 @@ def test_the_fine_stage_scores_with_frozen_weights(tiny_run: Recipe, tmp_path: P
     assert scoring_backbone(recipe, plain) is plain.backbone
 
 
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_an_evaluation_orders_as_a_reranker_does_query_by_query(
+    tiny_run: Recipe, profile: str
+) -> None:
+    recipe = changed(tiny_run, rerank={"profile": profile, "framing": None})
+    whole = load_benchmark(recipe)
+    few = replace(whole, queries=whole.queries[:6], relevant=whole.relevant[:6])
+    coarse = np.random.default_rng(0).random(few.relevant.shape).astype(np.float32)
+    best = np.argsort(-coarse, axis=1)[:, :5]
+    readings = score_part(recipe.model_dump_json(), few.queries, few.items, best)
+    scores = Scores(coarse).scored(best, readings, PROFILES[profile])
+    rows = run_table(few, scores, depth=8).to_pylist()
+    reranker = Reranker(backbone_of(recipe), profile=profile)
+    for q, query in enumerate(few.queries):
+        ranked = reranker.rank(query, few.items, coarse[q].tolist(), depth=5)[:8]
+        told = rows[8 * q : 8 * (q + 1)]
+        assert [row["item_id"] for row in told] == [few.items[one.index].id for one in ranked]
+        for row, one in zip(told, ranked, strict=True):
+            fine = one.fine_score
+            expected = None if fine is None else pytest.approx(fine, abs=1e-4)
+            assert row["fine_score"] == expected
+    by_coarse = np.take_along_axis(coarse, best, axis=1)
+    for q in range(len(few.queries)):
+        assert [row["score"] for row in rows[8 * q : 8 * q + 5]] == by_coarse[q].tolist()
+
+
 PASSES = """
 import resource
 from pipelines.loading import keep_freed_memory
 from slq.encoder import Encoder
+from slq.reranker import Reranker
+from slq.reranking.profiles import PROFILES
 from slq.backbones import load_backbone
 if {kept}:
     keep_freed_memory()

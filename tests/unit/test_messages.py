@@ -10,19 +10,19 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from pipelines.contents import Content, SearchQuery, decode_base64, vector_of
 from pipelines.messages import (
-    Content,
     EmbeddingsRequest,
+    Explanation,
     IndexRequest,
-    SearchQuery,
+    RerankRequest,
     SearchRequest,
     SearchResponse,
-    decode_base64,
     embeddings_response,
     error_body,
-    vector_of,
 )
 from slq.errors import DataError, MediaError
+from slq.reranking.profiles import Reading
 
 
 def png() -> bytes:
@@ -96,6 +96,8 @@ def test_an_empty_content_is_a_data_error(content: dict[str, str]) -> None:
         (EmbeddingsRequest, {"input": "x", "modle": "slq"}),
         (EmbeddingsRequest, {"input": {"text": "x", "url": "y"}}),
         (EmbeddingsRequest, {"input": ["x", {"txt": "y"}]}),
+        (RerankRequest, {"query": "x", "documents": ["y"], "top_k": 3}),
+        (RerankRequest, {"query": "x", "documents": [{"txt": "y"}]}),
     ],
 )
 def test_unknown_fields_are_refused(model: type[SearchRequest], body: dict[str, object]) -> None:
@@ -111,12 +113,63 @@ def test_unknown_fields_are_refused(model: type[SearchRequest], body: dict[str, 
         {"query": {"text": "x"}, "top_k": "many"},
         {"query": {"text": "x"}, "mode": "best"},
         {"query": {"text": "x"}, "rerank_k": -1},
+        {"query": {"text": "x"}, "budget_ms": -1},
+        {"query": {"text": "x"}, "budget_ms": float("nan")},
+        {"query": {"text": "x"}, "budget_ms": float("inf")},
+        {"query": {"text": "x"}, "budget_ms": "soon"},
+        {"query": {"text": "x"}, "explain": "why"},
         {"query": "x"},
     ],
 )
 def test_bad_values_are_refused(body: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         SearchRequest.model_validate(body)
+
+
+@pytest.mark.parametrize("budget_ms", [0, 0.5, 1500, None])
+def test_a_budget_is_milliseconds_from_nothing_on_or_absent(budget_ms: float | None) -> None:
+    request = SearchRequest.model_validate({"query": {"text": "x"}, "budget_ms": budget_ms})
+    assert request.budget_ms == budget_ms
+    assert SearchRequest.model_validate({"query": {"text": "x"}}).budget_ms is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"query": "x"},
+        {"documents": ["x"]},
+        {"query": "x", "documents": "y"},
+        {"query": "x", "documents": [1]},
+        {"query": "x", "documents": ["y"], "top_n": 0},
+        {"query": ["x"], "documents": ["y"]},
+    ],
+)
+def test_bad_values_of_a_rerank_request_are_refused(body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        RerankRequest.model_validate(body)
+
+
+def test_documents_and_query_are_texts_images_or_both_and_no_document_is_decoded() -> None:
+    request = RerankRequest.model_validate(
+        {
+            "query": {"text": "a", "image": PLAIN},
+            "documents": ["b", {"image": PLAIN}, {"text": "c", "image": "no base64!"}],
+        }
+    )
+    assert request.item().modality == "image+text"
+    first, second, third = request.contents()
+    assert (first.item().text, second.item().modality) == ("b", "image")
+    with pytest.raises(MediaError):
+        third.item()
+
+
+def test_an_explanation_tells_what_was_read() -> None:
+    found = Explanation.model_validate(Reading(0.0, 0.25, 1.5, 12)).model_dump()
+    assert found == {
+        "margin": 0.0, "probability": 0.5, "label_mass": 0.25, "entropy": 1.5, "is_doubtful": True,
+    }  # fmt: skip
+    with pytest.raises(ValidationError, match="label_mass"):
+        Explanation.model_validate(Reading(0.0))  # of the labels alone
 
 
 def test_both_encodings_of_embeddings_hold_the_same_numbers() -> None:
@@ -190,7 +243,7 @@ def test_errors_have_the_shape_that_openai_clients_read() -> None:
 
 
 def test_the_examples_in_the_documentation_are_valid() -> None:
-    for model in (SearchRequest, EmbeddingsRequest):
+    for model in (SearchRequest, EmbeddingsRequest, RerankRequest):
         model.model_validate(model.model_json_schema()["example"])
     assert "timings_ms" in SearchResponse.model_json_schema()["properties"]
 

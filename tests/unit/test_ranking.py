@@ -1,13 +1,18 @@
-"""What an index gives as scores: ranks, run files, and how much of the exact ranking is kept."""
+"""Rankings and run files: what an index gives, and how the fine stage orders, by brute force over all orders."""
+
+import itertools
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipelines.benchmark import Benchmark
-from pipelines.ranking import Scores, run_table, shared_best, summarise
+from pipelines.ranking import Scores, placed, run_table, shared_best, summarise
 from pipelines.recipe import Recipe
 from slq.errors import DataError
 from slq.index import Hit
+from slq.metrics import pessimistic_order
+from slq.reranking.profiles import PROFILES, Reading
 from slq.schema import Item
 from tests.integration.runs import changed
 
@@ -46,8 +51,134 @@ def test_an_item_that_is_not_in_the_gallery_is_named() -> None:
 
 def test_what_is_kept_of_the_exact_ranking_is_counted() -> None:
     coarse = np.array([[0.5, 0.1, 0.9, 0.2], [0.1, 0.2, 0.7, 0.8]], np.float32)
-    exact, found = Scores.of_similarities(coarse), Scores.of_hits(BENCHMARK, FOUND)
+    exact, found = Scores(coarse), Scores.of_hits(BENCHMARK, FOUND)
     assert shared_best(exact, found, 1) == 1.0
     assert shared_best(exact, found, 2) == 0.75  # i2 of the second query is missing
     assert shared_best(exact, exact, 9) == 1.0
     assert shared_best(exact, Scores.of_hits(BENCHMARK, [[], []]), 2) == 0.0
+
+
+DEFAULT, COMPAT = PROFILES["default"], PROFILES["compat"]
+
+
+def said(margin: float, hundredths: int = 0, entropy: float = 0.0) -> Reading:
+    return Reading(margin, 1.0, entropy, hundredths)
+
+
+def only_order(
+    coarse: NDArray[np.float32], readings: dict[int, Reading], profile: str, first: list[int]
+) -> list[int]:
+    """The one order, of all there are, in which whoever is not scored has its coarse place and no two others stand
+    the wrong way round; `first` says who comes first of equals."""
+
+    def is_before(a: int, b: int) -> bool:
+        x, y = readings[a], readings[b]
+        mine, other = (
+            (x.margin, y.margin)
+            if profile == "default"
+            else ((x.hundredths, -float(x.entropy or 0)), (y.hundredths, -float(y.entropy or 0)))
+        )
+        if mine != other:
+            return mine > other
+        if coarse[a] != coarse[b]:
+            return bool(coarse[a] > coarse[b])
+        return first.index(a) < first.index(b)
+
+    by_coarse = sorted(first, key=lambda i: -coarse[i])  # stable
+    fitting = [
+        order
+        for order in itertools.permutations(range(len(coarse)))
+        if all(order[n] == i for n, i in enumerate(by_coarse) if i not in readings)
+        and all(
+            is_before(a, b)
+            for a, b in itertools.combinations([i for i in order if i in readings], 2)
+        )
+    ]
+    assert len(fitting) == 1
+    return list(fitting[0])
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_places_are_those_of_the_only_order_that_fits(seed: int, profile: str) -> None:
+    """Few different values, so that each rule has to break ties."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice([0.1, 0.2, 0.3], (2, 5)).astype(np.float32)
+    relevant = rng.random((2, 5)) < 0.5
+    readings = [
+        {
+            i: said(*rng.choice([-1.0, 2.0], 1), int(rng.choice([7, 8])), rng.choice([0.1, 0.2]))
+            for i in range(5)
+            if rng.random() < 0.6
+        }
+        for _ in range(2)
+    ]
+    scores = Scores(coarse, readings, PROFILES[profile])
+    plain = placed(scores, np.argsort(-coarse, axis=1, kind="stable"))
+    wary = placed(scores, pessimistic_order(coarse, relevant))
+    for q in range(2):
+        assert plain[q].tolist() == only_order(coarse[q], readings[q], profile, [*range(5)])
+        wrong_first = sorted(range(5), key=lambda i: bool(relevant[q, i]))
+        assert wary[q].tolist() == only_order(coarse[q], readings[q], profile, wrong_first)
+
+
+def test_where_the_best_are_scored_they_stand_by_margin_above_the_rest() -> None:
+    """The former rule, written out: margins, and below the lowest of them the similarities of the others."""
+    rng = np.random.default_rng(3)
+    coarse = rng.random((20, 30)).astype(np.float32)
+    best = np.argsort(-coarse, axis=1)[:, :6]
+    margins = rng.normal(size=best.shape).astype(np.float32)
+    fine = np.full_like(coarse, np.nan)
+    np.put_along_axis(fine, best, margins, axis=1)
+    former = np.where(np.isnan(fine), margins.min(axis=1, keepdims=True) - 3 + coarse, fine)
+    readings = [[Reading(float(margin)) for margin in row] for row in margins]
+    found = Scores(coarse).scored(best, readings, DEFAULT)
+    order = placed(found, np.argsort(-coarse, axis=1))
+    np.testing.assert_array_equal(order, np.argsort(-former, axis=1))
+
+
+def test_a_margin_that_is_not_finite_leaves_an_item_at_its_coarse_place() -> None:
+    coarse = np.array([[0.9, 0.8, 0.7, 0.6]], np.float32)
+    best = np.array([[0, 1, 2]])
+    found = Scores(coarse).scored(best, [[said(1.0), said(float("nan")), said(2.0)]], DEFAULT)
+    assert placed(found, np.array([[0, 1, 2, 3]])).tolist() == [[2, 1, 0, 3]]
+
+
+@pytest.mark.parametrize(("profile", "first"), [("default", "i3"), ("compat", "i1")])
+def test_run_files_tell_the_profiles_order_in_scores_that_sort_into_it(
+    profile: str, first: str
+) -> None:
+    coarse = np.array([[0.5, 0.5, 0.5, 0.5], [0.4, 0.3, 0.2, 0.1]], np.float32)
+    readings: list[dict[int, Reading]] = [
+        {0: said(1.0, 9, 0.7), 1: said(0.0, 9, 0.2), 3: said(2.0, 8, 0.1)},
+        {},
+    ]
+    table = run_table(BENCHMARK, Scores(coarse, readings, PROFILES[profile]), depth=4)
+    rows = table.to_pylist()
+    ours, others = rows[:4], rows[4:]
+    assert (ours[0]["item_id"], ours[2]["item_id"]) == (first, "i2")  # i2 keeps its place
+    by_score = sorted(ours, key=lambda row: (-row["score"], row["item_id"]))
+    assert by_score == ours  # whatever a reader does with equal scores
+    assert len({row["score"] for row in ours}) == 4
+    assert ours[0]["score"] == 0.5
+    assert ours[3]["score"] == pytest.approx(0.5, abs=1e-6)
+    assert [row["coarse_score"] for row in ours] == [0.5] * 4
+    wanted = {
+        "default": {"i0": 1.0, "i1": 0.0, "i3": 2.0},
+        "compat": {"i0": 0.09, "i1": 0.09, "i3": 0.08},
+    }
+    for row in ours:
+        fine = wanted[profile].get(row["item_id"])
+        assert row["fine_score"] == (None if fine is None else pytest.approx(fine))
+    assert [row["score"] for row in others] == coarse[1].tolist()
+
+
+def test_ties_of_all_rules_count_against_the_fine_stage_too() -> None:
+    coarse = np.array([[0.5, 0.5, 0.1, 0.1], [0.9, 0.1, 0.1, 0.1]], np.float32)
+    readings = [{0: said(1.0), 1: said(1.0)}, {0: said(1.0)}]
+    recipe = changed(Recipe(), eval={"ks": (1, 2)})
+    found = {"slq_fine": Scores(coarse, readings, DEFAULT)}
+    report = summarise(recipe, BENCHMARK, found)["systems"]["slq_fine"]
+    assert list(report) == ["text_to_image"]
+    assert report["text_to_image"]["all"]["hit@1"] == 0.0  # i0 is right, and i1 as good
+    assert report["text_to_image"]["all"]["hit@2"] == 0.5

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -350,6 +350,49 @@ def test_what_all_candidates_share_is_not_taken_for_the_cost_of_each(
     assert [one.fine_score is None for one in ranked].count(True) == 0
     stopped = Reranker(backbone).rank(picture(2, 2), texts, budget_s=25.0)
     assert [one.fine_score is None for one in stopped].count(True) == 9
+
+
+class Slow(Sequence[Any]):
+    """Candidates that take a second each to be read; those in `lost` cannot be."""
+
+    def __init__(self, clock: Clock, items: list[Item], lost: frozenset[int]) -> None:
+        self.clock, self.items, self.lost = clock, items, lost
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: Any) -> Any:
+        self.asked.append(number)
+        self.clock.now += 1
+        if number in self.lost:
+            raise DataError("gone")
+        return self.items[number]
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "asked"), [(0.0, 0), (0.5, 1), (3.9, 3), (11.9, 3), (12.0, 6)]
+)
+def test_candidates_are_read_just_before_their_pass_and_it_counts(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, budget_s: float, asked: int
+) -> None:
+    """Two seconds for each, of which one is reading."""
+    slow = Slow(Clock(backbone, monkeypatch), candidates(), frozenset())
+    ranked = Reranker(backbone).rank(RED, slow, COARSE, budget_s=budget_s)
+    assert slow.asked == BY_COARSE[:asked]
+    assert {one.index for one in ranked if one.fine_score is not None} == {*BY_COARSE[:asked]}
+
+
+def test_a_first_candidate_that_cannot_be_read_makes_no_others_look_dear(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass that opens the image of the query costs twenty seconds, and the first candidate has no pass."""
+    clock = Clock(backbone, monkeypatch, opening=20.0)
+    texts = [Item(text=f"{RED} {n}") for n in range(6)]
+    slow = Slow(clock, texts, frozenset({0}))
+    ranked = Reranker(backbone).rank(picture(2, 2), slow, budget_s=60.0)
+    assert [one.problem for one in ranked] == ["gone", *[None] * 5]
+    assert sum(one.fine_score is not None for one in ranked) == 5
 
 
 def test_a_budget_that_suffices_changes_no_score(backbone: Backbone) -> None:

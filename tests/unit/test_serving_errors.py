@@ -7,7 +7,7 @@ import pytest
 from fastapi import Request
 from ray.exceptions import RayTaskError
 
-from pipelines.serving.ingress import _on_error
+from pipelines.serving.faults import on_error
 from slq.errors import (
     ArtifactError,
     ArtifactMismatchError,
@@ -48,7 +48,7 @@ def test_a_failure_is_told_in_the_error_shape(
     error: Exception, status: int, kind: str, message: str, *, is_remote: bool
 ) -> None:
     raised = RayTaskError("search", "a traceback", error) if is_remote else error
-    answer = asyncio.run(_on_error(Request({"type": "http"}), raised))
+    answer = asyncio.run(on_error(Request({"type": "http"}), raised))
     said = json.loads(bytes(answer.body))["error"]
     assert (answer.status_code, said["type"]) == (status, kind)
     assert message in said["message"]

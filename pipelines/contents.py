@@ -1,0 +1,93 @@
+"""What bodies of the HTTP service hold: texts, images as bytes, and vectors."""
+
+import base64
+import binascii
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from slq.errors import DataError, MediaError
+from slq.media import decode_image, sanitise_text
+from slq.schema import Item
+
+
+class Message(BaseModel):
+    """Base of all bodies; unknown fields are errors, so a typo never passes in silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Content(Message):
+    """A text, an image, or both."""
+
+    text: str | None = None
+    image: str | None = Field(default=None, description="data:image/...;base64,... or plain base64")
+
+    def item(self) -> Item:
+        """The decoded item.
+
+        Raises:
+            DataError: Neither text nor image is there, or the image cannot be used.
+        """
+        image = decode_image(decode_base64(self.image)) if self.image else None
+        return Item(text=_clean(self.text), image=image)
+
+
+def _clean(text: str | None) -> str | None:
+    """Refuse texts that the encoder would refuse, before they share a batch with other requests."""
+    return sanitise_text(text, ()) if text and text.strip() else text
+
+
+class SearchQuery(Content):
+    """What to search for; an `embedding` replaces text and image."""
+
+    embedding: list[float] | None = None
+
+
+def as_content(value: str | Content) -> Content:
+    """A text as the content that it is."""
+    return Content(text=value) if isinstance(value, str) else value
+
+
+def decode_base64(text: str) -> bytes:
+    """Bytes of a data URI or plain base64.
+
+    Raises:
+        MediaError: It is neither; links are not fetched.
+    """
+    payload = text
+    if text.startswith("data:"):
+        header, _, payload = text.partition(",")
+        if ";base64" not in header:
+            raise MediaError("bad_data_uri", "the image's data URI must be base64")
+    elif "://" in text[:12]:
+        raise MediaError("url_refused", "image URLs are not fetched; send the bytes as a data URI")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise MediaError("bad_base64", "the image is not valid base64") from None
+
+
+def vector_of(query: SearchQuery, dimension: int) -> NDArray[np.float32] | None:
+    """The query's own embedding as a (dimension,) float32 unit vector, or None.
+
+    Raises:
+        DataError: It has the wrong length, no direction, or a value that is not a finite float32.
+    """
+    if query.embedding is None:
+        return None
+    if len(query.embedding) != dimension:
+        raise DataError(
+            f"query.embedding has {len(query.embedding)} values; this index has {dimension}"
+        )
+    with np.errstate(over="ignore"):  # 1e39 becomes infinity, which is refused below
+        vector = np.asarray(query.embedding, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise DataError("query.embedding holds NaN, infinity or a value too large for float32")
+    wide = vector.astype(np.float64)  # squares of large float32 values overflow float32
+    norm = np.linalg.norm(wide)
+    if not norm > 0:
+        raise DataError("query.embedding has norm 0; it must point somewhere")
+    unit: NDArray[np.float32] = (wide / norm).astype(np.float32)
+    return unit

@@ -1,0 +1,130 @@
+"""The fine stage as a request asks for it: what is scored in the time that is left, and what is told of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.contents import Content, as_content
+from pipelines.messages import (
+    DegradedReason,
+    Explanation,
+    RerankRequest,
+    RerankResult,
+    SearchResult,
+)
+from pipelines.serving.calls import answer_of
+from pipelines.serving.candidates import Stored
+from pipelines.serving.index_service import Found
+from slq.reranker import Ranked
+from slq.schema import Item
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the fine stage made of the hits of a search.
+
+    Attributes:
+        results: All hits, in order.
+        reranked: How many were scored.
+        reasons: Why some that should have been were not.
+    """
+
+    results: list[SearchResult]
+    reranked: int
+    reasons: list[DegradedReason]
+
+
+@dataclass(frozen=True, slots=True)
+class FineStage:
+    """The fine stage, for one request.
+
+    Attributes:
+        backbone: Scores.
+        budget_s: Seconds that are left of the request's time; None is for as long as it takes.
+        explain: Whether to tell what the model was about to say.
+        tenant: Whose request it is.
+    """
+
+    backbone: DeploymentHandle
+    budget_s: float | None = None
+    explain: bool = False
+    tenant: str = ""
+
+    async def search(self, query: Item | None, found: Found, depth: int) -> Outcome:
+        """The hits in the order of the fine stage.
+
+        Args:
+            query: What is searched for; None where only its vector is known, which the fine stage cannot read.
+            found: What the index gave.
+            depth: Hits to score, the best by coarse score; 0 scores none.
+        """
+        results = [
+            SearchResult(
+                id=hit.id, score=hit.score, coarse_score=hit.score, uri=row["uri"], text=row["text"]
+            )
+            for hit, row in zip(found.hits, found.rows, strict=True)
+        ]
+        if query is None or not results[:depth]:
+            return Outcome(results, 0, [])
+        if self.budget_s is not None and self.budget_s <= 0:
+            return Outcome(results, 0, ["budget"])
+        ranked = await self._ranked(
+            query,
+            [Stored.of_row(row) for row in found.rows[:depth]],
+            [hit.score for hit in found.hits[:depth]],
+        )
+        placed = [self._told(results[one.index], one) for one in ranked]
+        num_scored = sum(one.reading is not None for one in ranked)
+        return Outcome(placed + results[depth:], num_scored, _reasons(ranked))
+
+    async def documents(self, query: Item, body: RerankRequest) -> list[RerankResult]:
+        """The documents of a request, the best first.
+
+        One with a problem has no coarse place that it could keep, so it comes after those that were scored.
+        """
+        ranked = await self._ranked(query, body.contents(), None)
+        ranked.sort(key=lambda one: one.reading is None)
+        return [
+            RerankResult(
+                index=one.index,
+                relevance_score=0.0 if one.reading is None else one.reading.probability,
+                document=as_content(body.documents[one.index]) if body.return_documents else None,
+                problem=one.problem,
+            )
+            for one in ranked[: body.top_n]
+        ]
+
+    async def _ranked(
+        self, query: Item, candidates: Sequence[Stored | Content], coarse: list[float] | None
+    ) -> list[Ranked]:
+        call = self.backbone.rank.remote(
+            query,
+            list(candidates),
+            coarse,
+            budget_s=self.budget_s,
+            details=self.explain,
+            tenant=self.tenant,
+        )
+        ranked: list[Ranked] = await answer_of(call)
+        return ranked
+
+    def _told(self, result: SearchResult, one: Ranked) -> SearchResult:
+        if one.reading is None or one.fine_score is None:
+            return result.model_copy(update={"problem": one.problem})
+        said = {"score": one.fine_score, "fine_score": one.fine_score}
+        if not self.explain:
+            return result.model_copy(update=said)
+        explanation = Explanation.model_validate(one.reading)
+        return result.model_copy(update={**said, "explanation": explanation})
+
+
+def _reasons(ranked: Sequence[Ranked]) -> list[DegradedReason]:
+    """Why candidates that should have been scored were not."""
+    left = [one.problem for one in ranked if one.reading is None]
+    reasons: list[DegradedReason] = []
+    if any(problem is not None for problem in left):
+        reasons.append("candidates")
+    if any(problem is None for problem in left):
+        reasons.append("budget")
+    return reasons
