@@ -5,23 +5,32 @@ from dataclasses import dataclass
 
 from slq.errors import ConfigError
 
+LEAST_LABEL_MASS = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What the model is about to say of a pair.
 
     Attributes:
-        margin: In nats; higher is a better match.
+        margin: In nats; higher is a better match. What a context-free pair says of it is subtracted already.
         label_mass: Probability that it says any label at all; below 0.5 the margin means little. None, as what
             follows, where the labels alone were read.
         entropy: Of the next token over the full vocabulary, in nats.
         hundredths: Probability of the positive label over the full vocabulary, cut to whole hundredths.
+        context_free: What was subtracted, in nats; None without that. Added to `margin` it is that of the pair alone.
     """
 
     margin: float
     label_mass: float | None = None
     entropy: float | None = None
     hundredths: int | None = None
+    context_free: float | None = None
+
+    @property
+    def is_doubtful(self) -> bool | None:
+        """Whether the model is about to say something else than a label; None where the labels alone were read."""
+        return None if self.label_mass is None else self.label_mass < LEAST_LABEL_MASS
 
 
 @dataclass(frozen=True, slots=True)
