@@ -112,6 +112,8 @@ def reranker_of(
     return Reranker(
         backbone,
         framing=section.framing,
+        instruction=section.instruction,
+        context_free=section.context_free,
         batch_size=section.batch_size,
         enhancement=section.enhancement,
         vision_bytes=vision_bytes,

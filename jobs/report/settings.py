@@ -16,6 +16,7 @@ from pipelines.recipe import Recipe, load_recipe
 from slq.artifacts import ADAPTER_CONFIG
 from slq.engines import FAISS
 from slq.files import read_json
+from slq.reranking.framings import FRAMINGS
 
 JOBS = Path(__file__).parents[1]
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu")
@@ -41,7 +42,9 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
         ("index", recipe.index.kind if recipe.index.engine == FAISS else recipe.index.engine),
     ]
     if "slq_fine" in results["systems"]:
-        framing = rerank.framing.replace("_", "/")
+        framing = rerank.framing
+        if framing in FRAMINGS:
+            framing = framing.replace("_", "/")
         again = rerank.enhancement
         looks = f", {again.mode} visual enhancement of {again.alpha:g}" if again.is_on else ""
         rows.append(
