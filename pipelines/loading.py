@@ -23,7 +23,12 @@ from slq.reranking.calibration import Calibration
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_KEPT_BLOCK_BYTES = 2**25  # glibc takes no more
 _KEPT_BYTES = 2**29  # at the end of the heap
-_SCORING = ("framing", "enhancement")  # of `rerank`, on which a margin depends
+_SCORING = (
+    "framing",
+    "instruction",
+    "context_free",
+    "enhancement",
+)  # of `rerank`, on which a margin depends
 
 
 def backbone_of(recipe: Recipe, *, weights: bool = True) -> Backbone:
@@ -173,6 +178,8 @@ def reranker_of(
         backbone,
         profile=section.profile,
         framing=section.framing,
+        instruction=section.instruction,
+        context_free=section.context_free,
         batch_size=section.batch_size,
         enhancement=section.enhancement,
         coarse_weight=calibration.coarse_weight if calibration and fused else 0.0,

@@ -16,6 +16,7 @@ from pipelines.recipe import Recipe, load_recipe
 from slq.artifacts import ADAPTER_CONFIG
 from slq.engines import FAISS
 from slq.files import read_json
+from slq.reranking.framings import FRAMINGS
 from slq.reranking.profiles import profile_by_name
 
 JOBS = Path(__file__).parents[1]
@@ -43,7 +44,9 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
     ]
     if "slq_fine" in results["systems"]:
         profile = profile_by_name(rerank.profile)
-        framing = (rerank.framing or profile.framing).replace("_", "/")
+        framing = rerank.framing or profile.framing
+        if framing in FRAMINGS:
+            framing = framing.replace("_", "/")
         again = rerank.enhancement
         looks = f", {again.mode} visual enhancement of {again.alpha:g}" if again.is_on else ""
         order = "" if profile.name == "default" else f", in the order of {profile.name}"

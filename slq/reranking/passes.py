@@ -67,6 +67,21 @@ class View:
         return self.features.num_bytes + light
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a turn opens with; pairs with equal ones share its keys and values.
+
+    Attributes:
+        image: Key of its image; of none, too.
+        before: Our words that stand before the image.
+        system: Message before the turn.
+    """
+
+    image: Hashable
+    before: tuple[Words, ...] = ()
+    system: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Turn:
     """An open turn.
@@ -171,47 +186,47 @@ class Passes:
 
     @torch.no_grad()
     def open(
-        self, pictures: Mapping[Hashable, Image.Image | None], views: Mapping[Hashable, View]
-    ) -> dict[Hashable, Turn]:
-        """Turns that are open behind an image, or without one.
+        self,
+        heads: Sequence[Head],
+        pictures: Mapping[Hashable, Image.Image],
+        views: Mapping[Hashable, View],
+    ) -> dict[Head, Turn]:
+        """Turns that are open behind their heads.
 
         Args:
+            heads: Different ones.
             pictures: The images, by key.
             views: Of some of them; the vision tower runs over those others whose prefix is not kept.
         """
-        keys = list(pictures)
 
         def compute(missing: list[int]) -> list[Prefix]:
-            names = [keys[number] for number in missing]
-            unseen = {
-                name: picture
-                for name in names
-                if (picture := pictures[name]) is not None and name not in views
-            }
+            wanted = [heads[number] for number in missing]
+            names = {head.image for head in wanted if head.image not in views}
+            unseen = {name: pictures[name] for name in pictures if name in names}
             found = {**views, **self.view(unseen)}
-            return self._opened([found.get(name) for name in names])
+            return self._opened([(head, found.get(head.image)) for head in wanted])
 
-        if not keys:
+        if not heads:
             return {}
         if not self._keeps_prefixes:  # no detour over single rows
             found = [
                 Turn(batch, row)
-                for batch in compute(list(range(len(keys))))
+                for batch in compute(list(range(len(heads))))
                 for row in range(len(batch))
             ]
-            return dict(zip(keys, found, strict=True))
+            return dict(zip(heads, found, strict=True))
         rows = self.prefixes.get(
-            keys, lambda missing: [row for batch in compute(missing) for row in batch.split()]
+            heads, lambda missing: [row for batch in compute(missing) for row in batch.split()]
         )
-        return {name: Turn(row, 0) for name, row in zip(keys, rows, strict=True)}
+        return {head: Turn(row, 0) for head, row in zip(heads, rows, strict=True)}
 
-    def _opened(self, shown: Sequence[View | None]) -> list[Prefix]:
-        """Open turns, in the order of the views, in as many passes as are needed."""
-        openings = [self._opening(view) for view in shown]
+    def _opened(self, shown: Sequence[tuple[Head, View | None]]) -> list[Prefix]:
+        """Open turns, in their order, in as many passes as are needed."""
+        openings = [self.opening(head, view) for head, view in shown]
         found = []
         for part in self._at_once([len(one) for one in openings]):
             prompts = self.backbone.collate(openings[part])
-            seen = [() if view is None else (view,) for view in shown[part]]
+            seen = [() if view is None else (view,) for _, view in shown[part]]
             with self._seeing(seen, prompts, asked=self.enhancement.touches_prefix):
                 found.append(self.backbone.prefix(prompts, _features(seen)))
             self._count("prefix_tokens", [len(one) for one in openings[part]])
@@ -257,31 +272,36 @@ class Passes:
 
     @torch.no_grad()
     def answer(
-        self, prefix: Prefix | None, shared: Sequence[View | None], suffixes: Sequence[Suffix]
+        self,
+        prefix: Prefix | None,
+        shared: Sequence[tuple[Head, View | None]],
+        suffixes: Sequence[Suffix],
     ) -> Tensor:
         """(batch, hidden) states of the last tokens after the final norm: what the model is about to say.
 
         Args:
             prefix: An open turn for each suffix; None where `enhancement.needs_whole`.
-            shared: The image of each, if it shows one.
+            shared: The head of each, and what it shows, if that was looked at.
             suffixes: What follows.
         """
         if prefix is None:
             return self._whole(shared, suffixes)
         prompts = self.backbone.collate([suffix.prompt for suffix in suffixes])
         seen = _seen(shared, suffixes)
-        begun = torch.tensor([view is not None for view in shared])
+        begun = torch.tensor([view is not None for _, view in shared])
         with self._seeing(seen, prompts, begun=begun):
             later = [view.features for suffix in suffixes for view in suffix.views]
             hidden = self.backbone.follow_prompts(prefix, prompts, later)
         self._count("suffix_tokens", [len(suffix.prompt) for suffix in suffixes])
         return hidden[last_places(prompts.mask)]
 
-    def _whole(self, shared: Sequence[View | None], suffixes: Sequence[Suffix]) -> Tensor:
+    def _whole(
+        self, shared: Sequence[tuple[Head, View | None]], suffixes: Sequence[Suffix]
+    ) -> Tensor:
         """As `answer`, in one pass each: for what changes tokens before the one that is asked."""
         whole = []
-        for view, suffix in zip(shared, suffixes, strict=True):
-            opening = self._opening(view)
+        for (head, view), suffix in zip(shared, suffixes, strict=True):
+            opening = self.opening(head, view)
             vision = _joined([opening.vision, suffix.prompt.vision])
             whole.append(Prompt([*opening.ids, *suffix.prompt.ids], vision))
         prompts, seen = self.backbone.collate(whole), _seen(shared, suffixes)
@@ -290,8 +310,19 @@ class Passes:
         self._count("suffix_tokens", [len(prompt) for prompt in whole])
         return prefix.last_hidden
 
-    def _opening(self, view: View | None) -> Prompt:
-        return Prompt(self.backbone.plain_ids) if view is None else view.opening
+    def opening(self, head: Head, view: View | None) -> Prompt:
+        """Tokens of a head. An image alone opens the turn with the very tokens with which it is embedded."""
+        start = self.backbone.start_ids(head.system)
+        if view is None:
+            return Prompt(start)
+        if not head.before and head.system is None:
+            return view.opening
+        shown, tail = self.backbone.within_turn(view.opening.ids)
+        words = "".join(run.text for run in head.before)
+        before = self.backbone.token_ids(self.backbone.text_lead + words) if words else []
+        return Prompt(
+            [*start, *before, *shown, *self.backbone.token_ids(tail)], view.opening.vision
+        )
 
     def _seeing(
         self,
@@ -328,11 +359,13 @@ class Passes:
             self.counts += Counts(**{kind: real}, padded_tokens=padded)
 
 
-def _seen(shared: Sequence[View | None], suffixes: Sequence[Suffix]) -> list[tuple[View, ...]]:
+def _seen(
+    shared: Sequence[tuple[Head, View | None]], suffixes: Sequence[Suffix]
+) -> list[tuple[View, ...]]:
     """All images of each row, in order."""
     return [
         suffix.views if view is None else (view, *suffix.views)
-        for view, suffix in zip(shared, suffixes, strict=True)
+        for (_, view), suffix in zip(shared, suffixes, strict=True)
     ]
 
 

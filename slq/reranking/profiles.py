@@ -18,16 +18,18 @@ class Reading:
     """What the model is about to say of a pair.
 
     Attributes:
-        margin: In nats; higher is a better match.
+        margin: In nats; higher is a better match. What a context-free pair says of it is subtracted already.
         label_mass: Probability that it says any label at all. None, as what follows, where the labels alone were read.
         entropy: Of the next token over the full vocabulary, in nats.
         hundredths: Probability of the positive label over the full vocabulary, cut to whole hundredths.
+        context_free: What was subtracted, in nats; None without that. Added to `margin` it is that of the pair alone.
     """
 
     margin: float
     label_mass: float | None = None
     entropy: float | None = None
     hundredths: int | None = None
+    context_free: float | None = None
 
     @property
     def probability(self) -> float:

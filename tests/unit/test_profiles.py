@@ -16,6 +16,16 @@ from slq.reranking.profiles import (
     profile_by_name,
 )
 
+
+@pytest.mark.parametrize(
+    ("mass", "doubtful"), [(0.0, True), (0.499, True), (0.5, False), (1.0, False), (None, None)]
+)
+def test_a_reading_is_doubtful_if_any_label_is_less_likely_than_none(
+    mass: float | None, doubtful: bool | None
+) -> None:
+    assert Reading(3.0, label_mass=mass).is_doubtful is doubtful
+
+
 DEFAULT, COMPAT = PROFILES["default"], PROFILES["compat"]
 
 

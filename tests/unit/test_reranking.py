@@ -502,6 +502,7 @@ def test_a_reading_is_that_of_the_whole_vocabulary(decided: Backbone) -> None:
         labels = [decided.token_ids(v)[0] for v in ("True", " True", "true", " true")]
         labels += [decided.token_ids(v)[0] for v in ("False", " False", "false", " false")]
         assert one.label_mass == pytest.approx(float(p[sorted({*labels})].sum()), abs=1e-5)
+        assert one.is_doubtful == (float(p[sorted({*labels})].sum()) < 0.5)
     assert len({one.hundredths for one in found}) > 1
     margins = [one.margin for one in found]
     assert margins == pytest.approx(reranker.score(pairs).tolist(), abs=1e-6)
