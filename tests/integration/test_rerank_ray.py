@@ -187,7 +187,7 @@ def test_a_full_disk_ends_in_words_and_the_same_command_finishes(
 def test_an_object_store_holds_what_a_disk_holds(
     recipe: Recipe, clean: Recipe, object_store: str
 ) -> None:
-    recipe = changed(recipe, storage={"rerank_dir": f"{object_store}/ranked"})
+    recipe = changed(recipe, storage={"rerank_dir": f"s3://{object_store}/ranked"})
     found = rerank(recipe)
     store = Ledger(recipe.storage.reranking).store
     for name, sha256 in content(clean).items():
