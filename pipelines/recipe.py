@@ -159,17 +159,17 @@ class RerankConfig(Section):
     profile: Literal["default", "compat"] = "default"
     """How candidates are ordered: by margin, or with `compat` as RetLLM's release does, by a probability cut to two
     decimals and then entropy."""
-    framing: Annotated[str, AfterValidator(_known_framing)] | None = "true_false"
-    """How a pair is put to the model: `true_false`, `mcq`, `yes_no`, `rate`, or the prompt of a trained reranker if
+    framing: Annotated[str, AfterValidator(_known_framing)] | None = None
+    """How a pair is put to the model: `mcq`, `true_false`, `yes_no`, `rate`, or the prompt of a trained reranker if
     `backbone` is one (`qwen3_vl_reranker`, `lamra_rank`, `monoqwen2_vl`, `lychee_rerank_mm`); as the profile does if
-    null."""
+    null, which is `mcq` by default."""
     instruction: str = ""
     """What the search is for, where the prompt of a trained reranker has a place for it; its own words if empty."""
     context_free: ContextFree | None = None
     """Subtract the margin of the pair with an empty `candidate`, so that thresholds mean the same over queries, or with
     an empty `query`, so that what the model says of a candidate whatever is asked no longer counts; twice the pairs
     for `query`, one more for each query for `candidate`."""
-    depth: Annotated[int, Field(gt=0)] = 5
+    depth: Annotated[int, Field(gt=0)] = 10
     """Coarse candidates that are scored."""
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Pairs per forward pass, and different images at a time."""

@@ -80,7 +80,7 @@ def _hundredths(reading: Reading) -> int:
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("default", "true_false", lambda reading: reading.margin, _by_margin, False),
+        Profile("default", "mcq", lambda reading: reading.margin, _by_margin, False),
         Profile("compat", "true_false", lambda r: _hundredths(r) / 100, _by_hundredths, True),
     )
 }

@@ -19,6 +19,7 @@ FAMILIES = ["qwen3_vl", "qwen2_5_vl", "intern_vl"]
 SIDES: list[ContextFree] = ["candidate", "query"]
 RED, CAT = "a small red dog", "two blue cats"
 GREY = Image.new("RGB", (224, 224), (127, 127, 127))
+FRAMING = "true_false"
 CAPTION = "Does the caption match the image? Answer True or False."
 PAIR = "Does the candidate match the query? Answer True or False."
 
@@ -89,7 +90,9 @@ def test_the_margin_of_the_pair_with_an_empty_side_is_subtracted(
     backbone: Backbone, side: ContextFree, batch_size: int, kept: int
 ) -> None:
     pairs = [pair for pair, _ in PAIRS.values()]
-    reranker = Reranker(backbone, context_free=side, batch_size=batch_size, prefix_bytes=kept)
+    reranker = Reranker(
+        backbone, framing=FRAMING, context_free=side, batch_size=batch_size, prefix_bytes=kept
+    )
     expected = [slow(backbone, name, side) for name in PAIRS]
     margins = [own - less for own, less in expected]
     for _ in range(2):
@@ -99,7 +102,7 @@ def test_the_margin_of_the_pair_with_an_empty_side_is_subtracted(
     assert [one.context_free for one in readings] == pytest.approx(
         [less for _, less in expected], abs=1e-5
     )
-    masses = [one.label_mass for one in Reranker(backbone).read(pairs)]
+    masses = [one.label_mass for one in Reranker(backbone, framing=FRAMING).read(pairs)]
     assert [one.label_mass for one in readings] == pytest.approx(masses, abs=1e-5)
 
 
@@ -134,12 +137,14 @@ def test_an_empty_candidate_keeps_the_order_of_a_kind_and_an_empty_query_orders_
     backbone: Backbone,
 ) -> None:
     shown = images(12)
-    plain = {one.index: one.fine_score for one in Reranker(backbone).rank(RED, shown)}
-    moved = Reranker(backbone, context_free="candidate").rank(RED, shown)
+    plain = {
+        one.index: one.fine_score for one in Reranker(backbone, framing=FRAMING).rank(RED, shown)
+    }
+    moved = Reranker(backbone, framing=FRAMING, context_free="candidate").rank(RED, shown)
     assert [one.index for one in moved] == list(plain)
     less = [float(plain[one.index] or 0) - float(one.fine_score or 0) for one in moved]
     assert less == pytest.approx([less[0]] * 12, abs=1e-5)
-    freed = Reranker(backbone, context_free="query").rank(RED, shown)
+    freed = Reranker(backbone, framing=FRAMING, context_free="query").rank(RED, shown)
     nothing = [slow_margin(backbone, one.image or "", f"Caption: N/A\n{CAPTION}") for one in shown]
     rest = {n: float(plain[n] or 0) - nothing[n] for n in plain}
     assert [one.index for one in freed] == sorted(rest, key=lambda n: -rest[n])
@@ -151,7 +156,10 @@ def test_an_empty_candidate_is_paid_once_for_a_query(
     backbone: Backbone, budget_s: float | None
 ) -> None:
     """In however many chunks a call runs."""
-    plain, less = Reranker(backbone), Reranker(backbone, context_free="candidate")
+    plain, less = (
+        Reranker(backbone, framing=FRAMING),
+        Reranker(backbone, framing=FRAMING, context_free="candidate"),
+    )
     for reranker in (plain, less):
         reranker.rank(RED, images(), budget_s=budget_s)
     assert less.counts.vision_passes == plain.counts.vision_passes + 1
@@ -164,16 +172,19 @@ def test_an_empty_query_is_paid_once_for_a_candidate_whose_image_is_opened_once(
     backbone: Backbone, budget_s: float | None
 ) -> None:
     shown = images()
-    plain, less = Reranker(backbone), Reranker(backbone, context_free="query")
+    plain, less = (
+        Reranker(backbone, framing=FRAMING),
+        Reranker(backbone, framing=FRAMING, context_free="query"),
+    )
     for reranker in (plain, less):
         reranker.rank(RED, shown, budget_s=budget_s)
     assert less.counts.vision_passes == plain.counts.vision_passes
     assert less.counts.prefix_tokens == plain.counts.prefix_tokens
     question = backbone.token_ids(f"Caption: N/A\n{CAPTION}") + backbone.closing_ids
     assert less.counts.suffix_tokens == plain.counts.suffix_tokens + 6 * len(question)
-    again = Reranker(backbone, context_free="query")
+    again = Reranker(backbone, framing=FRAMING, context_free="query")
     again.score([(Item(text=text), one) for text in (RED, CAT) for one in shown])
-    both = Reranker(backbone)
+    both = Reranker(backbone, framing=FRAMING)
     both.score([(Item(text=text), one) for text in (RED, CAT) for one in shown])
     assert again.counts.suffix_tokens == both.counts.suffix_tokens + 6 * len(question)
 
@@ -181,7 +192,7 @@ def test_an_empty_query_is_paid_once_for_a_candidate_whose_image_is_opened_once(
 def test_rank_read_and_score_tell_the_same(backbone: Backbone) -> None:
     shown = images()
     pairs = [(Item(text=RED), one) for one in shown]
-    reranker = Reranker(backbone, context_free="candidate")
+    reranker = Reranker(backbone, framing=FRAMING, context_free="candidate")
     scores = reranker.score(pairs)
     for one in reranker.rank(RED, shown, details=True):
         assert one.reading is not None
@@ -189,16 +200,16 @@ def test_rank_read_and_score_tell_the_same(backbone: Backbone) -> None:
         assert one.fine_score == pytest.approx(float(scores[one.index]), abs=1e-5)
         assert one.reading.context_free is not None
         assert one.reading.entropy is not None
-    plain = Reranker(backbone).score(pairs)
+    plain = Reranker(backbone, framing=FRAMING).score(pairs)
     raw = [one.margin + (one.context_free or 0) for one in reranker.read(pairs)]
     torch.testing.assert_close(torch.tensor(raw), plain, rtol=0, atol=1e-5)
 
 
 def test_nothing_is_subtracted_unless_it_is_asked_for(backbone: Backbone) -> None:
-    (reading,) = Reranker(backbone).read([(Item(text=RED), Item(text=CAT))])
+    (reading,) = Reranker(backbone, framing=FRAMING).read([(Item(text=RED), Item(text=CAT))])
     assert reading.context_free is None
 
 
 def test_a_profile_that_does_not_order_by_margins_is_refused(backbone: Backbone) -> None:
     with pytest.raises(ConfigError, match="profile 'compat' does not order by margins"):
-        Reranker(backbone, profile="compat", context_free="query")
+        Reranker(backbone, framing=FRAMING, profile="compat", context_free="query")

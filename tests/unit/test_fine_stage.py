@@ -226,8 +226,9 @@ def test_the_profile_of_the_recipe_orders(backbone: Backbone, rows: list[dict[st
     assert (reranker.profile.name, reranker.framing.name) == ("compat", "true_false")
     outcome = searched(Handle(reranker), found(rows), 7, explain=True)
     numbers = [0, 1, 2, 6]
+    plain = Reranker(backbone, framing="true_false")
     items = [Stored.of_row(rows[n]).item() for n in numbers]
-    read = dict(zip(numbers, Reranker(backbone).read([(QUERY, one) for one in items]), strict=True))
+    read = dict(zip(numbers, plain.read([(QUERY, one) for one in items]), strict=True))
     best = sorted(
         numbers, key=lambda n: (-(read[n].hundredths or 0), round(read[n].entropy or 0, 4), n)
     )
@@ -239,12 +240,12 @@ def test_the_profile_of_the_recipe_orders(backbone: Backbone, rows: list[dict[st
             assert result.fine_score == (read[int(result.id[1:])].hundredths or 0) / 100
 
 
-def test_recipes_know_the_profiles_and_keep_to_true_or_false() -> None:
+def test_recipes_know_the_profiles_and_leave_the_question_to_them() -> None:
     for name in PROFILES:
         assert RerankConfig(profile=name).profile == name
     with pytest.raises(ValueError, match="'default' or 'compat'"):
         RerankConfig(profile="best")
-    assert (RerankConfig().profile, RerankConfig().framing) == ("default", "true_false")
+    assert (RerankConfig().profile, RerankConfig().framing) == ("default", None)
 
 
 # ---- documents ----
