@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import Recipe, RerankConfig, load_recipe
 from slq.artifacts import ADAPTER_CONFIG
 from slq.engines import FAISS
 from slq.files import read_json
@@ -42,20 +42,27 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
         ("index", recipe.index.kind if recipe.index.engine == FAISS else recipe.index.engine),
     ]
     if "slq_fine" in results["systems"]:
-        framing = rerank.framing
-        if framing in FRAMINGS:
-            framing = framing.replace("_", "/")
-        again = rerank.enhancement
-        looks = f", {again.mode} visual enhancement of {again.alpha:g}" if again.is_on else ""
-        rows.append(
-            ("fine stage", f"{framing} question on the first {rerank.depth} candidates{looks}")
-        )
+        rows.append(("fine stage", fine_stage(rerank)))
     rows += [
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"),
         ("versions", ", ".join(versions())),
         ("fingerprint", _adapter(recipe).get("fingerprint", "")),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def fine_stage(rerank: RerankConfig) -> str:
+    """How the first candidates are scored."""
+    name = rerank.framing.replace("_", "/") if rerank.framing in FRAMINGS else rerank.framing
+    parts = [f"{name} question on the first {rerank.depth} candidates"]
+    if rerank.instruction:
+        parts.append(f"instruction {rerank.instruction!r}")
+    if rerank.context_free:
+        parts.append(f"less the margin of an empty {rerank.context_free}")
+    if rerank.enhancement.is_on:
+        again = rerank.enhancement
+        parts.append(f"{again.mode} visual enhancement of {again.alpha:g}")
+    return ", ".join(parts)
 
 
 def _adapter(recipe: Recipe) -> dict[str, Any]:
