@@ -162,6 +162,20 @@ def calibration_of_scorer(recipe: Recipe, scorer: str) -> Calibration | None:
     return found
 
 
+def coarse_weight_of(recipe: Recipe, backbone: Backbone) -> float:
+    """Nats of margin that one unit of coarse score is worth; 0 where the two are not fused. Errors as above.
+
+    Args:
+        recipe: The resolved recipe.
+        backbone: That scores, with or without weights.
+    """
+    if not recipe.rerank.fuse:
+        return 0.0
+    found = calibration_of_scorer(recipe, scorer_digest(scorer_of(recipe, backbone)))
+    assert found is not None  # recipes that fuse name one
+    return found.coarse_weight
+
+
 def scorer_digest(scorer: dict[str, Any]) -> str:
     """sha256 of what `scorer_of` gives."""
     return hashlib.sha256(json.dumps(scorer, sort_keys=True).encode()).hexdigest()
@@ -172,8 +186,6 @@ def reranker_of(
 ) -> Reranker:
     """The recipe's fine stage on a frozen model; arguments as `Reranker`."""
     section = recipe.rerank
-    calibration = calibration_of_scorer(recipe, scorer_digest(scorer_of(recipe, backbone)))
-    fused = calibration is not None and section.fuse
     return Reranker(
         backbone,
         profile=section.profile,
@@ -182,7 +194,7 @@ def reranker_of(
         context_free=section.context_free,
         batch_size=section.batch_size,
         enhancement=section.enhancement,
-        coarse_weight=calibration.coarse_weight if calibration and fused else 0.0,
+        coarse_weight=coarse_weight_of(recipe, backbone),
         deterministic=section.deterministic,
         vision_bytes=vision_bytes,
         prefix_bytes=prefix_bytes,

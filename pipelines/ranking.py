@@ -34,28 +34,41 @@ class Scores:
         readings: Of each query, by column of the item, those of pairs that the fine stage scored; None without one.
         profile: Says what readings are ordered by.
         is_whole: Whether every item has a similarity, so that items can also look for queries.
+        coarse_weight: Of similarities that are added to margins.
     """
 
     coarse: NDArray[np.float32]
     readings: Sequence[Mapping[int, Reading]] | None = None
     profile: Profile = PROFILES["default"]
     is_whole: bool = True
+    coarse_weight: float = 0.0
+
+    @property
+    def scored_per_query(self) -> float:
+        """Items that the fine stage scored for a query, on average."""
+        return sum(map(len, self.readings or ())) / max(1, len(self.coarse))
 
     def scored(
-        self, best: NDArray[np.int64], readings: Sequence[Sequence[Reading]], profile: Profile
+        self,
+        best: Sequence[NDArray[np.int64]],
+        readings: Sequence[Sequence[Reading]],
+        profile: Profile,
+        *,
+        coarse_weight: float = 0.0,
     ) -> "Scores":
         """The same with what a fine stage has read.
 
         Args:
-            best: (queries, depth) columns of the items that were scored.
+            best: Of each query the columns of the items that were scored.
             readings: What was read of them; a margin that is not finite counts as none, as in `Reranker.rank`.
             profile: Says what they are ordered by.
+            coarse_weight: Of similarities that are added to margins.
         """
         by_column = [
             {n: one for n, one in zip(row.tolist(), found, strict=True) if isfinite(one.margin)}
             for row, found in zip(best, readings, strict=True)
         ]
-        return replace(self, readings=by_column, profile=profile)
+        return replace(self, readings=by_column, profile=profile, coarse_weight=coarse_weight)
 
     @classmethod
     def of_hits(cls, benchmark: Benchmark, found: Sequence[Sequence[Hit]]) -> "Scores":
@@ -97,7 +110,8 @@ def placed(scores: Scores, by_coarse: NDArray[np.int64]) -> NDArray[np.int64]:
         depth = int(is_scored.nonzero()[0].max(initial=-1)) + 1  # what stands below keeps its place
         head = by_coarse[q, :depth]
         of_place = {n: readings[i] for n, i in enumerate(head.tolist()) if i in readings}
-        order[q, :depth] = head[ordered(of_place, scores.coarse[q, head].tolist(), scores.profile)]
+        coarse, weight = scores.coarse[q, head].tolist(), scores.coarse_weight
+        order[q, :depth] = head[ordered(of_place, coarse, scores.profile, coarse_weight=weight)]
     return order
 
 

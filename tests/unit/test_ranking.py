@@ -182,3 +182,19 @@ def test_ties_of_all_rules_count_against_the_fine_stage_too() -> None:
     assert list(report) == ["text_to_image"]
     assert report["text_to_image"]["all"]["hit@1"] == 0.0  # i0 is right, and i1 as good
     assert report["text_to_image"]["all"]["hit@2"] == 0.5
+
+
+def test_queries_may_be_scored_to_different_depths_and_fused_with_their_similarities() -> None:
+    coarse = np.array([[0.9, 0.8, 0.7, 0.6], [0.1, 0.4, 0.3, 0.2]], np.float32)
+    best = [np.array([], dtype=np.int64), np.array([1, 2, 3])]
+    readings = [[], [said(0.0), said(0.4), said(1.0)]]
+    by_coarse = np.argsort(-coarse, axis=1, kind="stable")
+    plain = Scores(coarse).scored(best, readings, DEFAULT)
+    assert placed(plain, by_coarse).tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert plain.scored_per_query == 1.5
+    fused = Scores(coarse).scored(best, readings, DEFAULT, coarse_weight=7.0)
+    # 0.0 + 2.8, 0.4 + 2.1, 1.0 + 1.4
+    assert placed(fused, by_coarse).tolist() == [[0, 1, 2, 3], [1, 2, 3, 0]]
+    heavier = Scores(coarse).scored(best, readings, DEFAULT, coarse_weight=3.0)
+    # 1.2, 1.3, 1.6
+    assert placed(heavier, by_coarse).tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
