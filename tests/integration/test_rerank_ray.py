@@ -184,17 +184,6 @@ def test_a_full_disk_ends_in_words_and_the_same_command_finishes(
     assert content(recipe) == content(clean)
 
 
-def test_an_object_store_holds_what_a_disk_holds(
-    recipe: Recipe, clean: Recipe, object_store: str
-) -> None:
-    recipe = changed(recipe, storage={"rerank_dir": f"s3://{object_store}/ranked"})
-    found = rerank(recipe)
-    store = Ledger(recipe.storage.reranking).store
-    for name, sha256 in content(clean).items():
-        assert store.sha256(name) == sha256
-    assert found["run"].startswith("s3://")
-
-
 def test_a_dry_run_of_the_command_says_what_would_be_done(recipe: Recipe, tmp_path: Path) -> None:
     done = command(recipe, tmp_path / "recipe.yaml", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr

@@ -325,6 +325,20 @@ def data_set_of(recipe: Recipe) -> None:
     (folder / "manifest.json").write_text(json.dumps({"num_shards": 1, "num_rows": len(rows)}))
 
 
+def test_an_object_store_holds_what_a_disk_holds(
+    recipe: Recipe, recorders: list[Recorder], object_store: str
+) -> None:
+    rerank(recipe)
+    other = changed(recipe, storage={"rerank_dir": f"s3://{object_store}/ranked"})
+    found = rerank(other)
+    assert found["run"] == f"s3://{object_store}/ranked/run.parquet"
+    store, folder = Flow(other, "").ledger().store, Path(recipe.storage.reranking)
+    shards = [f"shards/{path.name}" for path in sorted((folder / "shards").iterdir())]
+    for name in (*shards, "plan.parquet", "run.parquet", "run.trec", "calibration.json"):
+        assert store.read(name) == (folder / name).read_bytes()
+    assert len(shards) == found["cost"]["shards"]
+
+
 # ---- what cannot be scored ----
 
 
