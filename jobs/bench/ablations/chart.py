@@ -1,0 +1,75 @@
+"""The picture of the ablations: hit@1 over pairs scored, and every row's distance from the default."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jobs.bench.ablations.subject import KINDS
+from jobs.report.style import COLOURS, INK, LINE, MUTED
+
+Result = Mapping[str, Any]
+_COLOURS = dict(zip(KINDS, (COLOURS["slq"], COLOURS["slq_fine"]), strict=True))
+
+
+def write_chart(rows: Sequence[Result], target: Path) -> Path:
+    """Draw a run into a PNG; the same rows always give the same bytes."""
+    shown = [row for row in rows if "problem" not in row]
+    figure = Figure(figsize=(12.4, 1.6 + 0.27 * len(shown)))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, wspace=0.04)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _all_rows(left, shown)
+    _depths(right, [row for row in shown if _is_depth(row)])
+    figure.savefig(target, dpi=144, metadata={"Software": None})
+    return target
+
+
+def _is_depth(row: Result) -> bool:
+    return row["name"] in ("coarse", "default") or row["group"] == "depth"
+
+
+def _all_rows(axes: Axes, rows: Sequence[Result]) -> None:
+    for place, row in enumerate(rows):
+        for kind, shift in zip(KINDS, (-0.16, 0.16), strict=True):
+            told = row["hits"][kind]
+            value, (low, high) = 100 * told["value"], (100 * end for end in told["interval"])
+            style: dict[str, Any] = {"color": _COLOURS[kind], "markersize": 4.5, "elinewidth": 1.3}
+            reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar(value, place + shift, xerr=reach, fmt="o", **style)
+    default = next(row for row in rows if row["name"] == "default")
+    for kind in KINDS:
+        value = 100 * default["hits"][kind]["value"]
+        axes.axvline(value, color=_COLOURS[kind], linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(rows)), [row["says"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("hit@1 on the hard subset, %", color=MUTED)
+    axes.set_title("every row, with 95% intervals", loc="left", fontsize=10.5, color=INK)
+    _plain(axes)
+
+
+def _depths(axes: Axes, rows: Sequence[Result]) -> None:
+    ordered = sorted(rows, key=lambda row: row["num_pairs"])
+    num_queries = 2 * rows[0]["hits"][KINDS[0]]["n"]
+    depths = [row["num_pairs"] // num_queries for row in ordered]
+    for kind in KINDS:
+        values = [100 * row["hits"][kind]["value"] for row in ordered]
+        ends = [[100 * end for end in row["hits"][kind]["interval"]] for row in ordered]
+        axes.fill_between(depths, *zip(*ends, strict=True), color=_COLOURS[kind], alpha=0.15, lw=0)
+        axes.plot(depths, values, "o-", color=_COLOURS[kind], markersize=4.5, label=kind)
+    axes.set_xscale("symlog", linthresh=5)
+    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.minorticks_off()
+    axes.set_xlabel("pairs scored of a query (0: coarse alone)", color=MUTED)
+    axes.set_ylabel("hit@1 on the hard subset, %", color=MUTED)
+    axes.set_title("depth", loc="left", fontsize=10.5, color=INK)
+    axes.legend(frameon=False, fontsize=9.5, loc="lower right")
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelcolor=INK, labelsize=9, length=0)
