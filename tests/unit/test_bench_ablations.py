@@ -213,14 +213,41 @@ def test_the_cost_of_a_row_is_that_of_one_call(
     scorer = reader.scorer(scoring)
     for part in (pairs[:7], pairs):  # in two parts, so that images come twice
         reader.read("row", scorer, part)
-    fresh = reader.scorer(scoring)
+    fresh = Scorer(subject.backbone, scoring, 4)
     fresh.read(reader.items(pairs))
     counts, cost = fresh.passes.counts, reader.cost(scoring, pairs)
     scorer.close()
     fresh.close()
     found = (cost.vision_passes, cost.prefix_tokens, cost.suffix_tokens)
     assert found == (counts.vision_passes, counts.prefix_tokens, counts.suffix_tokens)
-    assert scorer.passes.counts.vision_passes == counts.vision_passes
+    assert scorer.passes.counts.vision_passes == counts.vision_passes  # once, in two parts
+
+
+def test_images_are_shared_between_ways_to_put_the_question(
+    subject: Subject, tmp_path: Path
+) -> None:
+    reader, pairs = Reader(subject, tmp_path, batch_size=4), subject.candidates(3)[:12]
+    ways = [
+        Scoring("true_false"),
+        Scoring("mcq"),
+        Scoring("mcq", text_first=True),
+        Scoring("mcq", enhancement=EnhancementConfig(mode="static")),
+        Scoring("mcq", enhancement=EnhancementConfig(mode="static", positions="all")),
+    ]
+    seen, opened = [], []
+    for scoring in ways:
+        scorer, alone = reader.scorer(scoring), Scorer(subject.backbone, scoring, 4)
+        reader.read("row", scorer, pairs)
+        expected = alone.read(reader.items(pairs))
+        for name, column in reader.readings(scoring).at(pairs).items():
+            np.testing.assert_allclose(column, expected[name], atol=1e-4)
+        seen.append(scorer.passes.counts.vision_passes)
+        opened.append(scorer.passes.counts.prefix_tokens)
+        scorer.close()
+        alone.close()
+    images = len(np.unique(pairs[:, 1]))
+    assert seen == [images, 0, 0, 0, 0]
+    assert [count > 0 for count in opened] == [True, False, True, False, True]
 
 
 # From keys to figures

@@ -55,8 +55,10 @@ def _depths(axes: Axes, rows: Sequence[Result]) -> None:
     depths = [row["num_pairs"] // num_queries for row in ordered]
     for kind in KINDS:
         values = [100 * row["hits"][kind]["value"] for row in ordered]
-        ends = [[100 * end for end in row["hits"][kind]["interval"]] for row in ordered]
-        axes.fill_between(depths, *zip(*ends, strict=True), color=_COLOURS[kind], alpha=0.15, lw=0)
+        low, high = (
+            [100 * row["hits"][kind]["interval"][end] for row in ordered] for end in (0, 1)
+        )
+        axes.fill_between(depths, low, high, color=_COLOURS[kind], alpha=0.15, lw=0)
         axes.plot(depths, values, "o-", color=_COLOURS[kind], markersize=4.5, label=kind)
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks(depths, [str(depth) for depth in depths])

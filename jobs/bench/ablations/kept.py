@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from jobs.bench.measure import interleaved
@@ -11,7 +12,7 @@ from slq.reranker import Reranker
 from slq.schema import Item
 
 _ROOM = 2**36  # for everything
-LEVELS = {
+LEVELS: dict[str, Any] = {
     "nothing": {},
     "vision": {"vision_bytes": _ROOM},
     "prefix": {"vision_bytes": _ROOM, "prefix_bytes": _ROOM},
@@ -29,16 +30,10 @@ def measure_levels(
         pairs: All are scored in one call.
         repeats: Rounds.
     """
-    rerankers = {
-        name: Reranker(backbone, framing=framing, **room)  # type: ignore[arg-type] # only numbers of bytes
-        for name, room in LEVELS.items()
-    }
+    rerankers = {name: Reranker(backbone, framing=framing, **room) for name, room in LEVELS.items()}
     costs = {name: _warm_cost(reranker, pairs) for name, reranker in rerankers.items()}
     times = interleaved(
-        {
-            name: lambda reranker=reranker: reranker.score(pairs)
-            for name, reranker in rerankers.items()
-        },  # type: ignore[misc]
+        {name: partial(reranker.score, pairs) for name, reranker in rerankers.items()},
         repeats=repeats,
         device=backbone.device,
         warm_up=False,

@@ -136,7 +136,7 @@ def pair_report(right: Mapping[str, Bools]) -> dict[str, Any]:
     Args:
         right: Of `both_orders`.
     """
-    groups = {name: found.all(1) for name, found in right.items()}
+    groups: dict[str, Bools] = {name: np.all(found, axis=1) for name, found in right.items()}
     return {
         **{name: share(found.mean(1)) for name, found in right.items()},
         "text_group": share(groups["image_to_text"]),

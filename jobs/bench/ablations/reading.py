@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jobs.bench.ablations.scores import Pairs, Readings, Scorer
-from jobs.bench.ablations.settings import Row, Scoring, digest
+from jobs.bench.ablations.scores import ROOM, Pairs, Readings, Scorer
+from jobs.bench.ablations.settings import OFF, Row, Scoring, digest
 from jobs.bench.ablations.subject import Subject
 from pipelines.progress import duration, show
-from slq.reranking.passes import Counts
+from slq.reranking.passes import Counts, Passes
 from slq.schema import Item
 
 VERSION = 1  # raise it when a figure comes about in another way
@@ -56,10 +56,11 @@ class Reader:
         self._folder, self._batch_size = folder, batch_size
         self._readings: dict[Scoring, Readings] = {}
         self._openings: list[int] = []
+        self._images = Passes(subject.backbone, OFF, vision_bytes=ROOM, prefix_bytes=ROOM)
 
     def scorer(self, scoring: Scoring) -> Scorer:
-        """Close it when it is not needed any more."""
-        return Scorer(self.subject.backbone, scoring, self._batch_size)
+        """It finds images that others have seen; close it when it is not needed any more."""
+        return Scorer(self.subject.backbone, scoring, self._batch_size, self._images)
 
     def readings(self, scoring: Scoring) -> Readings:
         """All that has been read in one way, also by runs before this one."""

@@ -86,7 +86,7 @@ class Bench:
             stored = read_json(self._rows / f"{name}.json")
         except ArtifactError:
             return None
-        if stored.get("identity") != identity:
+        if digest(stored.get("identity")) != digest(identity):  # JSON knows no tuples
             return None
         result: dict[str, Any] = stored["result"]
         return result

@@ -25,23 +25,37 @@ from slq.reranking.work import Work
 from slq.schema import Item
 from slq.scoring import entropy, label_mass, margin, probability
 
-VISION_BYTES = 2**30  # each image goes through the tower once
+ROOM = 2**31  # bytes of images that are kept: each goes through the tower once
 Pairs = NDArray[np.int64]  # (n, 2) numbers of a query and an item
 
 
 class Watched(Passes):
     """Passes that note what became of each row of the last one.
 
+    Args:
+        backbone: The model.
+        enhancement: Whether layers look at the image again.
+        beside: Passes of the same model whose images these find, as far as an image is the same to both.
+
     Attributes:
         fired: The layer after which each row was unsure of its answer; -1 where none was.
         lengths: Tokens of each row that ran.
     """
 
-    def __init__(self, backbone: Backbone, enhancement: EnhancementConfig) -> None:
-        super().__init__(backbone, enhancement, vision_bytes=VISION_BYTES)
+    def __init__(
+        self, backbone: Backbone, enhancement: EnhancementConfig, beside: Passes | None = None
+    ) -> None:
+        shares = beside is not None and not enhancement.touches_prefix
+        super().__init__(
+            backbone, enhancement, vision_bytes=ROOM, prefix_bytes=ROOM if shares else 0
+        )
+        if beside is not None:
+            self.views = beside.views
+            if shares:
+                self.prefixes = beside.prefixes
         self.fired: list[int] = []
         self.lengths: list[int] = []
-        self._sight: Sight | None = None
+        self._sights: list[Sight] = []  # of the pass, if layers looked
 
     @property
     def asked(self) -> list[int]:
@@ -52,11 +66,12 @@ class Watched(Passes):
         self, prefix: Prefix | None, shared: Sequence[View | None], suffixes: Sequence[Suffix]
     ) -> Tensor:
         """As of `Passes`."""
-        self._sight = None
+        self._sights.clear()
         hidden = super().answer(prefix, shared, suffixes)
         before = [0 if prefix is not None else len(self._opening(view)) for view in shared]
         self.lengths = [n + len(one.prompt) for n, one in zip(before, suffixes, strict=True)]
-        self.fired = [-1] * len(suffixes) if self._sight is None else self._sight.fired_at.tolist()
+        fired = [sight.fired_at.tolist() for sight in self._sights]
+        self.fired = fired[0] if fired else [-1] * len(suffixes)
         return hidden
 
     @contextmanager
@@ -69,7 +84,8 @@ class Watched(Passes):
         asked: bool = True,
     ) -> Iterator[Any]:
         with super()._seeing(seen, prompts, begun=begun, asked=asked) as sight:
-            self._sight = sight
+            if sight is not None:
+                self._sights.append(sight)
             yield sight
 
 
@@ -101,6 +117,7 @@ class Scorer:
         backbone: The frozen model.
         scoring: How pairs are put to it.
         batch_size: Pairs per pass, and different images at a time.
+        beside: As of `Watched`.
 
     Attributes:
         scoring: As given.
@@ -109,10 +126,16 @@ class Scorer:
         passes: What has been run.
     """
 
-    def __init__(self, backbone: Backbone, scoring: Scoring, batch_size: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        scoring: Scoring,
+        batch_size: int,
+        beside: Passes | None = None,
+    ) -> None:
         self.framing = framing_by_name(scoring.framing)
         self.labels = label_tokens(backbone, self.framing)
-        self.passes = Watched(backbone, scoring.enhancement)
+        self.passes = Watched(backbone, scoring.enhancement, beside)
         self.scoring = scoring
         self._backbone, self._batch_size = backbone, batch_size
         ids = backbone.token_ids(backbone.answer_lead + self.framing.positive)
