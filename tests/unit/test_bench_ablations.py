@@ -501,7 +501,7 @@ def test_the_summary_compares_with_the_default_and_decides_between_framings() ->
             rows["default"]["hits"][kind]["value"] - rows["coarse"]["hits"][kind]["value"] > 0.2
         )
     text = markdown(found)
-    assert "The best one is mcq." in text
+    assert "Most hits: mcq." in text
     assert f"| mcq | {100 * mcq[:40].mean():.1f} (" in text
     assert "| 40 | 1,234 | 7 |" in text
 

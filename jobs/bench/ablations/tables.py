@@ -126,20 +126,20 @@ def _cells(row: Result) -> list[str]:
 def _framing_line(told: Mapping[str, Any]) -> str:
     shown = [
         f"{name} {_percent(value)}"
-        + ("" if name == told["default"] else f" (p = {_p(told['p'][name])})")
+        + ("" if name == told["default"] else f" ({_p_text(told['p'][name])})")
         for name, value in told["hit@1"].items()
     ]
     if len(shown) == 1:
         return ""
     return (
         f"**Framing.** hit@1 over both kinds, p against the default {told['default']}: {', '.join(shown)}. "
-        f"The best one is {told['best']}."
+        f"Most hits: {told['best']}."
     )
 
 
 def _coarse_lines(told: Mapping[str, Any]) -> str:
     lines = [
-        f"{kind} {_share(one['fine'])} against {_share(one['coarse'])}, p = {_p(one['p'])}, intervals "
+        f"{kind} {_share(one['fine'])} against {_share(one['coarse'])}, {_p_text(one['p'])}, intervals "
         + ("apart" if one["intervals_apart"] else "that touch")
         for kind, one in told.items()
     ]
@@ -201,3 +201,8 @@ def _p(value: float | None) -> str:
     if value is None:
         return ""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _p_text(value: float) -> str:
+    shown = _p(value)
+    return f"p < {shown[1:]}" if shown.startswith("<") else f"p = {shown}"
