@@ -324,6 +324,24 @@ def test_options_side_by_side_are_those_of_compare(tiny: Backbone, subject: Subj
             option_tokens(tiny, count)
 
 
+def test_side_by_side_is_told_with_what_it_costs_alone(subject: Subject, tmp_path: Path) -> None:
+    bench, row = Bench(subject, tmp_path, batch_size=8), ROWS["listwise"]
+    bench.measure([ROWS["default"], row])  # which has seen the images before
+    found = bench.finished(row)
+    assert found is not None
+    scorer, best = Scorer(subject.backbone, Scoring("true_false"), 8), subject.best(DEPTH)
+    questions = [
+        (query, [subject.items[n] for n in of_query])
+        for query, of_query in zip(subject.queries, best, strict=True)
+    ]
+    scores = means(compared(scorer, subject.backbone, questions))
+    counts = scorer.passes.counts
+    for name in ("vision_passes", "prefix_tokens", "suffix_tokens"):
+        assert found["cost"][name] == getattr(counts, name) > 0
+    winners = best[np.arange(len(best)), scores.argmax(1)]
+    assert found["first"] == (winners == subject.own).astype(int).tolist()
+
+
 def test_the_right_option_is_looked_for_at_both_places(tiny: Backbone, subject: Subject) -> None:
     questions = pair_questions(subject)
     scorer = Scorer(tiny, Scoring("true_false"), 8)

@@ -103,7 +103,11 @@ def _side_by_side(reader: Reader, row: Row) -> tuple[dict[str, Any], Floats]:
 
     with closing(reader.scorer(row.scoring)) as scorer:
         said = compared(scorer, subject.backbone, questions, tell)
-        cost = asdict(scorer.passes.counts)
+        cost = Counts(  # with nothing kept, though here images may be
+            vision_passes=len(np.unique(best)),
+            prefix_tokens=len(subject.backbone.plain_ids),
+            suffix_tokens=scorer.passes.counts.suffix_tokens,
+        )
         of_pairs = {
             direction: compared(scorer, subject.backbone, of_direction)
             for direction, of_direction in pair_questions(subject).items()
@@ -113,7 +117,7 @@ def _side_by_side(reader: Reader, row: Row) -> tuple[dict[str, Any], Floats]:
     found = {
         "pairs": position_report(of_pairs),
         "num_pairs": best.size,
-        "cost": cost,
+        "cost": asdict(cost),
         "tied": tied_share(scores),
     }
     relevant = np.take_along_axis(subject.relevant, best, axis=1)
