@@ -21,7 +21,7 @@ def write_chart(rows: Sequence[Result], target: Path) -> Path:
     sides = [row for row in shown if "position" in row["pairs"]]
     figure = Figure(figsize=(12.6, max(4.2, 1.4 + 0.28 * len(shown))))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.04)
-    layout = [["rows", "depth"], ["rows", "places" if sides else "depth"]]
+    layout: list[Any] = [["rows", "depth"], ["rows", "places" if sides else "depth"]]
     panels = figure.subplot_mosaic(layout, width_ratios=(3, 2))
     _all_rows(panels["rows"], shown)
     _depths(panels["depth"], [row for row in shown if _is_depth(row)])
@@ -46,11 +46,13 @@ def _all_rows(axes: Axes, rows: Sequence[Result]) -> None:
     for kind in KINDS:
         value = 100 * _default(rows)["hits"][kind]["value"]
         axes.axvline(value, color=_COLOURS[kind], linewidth=0.8, linestyle=":")
+        axes.plot([], [], "o", color=_COLOURS[kind], markersize=4.5, label=kind)
     axes.set_yticks(range(len(rows)), [row["says"] for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-3, 103)
     axes.set_xlabel("hit@1 on the hard subset, %", color=MUTED)
     axes.set_title("every row, with 95% intervals", loc="left", fontsize=10.5, color=INK)
+    axes.legend(frameon=False, fontsize=9.5, loc="lower left", bbox_to_anchor=(0.1, 0.1))
     _plain(axes)
 
 
@@ -91,14 +93,13 @@ def _depths(axes: Axes, rows: Sequence[Result]) -> None:
             [100 * row["hits"][kind]["interval"][end] for row in ordered] for end in (0, 1)
         )
         axes.fill_between(depths, low, high, color=_COLOURS[kind], alpha=0.15, lw=0)
-        axes.plot(depths, values, "o-", color=_COLOURS[kind], markersize=4.5, label=kind)
+        axes.plot(depths, values, "o-", color=_COLOURS[kind], markersize=4.5)
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
     axes.set_xlabel("pairs scored of a query (0: coarse alone)", color=MUTED)
     axes.set_ylabel("hit@1 on the hard subset, %", color=MUTED)
     axes.set_title("depth", loc="left", fontsize=10.5, color=INK)
-    axes.legend(frameon=False, fontsize=9.5, loc="lower right")
     _plain(axes)
 
 
