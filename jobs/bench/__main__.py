@@ -14,6 +14,7 @@ BENCHES = {
     "index": "jobs.bench.index",
     "rerank": "jobs.bench.rerank",
     "injection": "jobs.bench.injection",
+    "ablations": "jobs.bench.ablations",
 }
 """Modules by name, imported when they are asked for: `train` runs with torch and transformers alone."""
 
