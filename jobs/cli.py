@@ -239,6 +239,39 @@ def export(
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
 
 
+@app.command(
+    epilog="Example: slq rerank jobs/recipes/demo.yaml --set rerank.run=bm25.trec --set rerank.depth=20"
+)
+def rerank(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Re-rank a whole run with the fine stage on Ray Data; run it again to finish what is missing."""
+    from jobs.reranking import draw, rerank_table, summary_lines
+    from pipelines.rerank import plan as facts
+    from pipelines.rerank import rerank as run
+
+    def stage(resolved: Recipe) -> dict[str, Any]:
+        result = run(resolved)
+        picture = draw(result)
+        if not as_json:
+            if result.get("judged"):
+                out.print(rerank_table(result))
+            for line in summary_lines(result):
+                out.print(line, markup=False, highlight=False, soft_wrap=True)
+            if picture:
+                out.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+            out.print(f"run: {result['run']}", highlight=False, soft_wrap=True)
+        return result
+
+    def plan(resolved: Recipe) -> dict[str, Any]:
+        return {"plan": facts(resolved)}
+
+    run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
+
+
 @app.command("eval", epilog="Example: slq eval jobs/recipes/demo.yaml --json")
 def evaluate(
     recipe: RecipePath,

@@ -1,4 +1,4 @@
-"""Commit records of an embedding data set, and the names of the files that they vouch for.
+"""Commit records of a data set in shards, and the names of the files that they vouch for.
 
 A shard may be made again, with fewer quarantined rows: each time is a generation with a record and files of its own.
 Generation 0 has the plain names, `shards/part-000123.parquet`; later ones carry their number, `part-000123.1.parquet`.

@@ -29,13 +29,13 @@ from pipelines.embedding.card import CARD, card
 from pipelines.embedding.costs import with_estimate
 from pipelines.embedding.driver import run
 from pipelines.embedding.flow import MODELS, PLAN, Flow
-from pipelines.embedding.interruption import stoppable
 from pipelines.embedding.models import adapter_configs, new_flow, stored_dimension
-from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.shortage import shortage_told
 from pipelines.embedding.totals import Totals, too_many_bad
 from pipelines.failpoints import reach
+from pipelines.failures import FAILURE, raise_failure
+from pipelines.interruption import stoppable
 from pipelines.ledger import MANIFEST, Ledger
 from pipelines.recipe import Recipe
 from pipelines.tasks import cluster_errors, model_task

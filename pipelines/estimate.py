@@ -15,9 +15,9 @@ from pipelines.embedding.costs import (
 )
 from pipelines.embedding.flow import MODELS, PLAN, Flow
 from pipelines.embedding.models import adapter_configs, new_flow
-from pipelines.embedding.pieces import FAILURE, raise_failure
 from pipelines.embedding.preflight import require_room, workers_for
 from pipelines.embedding.sampling import sampled
+from pipelines.failures import FAILURE, raise_failure
 from pipelines.progress import show
 from pipelines.recipe import Recipe
 from pipelines.storage import open_store

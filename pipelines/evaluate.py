@@ -11,9 +11,11 @@ from pipelines.benchmark import Benchmark, load_benchmark
 from pipelines.loading import (
     adapter_folder,
     backbone_of,
+    coarse_weight_of,
     encoder_of,
     require_shorter,
     reranker_of,
+    reranking_backbone,
     use_processors,
 )
 from pipelines.ranking import Scores, run_file, run_table, shared_best, summarise
@@ -131,11 +133,7 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> tuple[dict[str, Score
             coarse = short[num_items:] @ short[:num_items].T
             scores[f"{system}{LENGTH_MARK}{length}"] = Scores(coarse)
     if "slq_fine" in scores:
-        coarse = scores["slq_fine"].coarse
-        best = np.argsort(-coarse, axis=1, kind="stable")[:, : recipe.rerank.depth]
-        readings = _read_best(recipe, benchmark, best)
-        profile = profile_by_name(recipe.rerank.profile)
-        scores["slq_fine"] = scores["slq_fine"].scored(best, readings, profile)
+        scores["slq_fine"] = _with_fine_stage(recipe, benchmark, scores["slq_fine"])
     return scores, facts
 
 
@@ -161,6 +159,17 @@ def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray
         "eval embedded part",
     )
     return {system: np.concatenate([part[system] for part in found]) for system in found[0]}
+
+
+def _with_fine_stage(recipe: Recipe, benchmark: Benchmark, coarse: Scores) -> Scores:
+    """The scores with what the fine stage reads of each query's best items."""
+    best = np.argsort(-coarse.coarse, axis=1, kind="stable")[:, : recipe.rerank.depth]
+    readings = _read_best(recipe, benchmark, best)
+    weight = 0.0
+    if recipe.rerank.fuse:
+        weight = coarse_weight_of(recipe, reranking_backbone(recipe, weights=False))
+    profile = profile_by_name(recipe.rerank.profile)
+    return coarse.scored(best, readings, profile, coarse_weight=weight)
 
 
 def _read_best(
@@ -189,7 +198,10 @@ def _loaded(recipe_json: str) -> tuple[Recipe, Backbone]:
 
 @cache
 def _reranker(recipe_json: str) -> Reranker:
-    return reranker_of(*_loaded(recipe_json))
+    recipe, backbone = _loaded(recipe_json)
+    return reranker_of(
+        recipe, backbone if recipe.rerank.backbone is None else reranking_backbone(recipe)
+    )
 
 
 def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.float32]]:

@@ -1,7 +1,7 @@
 """Images behind a uri: in a row of a table, in a file of the table's own folder, in a tar, or in an object store.
 
 A uri in a table comes from elsewhere and is read through `ImageReader`, which keeps it below the table's folder. A uri
-of a stored embedding row is our own, and `fetch_image` leads back to what was embedded.
+of a stored embedding row is our own, and `pipelines.fetching` leads back to what was embedded.
 """
 
 import errno
@@ -10,20 +10,15 @@ import re
 import stat
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipelines.storage import LocalStore, open_store, split_location
+from pipelines.storage import LocalStore, open_store
 from pipelines.storage.objects import RETRY_S
-from slq.errors import DataError, MediaError, RefusedReadError, StorageError
+from slq.errors import MediaError, RefusedReadError, StorageError
 from slq.media import DEFAULT_LIMITS, check_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_BATCH_ROWS, _BUFFER_BYTES = 16, 2**20  # a row group may hold far more than fits into memory
 _HEAD_BYTES = 2**18  # nearly every picture's header, with its thumbnail and colour profile
-_FETCH_RETRY_S = 5.0  # a service rather shows no picture than keep its user waiting
 _S3_OBJECT = re.compile(r"s3://[^/]+/(?P<key>.+)", re.DOTALL)
 _LONGEST_KEY_BYTES = 1024  # that S3 knows
 _OWN_FAULTS = {
@@ -37,7 +32,6 @@ _OWN_FAULTS = {
 }
 """Failures of a file itself; all others are the machine's, and may be gone a moment later."""
 _MARKS = ("#row=", "#bytes=", "#record=")
-_PLACE = re.compile(r"(?P<file>.+)#(?P<kind>row|bytes|record)=(?P<place>\d[^#/]*)", re.DOTALL)
 
 
 def row_uri(url: str, row: int, column: str = "image") -> str:
@@ -168,7 +162,7 @@ def read_image(url: str, retry_s: float = RETRY_S) -> bytes:
     limit = DEFAULT_LIMITS.max_bytes
     data = _object_bytes(url, 0, limit + 1, retry_s)
     if len(data) > limit:
-        raise _too_large(url, f"more than {limit}")
+        raise too_large(url, f"more than {limit}")
     return data
 
 
@@ -197,35 +191,13 @@ def _file_bytes(path: Path) -> bytes:
         if error.errno in _OWN_FAULTS:
             raise MediaError("unreadable", problem) from None
         raise StorageError(f"{problem}; run the same command again") from None
-    raise _too_large(str(path), str(found.st_size))
+    raise too_large(str(path), str(found.st_size))
 
 
-def _too_large(url: str, num_bytes: str) -> MediaError:
+def too_large(url: str, num_bytes: str) -> MediaError:
+    """The error of a file that is larger than an image may be."""
     limit = DEFAULT_LIMITS.max_bytes
     return MediaError("too_many_bytes", f"{url} has {num_bytes} bytes; at most {limit} are allowed")
-
-
-def fetch_image(uri: str, retry_s: float = _FETCH_RETRY_S) -> bytes | None:
-    """The image bytes behind an embedding row's `uri`; None where the row has no image.
-
-    Args:
-        uri: Of a row of an embedding data set, which our own flow wrote.
-        retry_s: How long failures of an object store are tried again.
-
-    Raises:
-        DataError: The file is gone, or larger than an image may be.
-        StorageError: The store cannot be reached.
-    """
-    found = _PLACE.fullmatch(uri)
-    if found is None:
-        return read_image(uri, retry_s)
-    url, kind, place = found.group("file", "kind", "place")
-    if kind == "record":
-        return None
-    try:
-        return _part(url, place, retry_s) if kind == "bytes" else _cell(url, place, retry_s)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be read: {error}") from None
 
 
 def image_value(value: Any) -> bytes | None:
@@ -233,40 +205,3 @@ def image_value(value: Any) -> bytes | None:
     if isinstance(value, dict):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else None
-
-
-def _part(url: str, place: str, retry_s: float) -> bytes:
-    start, _, stop = place.partition("-")
-    first, last = int(start), int(stop)
-    if last - first > DEFAULT_LIMITS.max_bytes:
-        raise _too_large(f"{url}#bytes={place}", str(last - first))
-    folder, name = split_location(url)
-    data = open_store(folder, retry_s).read(name, first, last)
-    if len(data) != last - first:
-        raise DataError(f"{url}#bytes={place} points past the end of its file")
-    return data
-
-
-def _cell(url: str, place: str, retry_s: float) -> bytes | None:
-    number, _, column = place.partition("&image=")
-    row, column = int(number), unquote(column) or "image"
-    folder, name = split_location(url)
-    with open_store(folder, retry_s).open(name) as opened:
-        file = pq.ParquetFile(opened, buffer_size=_BUFFER_BYTES)
-        if column not in file.schema_arrow.names:
-            return None
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < rows:
-                return image_value(_value(file, group, column, row))
-            row -= rows
-    raise DataError(f"{url}#row={place} points past the end of its file")
-
-
-def _value(file: pq.ParquetFile, group: int, column: str, row: int) -> Any:
-    """One value of a row group, of which a few rows at a time are in memory."""
-    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column]):
-        if row < batch.num_rows:
-            return batch.column(0)[row].as_py()
-        row -= batch.num_rows
-    raise pa.ArrowException("the row group is shorter than its footer says")

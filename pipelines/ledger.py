@@ -1,4 +1,4 @@
-"""The commit ledger of an embedding data set: which shards are done, provably, and what the run was.
+"""The commit ledger of a data set in shards, embeddings or scored pairs: what is done, provably, and what the run was.
 
 A worker uploads `shards/.part-N.parquet.ATTEMPT`, whole, hashed and durable, and leaves it. The driver creates the
 commit record, which only one attempt can do; the winner's file then takes its final name and a loser's is removed. So
@@ -29,7 +29,7 @@ from pipelines.commits import (
     stale_files,
 )
 from pipelines.failpoints import reach
-from pipelines.ledger_reader import MANIFEST, RUN, LedgerReader, remake
+from pipelines.ledger_reader import EMBED, MANIFEST, RUN, LedgerReader, remake
 from pipelines.storage import RETRY_S, concurrently
 from slq.errors import ArtifactError, ArtifactMismatchError, StorageError
 
@@ -38,15 +38,16 @@ LOCK = "run.lock"
 
 
 class Ledger(LedgerReader):
-    """A driver's side of one embedding data set; as a context manager it lets its lock go at the end.
+    """A driver's side of one data set; as a context manager it lets its lock go at the end.
 
     Args:
         root: Its folder, or `scheme://bucket/prefix`.
         retry_s: How long failures of an object store are tried again.
+        command: What makes such a data set, for messages.
     """
 
-    def __init__(self, root: str | Path, retry_s: float = RETRY_S) -> None:
-        super().__init__(root, retry_s)
+    def __init__(self, root: str | Path, retry_s: float = RETRY_S, *, command: str = EMBED) -> None:
+        super().__init__(root, retry_s, command=command)
         self._lock = self.store.lock(LOCK)
 
     def __enter__(self) -> "Ledger":
@@ -94,7 +95,7 @@ class Ledger(LedgerReader):
         if changed:
             raise ArtifactMismatchError(
                 f"{self.store.location} was begun with other settings ({'; '.join(changed)}); "
-                "use the old ones or another storage.dir"
+                "use the old ones or another folder"
             )
 
     def _require_exclusive_create(self) -> None:
@@ -213,7 +214,7 @@ class Ledger(LedgerReader):
         if lost:
             raise ArtifactError(
                 f"{self.store.location}: the files of shards {lost[:10]} are gone, though they were committed; while "
-                f"no other run is at work, {remake(lost[0])}"
+                f"no other run is at work, {remake(lost[0], self.command)}"
             )
         return commits
 

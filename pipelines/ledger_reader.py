@@ -1,4 +1,4 @@
-"""The reader's side of an embedding data set: what is committed, and whether it is whole.
+"""The reader's side of a data set in shards: what is committed, and whether it is whole.
 
 Readers follow commit records, never a listing: a folder may hold what lost, and what is not committed yet.
 """
@@ -21,19 +21,22 @@ from slq.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+EMBED = "slq embed"
 
 
 class LedgerReader:
-    """The committed files of one embedding data set.
+    """The committed files of one data set.
 
     Args:
         root: Its folder, or `scheme://bucket/prefix`.
         retry_s: How long failures of an object store are tried again.
+        command: What makes such a data set, for messages.
     """
 
-    def __init__(self, root: str | Path, retry_s: float = RETRY_S) -> None:
+    def __init__(self, root: str | Path, retry_s: float = RETRY_S, *, command: str = EMBED) -> None:
         self.store = open_store(root, retry_s)
         self.retry_s = retry_s
+        self.command = command
 
     def commits(self) -> dict[int, Commit]:
         """The commit of the highest generation of each shard, by shard id.
@@ -59,7 +62,7 @@ class LedgerReader:
             return None
         except ValueError as error:
             raise ArtifactError(
-                f"commit record {self.store.url(name)} is damaged: {error}; {remake(shard[0])}"
+                f"commit record {self.store.url(name)} is damaged: {error}; {remake(shard[0], self.command)}"
             ) from None
 
     def identity(self) -> dict[str, Any] | None:
@@ -87,7 +90,7 @@ class LedgerReader:
             return None
         except (ValueError, TypeError) as error:
             raise ArtifactError(
-                f"{self.store.url(name)} is damaged: {error}; delete it and run `slq embed` again"
+                f"{self.store.url(name)} is damaged: {error}; delete it and run `{self.command}` again"
             ) from None
         return found
 
@@ -113,7 +116,7 @@ class LedgerReader:
         manifest = self.manifest()
         if manifest is None:
             raise ArtifactError(
-                f"{self.store.location} is no finished embedding data set; run `slq embed` first"
+                f"{self.store.location} is no finished data set of `{self.command}`; run it first"
             )
         commits = self._require_records(manifest["num_shards"])
         return [commits[shard_id] for shard_id in sorted(commits)]
@@ -128,7 +131,8 @@ class LedgerReader:
         name = shard_name(commit.shard_id, commit.generation)
         if not self._holds((name, commit.sha256)):
             raise ArtifactError(
-                f"shard {self.store.url(name)} does not match its commit record; {remake(commit.shard_id)}"
+                f"shard {self.store.url(name)} does not match its commit record; "
+                f"{remake(commit.shard_id, self.command)}"
             )
 
     def _require_records(self, num_shards: int) -> dict[int, Commit]:
@@ -137,7 +141,7 @@ class LedgerReader:
             missing = [n for n in range(num_shards) if n not in commits]
             raise ArtifactError(
                 f"{self.store.location} has {len(commits)} commit records for {num_shards} shards, and shards "
-                f"{missing[:10]} are missing; run `slq embed` again while no other run is at work"
+                f"{missing[:10]} are missing; run `{self.command}` again while no other run is at work"
             )
         return commits
 
@@ -150,9 +154,9 @@ class LedgerReader:
             return False
 
 
-def remake(shard_id: int) -> str:
+def remake(shard_id: int, command: str = EMBED) -> str:
     """The way out of a shard whose record or file is damaged: all its generations go, to be made anew."""
     files = ", ".join(f"{folder}/part-{shard_id:06d}*.parquet" for folder in (SHARDS, ERRORS))
     return (
-        f"delete {COMMITS}/{shard_id:06d}*.json, {files} and {MANIFEST}, and run `slq embed` again"
+        f"delete {COMMITS}/{shard_id:06d}*.json, {files} and {MANIFEST}, and run `{command}` again"
     )

@@ -1,20 +1,24 @@
 """Loads what a recipe names: the frozen backbone, latent queries, and encoders of the systems under test."""
 
 import ctypes
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipelines.recipe import VARIANT_MARK, Recipe
+from pipelines.recipe import VARIANT_MARK, BackboneConfig, Recipe
 from slq.artifacts import Adapter, load_adapter, load_adapter_config
 from slq.backbones import Backbone, PromptSettings, load_backbone
 from slq.backbones.loading import backbone_hidden_size
 from slq.encoder import Encoder
-from slq.errors import ConfigError
+from slq.errors import ArtifactMismatchError, ConfigError
 from slq.finetuning import TunedBackbone
 from slq.latent_queries import LatentQueries
 from slq.reranker import Reranker
+from slq.reranking.calibration import Calibration
 
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_KEPT_BLOCK_BYTES = 2**25  # glibc takes no more
@@ -23,7 +27,15 @@ _KEPT_BYTES = 2**29  # at the end of the heap
 
 def backbone_of(recipe: Recipe, *, weights: bool = True) -> Backbone:
     """The recipe's frozen backbone with the adapter's prompt settings; without weights it only builds prompts."""
-    section = recipe.backbone
+    return _backbone(recipe, recipe.backbone, weights=weights)
+
+
+def reranking_backbone(recipe: Recipe, *, weights: bool = True) -> Backbone:
+    """The model that `slq rerank` scores with: `rerank.backbone`, or the one that embeds."""
+    return _backbone(recipe, recipe.rerank.backbone or recipe.backbone, weights=weights)
+
+
+def _backbone(recipe: Recipe, section: BackboneConfig, *, weights: bool = True) -> Backbone:
     return load_backbone(
         section.name,
         revision=section.revision,
@@ -100,8 +112,68 @@ def encoder_of(recipe: Recipe, system: str = "slq", backbone: Backbone | None = 
 
 
 def scoring_backbone(recipe: Recipe, encoder: Encoder) -> Backbone:
-    """The frozen model of the fine stage: the encoder's own, unless a baseline changed that."""
-    return backbone_of(recipe) if isinstance(encoder.adapter, TunedBackbone) else encoder.backbone
+    """The frozen model of the fine stage: the encoder's own, unless a baseline changed that or another is asked for."""
+    if recipe.rerank.backbone is not None or isinstance(encoder.adapter, TunedBackbone):
+        return reranking_backbone(recipe)
+    return encoder.backbone
+
+
+def scorer_of(recipe: Recipe, backbone: Backbone) -> dict[str, Any]:
+    """What a score depends on beside its pair; as plain JSON, and the same without weights.
+
+    Args:
+        recipe: The resolved recipe.
+        backbone: That scores.
+    """
+    section, model = recipe.rerank, recipe.rerank.backbone or recipe.backbone
+    return {
+        "model": backbone.identity(),
+        "dtype": model.dtype,
+        "framing": section.question,
+        "enhancement": section.enhancement.model_dump(mode="json"),
+    }
+
+
+def calibration_of_scorer(recipe: Recipe, scorer: str) -> Calibration | None:
+    """What the recipe calibrates with, if it does.
+
+    Args:
+        recipe: The resolved recipe.
+        scorer: Digest of what scores.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+        ArtifactMismatchError: It was fitted to the scores of another model or question.
+    """
+    path = recipe.rerank.calibration
+    if path is None:
+        return None
+    found = Calibration.load(path)
+    if found.scorer != scorer:
+        raise ArtifactMismatchError(
+            f"calibration {path} was fitted to scores of {found.scorer[:12]}, and this recipe scores as {scorer[:12]}: "
+            "another model, type or question; run `slq rerank` on held-out queries with this recipe"
+        )
+    return found
+
+
+def scorer_digest(scorer: dict[str, Any]) -> str:
+    """sha256 of what `scorer_of` gives."""
+    return hashlib.sha256(json.dumps(scorer, sort_keys=True).encode()).hexdigest()
+
+
+def coarse_weight_of(recipe: Recipe, backbone: Backbone) -> float:
+    """Nats of margin that one unit of coarse score is worth where the recipe fuses them, else 0.
+
+    Args:
+        recipe: The resolved recipe.
+        backbone: That scores; it needs no weights.
+
+    Raises:
+        ArtifactError: As `calibration_of_scorer`.
+    """
+    calibration = calibration_of_scorer(recipe, scorer_digest(scorer_of(recipe, backbone)))
+    return calibration.coarse_weight if calibration and recipe.rerank.fuse else 0.0
 
 
 def reranker_of(
@@ -115,6 +187,8 @@ def reranker_of(
         framing=section.framing,
         batch_size=section.batch_size,
         enhancement=section.enhancement,
+        coarse_weight=coarse_weight_of(recipe, backbone),
+        deterministic=section.deterministic,
         vision_bytes=vision_bytes,
         prefix_bytes=prefix_bytes,
     )

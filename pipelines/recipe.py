@@ -15,6 +15,8 @@ from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
+from slq.reranking.depth import AdaptiveDepth
+from slq.reranking.profiles import profile_by_name
 from slq.training import AdapterSettings, TrainConfig
 
 
@@ -157,6 +159,37 @@ class RerankConfig(Section):
     """Pairs per forward pass, and different images at a time."""
     enhancement: EnhancementConfig = EnhancementConfig()
     """Whether layers of the model look at the image again while a pair is scored."""
+    backbone: BackboneConfig | None = None
+    """Another model to score with, such as a trained reranker; the frozen one that embeds if null."""
+    adaptive: AdaptiveDepth | None = None
+    """How many fewer than `depth` are scored where coarse scores leave little to decide; none if null."""
+    calibration: Path | None = None
+    """What `slq rerank` has fitted to held-out queries (`calibration.json`), for probabilities and `fuse`."""
+    fuse: bool = False
+    """Rank by the sum of margin and weighted coarse score, with the weight of `calibration`."""
+    deterministic: bool = False
+    """One pair per pass on one thread: the same bits whatever is scored beside a pair; slower."""
+    run: Path | None = None
+    """The run that `slq rerank` re-ranks, Parquet or TREC; `eval/run_slq.parquet` of the run folder if null."""
+    shard_pairs: Annotated[int, Field(gt=0)] = 1024
+    """Pairs per shard of `slq rerank`, the unit of retry and of commit. An image's pairs stand together."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of judged queries that `slq rerank` fits its calibration to; it reports on the others."""
+    max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of pairs that cannot be scored above which `slq rerank` fails."""
+
+    @property
+    def question(self) -> str:
+        """The framing that is used."""
+        return self.framing or profile_by_name(self.profile).framing
+
+    @model_validator(mode="after")
+    def _fusion_has_a_weight(self) -> "RerankConfig":
+        if self.fuse and self.calibration is None:
+            raise ValueError(
+                "fuse needs the weight of coarse scores from `calibration`; run `slq rerank` on held-out queries first"
+            )
+        return self
 
 
 System = Literal["last_token", "untrained", "slq", "slq_fine", "slq_index"]
@@ -244,6 +277,8 @@ class ResourcesConfig(Section):
     train_workers: Annotated[int, Field(gt=0)] = 2
     embed_workers: Annotated[int, Field(gt=0)] = 1
     """Encoder actors."""
+    rerank_workers: Annotated[int, Field(gt=0)] = 1
+    """Scoring actors of `slq rerank`."""
     prepare_workers: Annotated[int, Field(gt=0)] | None = None
     """Tasks that read, decode and tokenise beside them, one CPU each; as many as find a CPU if null."""
     index_workers: Annotated[int, Field(gt=0)] = 1
@@ -270,10 +305,13 @@ class StorageConfig(Section):
     """Where a run writes."""
 
     dir: Path = Path("runs/demo")
-    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `serve/`."""
+    """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `rerank/`,
+    `serve/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""
+    rerank_dir: str | None = None
+    """Where `slq rerank` writes: a folder or `s3://bucket/prefix`; `dir`/rerank if null. All workers must reach it."""
     retry_s: Annotated[float, Field(gt=0)] = 60.0
     """How long failures of an object store are tried again before the run ends; it can be resumed."""
     checkpoints: str | None = None
@@ -297,6 +335,11 @@ class StorageConfig(Section):
     def index(self) -> Path:
         """The index with its versions."""
         return self.dir / "index"
+
+    @property
+    def reranking(self) -> str:
+        """What `slq rerank` writes."""
+        return self.rerank_dir or str(self.dir / "rerank")
 
     @property
     def evaluation(self) -> Path:
@@ -378,7 +421,12 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
         name = str(Path(name).resolve())
     caches = {name: getattr(recipe.train, name) for name in ("disk_cache", "vision_cache")}
     adapters = {key: path.resolve() for key, path in recipe.embed.adapters.items()}
+    rerank = {
+        name: path and path.resolve()
+        for name, path in (("run", recipe.rerank.run), ("calibration", recipe.rerank.calibration))
+    }
     sections = {
+        "rerank": recipe.rerank.model_copy(update=rerank),
         "embed": recipe.embed.model_copy(update={"adapters": adapters}),
         "backbone": recipe.backbone.model_copy(update={"name": name}),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
@@ -387,6 +435,7 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
             update={
                 "dir": recipe.storage.dir.resolve(),
                 "embedding_dir": _absolute(recipe.storage.embedding_dir),
+                "rerank_dir": _absolute(recipe.storage.rerank_dir),
             }
         ),
         "train": recipe.train.model_copy(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,19 @@ from slq.encoder import as_item
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError, DataError
 from slq.media import sanitise_text
+from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.reranking.framings import Framing, framing_by_name
 from slq.reranking.layout import Layout, has_text, lay_out
 from slq.reranking.listwise import NAMES, averaged, rotations
 from slq.reranking.passes import Counts, Passes
-from slq.reranking.profiles import Profile, Reading, coarse_order, ordered, profile_by_name
+from slq.reranking.profiles import (
+    Profile,
+    Reading,
+    coarse_order,
+    fusible,
+    ordered,
+    profile_by_name,
+)
 from slq.reranking.work import Work
 from slq.schema import Item
 from slq.scoring import entropy, hundredths, label_mass, margin, probability
@@ -60,15 +69,19 @@ class Reranker:
         framing: A key of `slq.reranking.framings.FRAMINGS`; that of the profile if left out.
         batch_size: Pairs per forward pass, and different images at a time.
         enhancement: Whether layers look at the image again.
+        coarse_weight: Nats of margin that one unit of coarse score is worth (`slq.reranking.fusion` fits it); 0
+            leaves coarse scores to break ties.
+        deterministic: One pair and one image per pass, so that a score has the same bits whatever is scored beside it;
+            slower.
         vision_bytes: Vision features of images to keep between calls, in memory of the device.
         prefix_bytes: Keys and values of open images to keep.
 
     Raises:
-        ConfigError: A label word is not a single token of this backbone's tokenizer, or the enhancement wants layers
-            that the model does not have.
+        ConfigError: A label word is not a single token of this backbone's tokenizer, the enhancement wants layers
+            that the model does not have, or coarse scores are to be fused with a profile that does not rank by margin.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one name for each setting, as users write them
         self,
         backbone: Backbone,
         *,
@@ -76,13 +89,16 @@ class Reranker:
         framing: str | None = None,
         batch_size: int = 64,
         enhancement: EnhancementConfig = _OFF,
+        coarse_weight: float = 0.0,
+        deterministic: bool = False,
         vision_bytes: int = 0,
         prefix_bytes: int = 0,
     ) -> None:
         self.backbone = backbone
         self.profile: Profile = profile_by_name(profile)
+        self.coarse_weight = fusible(self.profile, coarse_weight)
         self.framing: Framing = framing_by_name(framing or self.profile.framing)
-        self._batch_size = batch_size
+        self._batch_size = 1 if deterministic else batch_size
         labels = self._labels()
         self._label_ids = list(labels)
         self._values = torch.tensor(list(labels.values()), device=backbone.device)
@@ -129,6 +145,7 @@ class Reranker:
         coarse_scores: Sequence[float] | None = None,
         *,
         depth: int | None = None,
+        adaptive: AdaptiveDepth | None = None,
         budget_s: float | None = None,
         details: bool = False,
         tenant: str = "",
@@ -144,6 +161,7 @@ class Reranker:
                 are asked for; DataError and OSError say that one cannot be read.
             coarse_scores: One per candidate; the input order by default.
             depth: Candidates to score, the best by coarse score; all by default.
+            adaptive: How many fewer where coarse scores leave little to decide.
             budget_s: Seconds, from now on, after which no further pass begins. Passes begin with the best candidate by
                 coarse score and grow, so that the last one tells how long the next one takes, with the time that its
                 candidates took to be read; 0 scores none.
@@ -164,17 +182,18 @@ class Reranker:
         if depth is not None and depth < 0:
             raise DataError(f"depth is {depth}; it must be 0 or more")
         item = self._readable(query)
+        most = depth_of(np.array(coarse), len(coarse) if depth is None else depth, adaptive)
         work = self._work(tenant, whole=details or self.profile.needs_vocabulary)
 
         def judge(numbers: Sequence[int]) -> dict[int, Reading | str]:
             return self._judged(item, candidates, numbers, work)
 
-        found = self._within(coarse_order(coarse)[:depth], judge, budget_s)
+        found = self._within(coarse_order(coarse)[:most], judge, budget_s)
         problems = {n: one for n, one in found.items() if isinstance(one, str)}
         readings = {n: one for n, one in found.items() if isinstance(one, Reading)}
         return [
             self._ranked(number, coarse[number], readings.get(number), problems.get(number))
-            for number in ordered(readings, coarse, self.profile)
+            for number in ordered(readings, coarse, self.profile, coarse_weight=self.coarse_weight)
         ]
 
     def _readable(self, value: Any) -> Item:
@@ -236,10 +255,17 @@ class Reranker:
             # Processors refuse shapes of images by ValueError.
             if len(pairs) == 1:
                 return [str(error)]
-            return [one for pair in pairs for one in self._each([pair], work)]
+            half = len(pairs) // 2
+            return [*self._each(pairs[:half], work), *self._each(pairs[half:], work)]
         return [
             one if math.isfinite(one.margin) else "the model gave no finite score" for one in found
         ]
+
+    def read_each(
+        self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = ""
+    ) -> list[Reading | str]:
+        """As `read`, but where the model cannot take a pair, what is wrong with it; no other pair loses by it."""
+        return self._each(pairs, self._work(tenant, whole=True))
 
     def score(self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = "") -> Tensor:
         """Margins of (query, candidate) pairs, (n,) float32 on the CPU, in input order.

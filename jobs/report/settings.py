@@ -16,7 +16,6 @@ from pipelines.recipe import Recipe, load_recipe
 from slq.artifacts import ADAPTER_CONFIG
 from slq.engines import FAISS
 from slq.files import read_json
-from slq.reranking.profiles import profile_by_name
 
 JOBS = Path(__file__).parents[1]
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu")
@@ -42,11 +41,10 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
         ("index", recipe.index.kind if recipe.index.engine == FAISS else recipe.index.engine),
     ]
     if "slq_fine" in results["systems"]:
-        profile = profile_by_name(rerank.profile)
-        framing = (rerank.framing or profile.framing).replace("_", "/")
+        framing = rerank.question.replace("_", "/")
         again = rerank.enhancement
         looks = f", {again.mode} visual enhancement of {again.alpha:g}" if again.is_on else ""
-        order = "" if profile.name == "default" else f", in the order of {profile.name}"
+        order = "" if rerank.profile == "default" else f", in the order of {rerank.profile}"
         told = f"{framing} question on the first {rerank.depth} candidates{looks}{order}"
         rows.append(("fine stage", told))
     rows += [

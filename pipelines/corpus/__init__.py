@@ -21,7 +21,7 @@ from pipelines.corpus.plan import (
 )
 from pipelines.corpus.text import TextCorpus
 from pipelines.corpus.webdataset import WebDatasetCorpus
-from pipelines.images import fetch_image
+from pipelines.fetching import fetch_image
 from pipelines.recipe import Recipe
 from pipelines.storage.objects import RETRY_S
 from slq.errors import ConfigError

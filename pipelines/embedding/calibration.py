@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from pipelines.embedding.encode import EncodePieces
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.pieces import failure_text
 from pipelines.embedding.prepare import prepared_pieces
+from pipelines.failures import failure_text
 from slq.errors import DataError, SlqError
 from slq.quantization import calibrate, cut
 

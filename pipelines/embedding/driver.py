@@ -1,6 +1,5 @@
 """The driver's side: Ray Data from shard ids to written pieces, sealing, and commits."""
 
-import logging
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -9,17 +8,17 @@ from pipelines.commits import ERRORS, Commit
 from pipelines.embedding.arrivals import Arrivals
 from pipelines.embedding.encode import EncodePieces, encoding_threads
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.journal import start_journal
 from pipelines.embedding.metrics import count
 from pipelines.embedding.prepare import prepare
 from pipelines.embedding.seal import remove_pieces
 from pipelines.embedding.sealing import Sealing
 from pipelines.embedding.totals import Totals, too_many_bad
 from pipelines.embedding.write import WritePieces, Written, written_pieces
+from pipelines.journal import start_journal
 from pipelines.ledger import Ledger
+from pipelines.streaming import WHOLE, rows_alone, staying_actors
 from pipelines.tasks import cluster_errors
 
-_BLOCK_BYTES = 128  # below any piece and above any shard id: every row is a block of its own
 _LIBRARY_BYTES = 2**30
 
 
@@ -88,23 +87,16 @@ def _go_through(
 
 
 def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
-    """The flow on Ray Data: the only place that says `map_batches`."""
-    import ray
-    from ray.data import DataContext, TaskPoolStrategy
+    """The flow on Ray Data."""
+    from ray.data import TaskPoolStrategy
 
-    context = DataContext.get_current()
-    context.target_max_block_size = _BLOCK_BYTES
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     resources = flow.recipe.resources
-    whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     preparing = resources.prepare_workers
     return (
-        ray.data.from_items(todo, override_num_blocks=len(todo))
+        rows_alone(todo)
         .map_batches(
             prepare,
-            **whole,
+            **WHOLE,
             fn_kwargs={"flow": flow},
             compute=TaskPoolStrategy(size=preparing) if preparing else None,
             num_cpus=1,
@@ -114,32 +106,20 @@ def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
         )
         .map_batches(
             EncodePieces,
-            **whole,
+            **WHOLE,
             fn_constructor_kwargs={"flow": flow},
-            compute=_actors(workers, encoding_threads(resources)),
+            compute=staying_actors(workers, encoding_threads(resources)),
             num_cpus=0 if resources.gpus_per_worker else 1,
             num_gpus=resources.gpus_per_worker or None,
         )
         # No CPU of its own: where encoders and a waiting preparation hold all of them, nothing would ever be written.
         .map_batches(
             WritePieces,
-            **whole,
+            **WHOLE,
             fn_constructor_kwargs={"flow": flow},
-            compute=_actors(-(-workers // WritePieces.threads), WritePieces.threads),
+            compute=staying_actors(-(-workers // WritePieces.threads), WritePieces.threads),
             num_cpus=0,
         )
-    )
-
-
-def _actors(size: int, threads: int) -> Any:
-    """A pool of actors that stay, each of which works on `threads` pieces at once and has as many waiting."""
-    from ray.data import ActorPoolStrategy
-
-    return ActorPoolStrategy(
-        size=size,
-        max_concurrent_calls_per_actor=threads,
-        max_tasks_in_flight_per_actor=2 * threads,
-        enable_true_multi_threading=True,
     )
 
 

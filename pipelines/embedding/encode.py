@@ -16,8 +16,6 @@ from torch import Tensor
 
 from pipelines.embedding.batches import padded, unpack_prompts
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.journal import KILLED_WORKER, Announcer, message
-from pipelines.embedding.leaving import leave_without_destructors
 from pipelines.embedding.metrics import count_work
 from pipelines.embedding.pieces import (
     Piece,
@@ -25,6 +23,8 @@ from pipelines.embedding.pieces import (
     failure_block,
     is_failure,
 )
+from pipelines.journal import KILLED_WORKER, Announcer, message
+from pipelines.leaving import leave_without_destructors
 from pipelines.loading import use_processors
 from pipelines.recipe import ResourcesConfig
 from slq.backbones.prompting import Prompt, Prompts

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-import slq.errors
+from pipelines.failures import FAILURE, failure_text
 from slq.errors import SlqError
 
-FAILURE = "failure"
 _BLOCK = pa.schema(
     [
         ("shard_id", pa.int64()),
@@ -170,25 +169,6 @@ def failure_block(error: SlqError) -> pa.Table:
     return pa.Table.from_pylist([values], schema=_BLOCK)
 
 
-def failure_text(error: SlqError) -> str:
-    """An error of ours as text, which `raise_failure` reads."""
-    return json.dumps([type(error).__name__, str(error)])
-
-
 def is_failure(block: pa.Table) -> bool:
     """Whether a block is an error that only travels through."""
     return bool(block[FAILURE][0].is_valid)
-
-
-def raise_failure(record: dict[str, Any]) -> None:
-    """Raise the error that a record carries, if it does.
-
-    Raises:
-        SlqError: Of the class and with the message that it had in the worker.
-    """
-    if record.get(FAILURE):
-        name, message = json.loads(record[FAILURE])
-        kind: type[SlqError] = getattr(slq.errors, name)
-        if not issubclass(kind, slq.errors.MediaError | slq.errors.UnusablePairError):
-            raise kind(message)
-        raise slq.errors.DataError(message)

@@ -18,9 +18,9 @@ from pipelines.commits import errors_name
 from pipelines.corpus import Record, Shard, rows_changed
 from pipelines.embedding.batches import batches_by_tokens, pack_prompts
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.journal import KILLED_WORKER, Announcer, message
-from pipelines.embedding.leaving import leave_without_destructors
 from pipelines.embedding.pieces import Piece, Work, failure_block, rows_schema
+from pipelines.journal import KILLED_WORKER, Announcer, message
+from pipelines.leaving import leave_without_destructors
 from slq.backbones.prompting import Prompt, PromptBuilder
 from slq.errors import ArtifactError, DataError, MediaError, SlqError
 from slq.media import decode_image

@@ -12,10 +12,11 @@ from pipelines.corpus import Shard, write_plan
 from pipelines.embedding.costs import Sample
 from pipelines.embedding.encode import EncodePieces
 from pipelines.embedding.flow import PLAN, Flow
-from pipelines.embedding.pieces import FAILURE, Piece, Work, failure_text, raise_failure
+from pipelines.embedding.pieces import Piece, Work
 from pipelines.embedding.prepare import prepared_pieces
 from pipelines.embedding.seal import seal
 from pipelines.embedding.write import WritePieces, Written, written_pieces
+from pipelines.failures import FAILURE, failure_text, raise_failure
 from slq.errors import DataError, SlqError
 from slq.quantization import calibrate, cut
 

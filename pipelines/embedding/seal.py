@@ -1,10 +1,6 @@
 """Last stage: join the pieces of a finished shard into its files, and hash them for the commit record."""
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +11,10 @@ from pipelines.embedding.pieces import table_from_bytes
 from pipelines.embedding.write import Written, piece_name
 from pipelines.failpoints import reach
 from pipelines.ledger import Ledger
-from pipelines.storage import LocalStore, Store
+from pipelines.shard_files import GROUP_ROWS, write_shard
+from pipelines.storage import Store
 from slq.arrow import ERRORS
-from slq.errors import ArtifactError, DataError, StorageError
-
-_GROUP_ROWS = 16_384  # some 30 MB of float16 vectors: enough to read fast, little enough to hold
+from slq.errors import ArtifactError, DataError
 
 
 def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
@@ -55,13 +50,13 @@ def seal(flow: Flow, pieces: list[Written], before: Commit | None) -> Commit:
         data = iter([pa.concat_tables([old, new]).sort_by("row_in_shard")])
     reach("shard_before_write")
     name = attempt_name(shard_name(shard_id, generation), attempt)
-    sha256, size, rows = _write(
+    sha256, size, rows = write_shard(
         ledger.store, name, _groups(data, flow.shard_schema), flow.shard_schema
     )
     errors_sha256, bad = None, 0
     if errors:
         name = attempt_name(errors_name(shard_id, generation), attempt)
-        errors_sha256, _, bad = _write(ledger.store, name, iter(errors), ERRORS)
+        errors_sha256, _, bad = write_shard(ledger.store, name, iter(errors), ERRORS)
     reach("shard_after_write")
     return Commit(
         shard_id=shard_id,
@@ -133,53 +128,12 @@ def _read(ledger: Ledger, name: str) -> pa.Table:
 
 
 def _groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The same rows in tables of `_GROUP_ROWS`, whatever the pieces were."""
+    """The same rows in tables of `GROUP_ROWS`, whatever the pieces were."""
     held = schema.empty_table()
     for table in tables:
         held = pa.concat_tables([held, table.cast(schema)])
-        while held.num_rows >= _GROUP_ROWS:
-            yield held.slice(0, _GROUP_ROWS)
-            held = held.slice(_GROUP_ROWS)
+        while held.num_rows >= GROUP_ROWS:
+            yield held.slice(0, GROUP_ROWS)
+            held = held.slice(GROUP_ROWS)
     if held.num_rows:
         yield held
-
-
-def _write(
-    store: Store, name: str, tables: Iterator[pa.Table], schema: pa.Schema
-) -> tuple[str, int, int]:
-    """Write a Parquet file; gives its sha256, bytes and rows. On a disk it is written where it stays."""
-    try:
-        if isinstance(store, LocalStore):
-            path = store.path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return _fill(path, tables, schema)
-        with tempfile.TemporaryDirectory(prefix="slq-shard-") as folder:
-            path = Path(folder) / "shard.parquet"
-            found = _fill(path, tables, schema)
-            store.upload(path, name)
-            return found
-    except OSError as error:
-        raise StorageError(
-            f"{store.url(name)} cannot be written: {error}; free space and run the same command again"
-        ) from None
-
-
-def _fill(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> tuple[str, int, int]:
-    # No dictionary over vectors: it would only cost. Not BYTE_STREAM_SPLIT either, though it saves a
-    # tenth: DuckDB 2.0 cannot read it on float16.
-    plain = [name for name in schema.names if not name.startswith("embedding")]
-    rows = 0
-    try:
-        with path.open("w+b") as file:
-            with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=plain) as writer:
-                for table in tables:
-                    writer.write_table(table, row_group_size=_GROUP_ROWS)
-                    rows += table.num_rows
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest(), size, rows
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise

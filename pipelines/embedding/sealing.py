@@ -6,10 +6,10 @@ from typing import Any
 
 from pipelines.commits import Commit
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.leaving import leave_without_destructors
-from pipelines.embedding.pieces import FAILURE, failure_text, raise_failure
 from pipelines.embedding.seal import seal
 from pipelines.embedding.write import Written
+from pipelines.failures import FAILURE, failure_text, raise_failure
+from pipelines.leaving import leave_without_destructors
 from slq.errors import ArtifactError, SlqError
 
 _THREADS = 2  # shards that one sealer writes at once

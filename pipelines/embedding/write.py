@@ -12,18 +12,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.embedding.flow import Flow
-from pipelines.embedding.leaving import leave_without_destructors
 from pipelines.embedding.metrics import count
-from pipelines.embedding.pieces import (
-    FAILURE,
-    Piece,
-    Work,
-    failure_block,
-    is_failure,
-    raise_failure,
-    table_to_bytes,
-)
+from pipelines.embedding.pieces import Piece, Work, failure_block, is_failure, table_to_bytes
 from pipelines.failpoints import reach
+from pipelines.failures import FAILURE, raise_failure
+from pipelines.leaving import leave_without_destructors
 from slq.arrow import ERRORS, vector_column
 from slq.errors import DataError, SlqError
 from slq.quantization import cut, to_bits, to_int8

@@ -88,7 +88,7 @@ class FineStage:
         return [
             RerankResult(
                 index=one.index,
-                relevance_score=0.0 if one.reading is None else one.reading.probability,
+                relevance_score=0.0 if one.reading is None else one.reading.probability(),
                 document=as_content(body.documents[one.index]) if body.return_documents else None,
                 problem=one.problem,
             )
@@ -115,7 +115,7 @@ class FineStage:
         said = {"score": one.fine_score, "fine_score": one.fine_score}
         if not self.explain:
             return result.model_copy(update=said)
-        explanation = Explanation.model_validate(one.reading)
+        explanation = Explanation.of_reading(one.reading)
         return result.model_copy(update={**said, "explanation": explanation})
 
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from slq.errors import ConfigError
 
 DOUBTFUL_BELOW = 0.5
@@ -30,15 +32,13 @@ class Reading:
     hundredths: int | None = None
 
     @property
-    def probability(self) -> float:
-        """Of a match, given that the model says a label: the sigmoid of the margin."""
-        small = math.exp(-abs(self.margin))  # never overflows
-        return (1.0 if self.margin >= 0 else small) / (1.0 + small)
-
-    @property
     def is_doubtful(self) -> bool | None:
         """Whether a label is too unlikely for the margin to mean much; None where the labels alone were read."""
         return None if self.label_mass is None else self.label_mass < DOUBTFUL_BELOW
+
+    def probability(self, temperature: float = 1.0) -> float:
+        """`sigmoid(margin / temperature)`: of a match, where the temperature was fitted to held-out pairs."""
+        return 0.5 * (1 + math.tanh(0.5 * self.margin / temperature))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,28 @@ def profile_by_name(name: str) -> Profile:
     return PROFILES[name]
 
 
+def fusible(profile: Profile, coarse_weight: float) -> float:
+    """The weight of coarse scores, where the profile ranks by what they can be added to.
+
+    Raises:
+        ConfigError: It does not, or the weight is negative.
+    """
+    if coarse_weight < 0:
+        raise ConfigError(f"coarse_weight is {coarse_weight}; it must be 0 or more")
+    if coarse_weight and profile.rank is not _by_margin:
+        raise ConfigError(
+            f"profile {profile.name!r} does not rank by margins, so coarse scores cannot be fused with it; "
+            "use the profile default"
+        )
+    return coarse_weight
+
+
 def ordered(
-    readings: Mapping[int, Reading], coarse: Sequence[float], profile: Profile
+    readings: Mapping[int, Reading],
+    coarse: Sequence[float],
+    profile: Profile,
+    *,
+    coarse_weight: float = 0.0,
 ) -> list[int]:
     """Numbers of all candidates, the best first: total and deterministic.
 
@@ -106,16 +126,40 @@ def ordered(
         readings: By number of the candidate.
         coarse: Score of each candidate; of equals the first comes first.
         profile: Says what readings are sorted by.
+        coarse_weight: Nats of margin that one unit of coarse score is worth; where it is not 0, their sum decides
+            instead of the profile.
     """
+
+    def key(number: int) -> tuple[float, ...]:
+        reading = readings[number]
+        if coarse_weight:
+            return (-(reading.margin + coarse_weight * coarse[number]), -coarse[number], number)
+        return (*profile.rank(reading), -coarse[number], number)
+
     by_coarse = coarse_order(coarse)
-    fine = iter(
-        sorted(
-            readings, key=lambda number: (*profile.rank(readings[number]), -coarse[number], number)
-        )
-    )
+    fine = iter(sorted(readings, key=key))
     return [next(fine) if number in readings else number for number in by_coarse]
 
 
 def coarse_order(coarse: Sequence[float]) -> list[int]:
     """Numbers of candidates by coarse score, the best first; of equals the first."""
     return sorted(range(len(coarse)), key=lambda number: (-coarse[number], number))
+
+
+def falling_scores(fine: Sequence[float | None]) -> list[float]:
+    """Scores for tools that sort by them: strictly falling down a ranking, float32.
+
+    A fine score stands as it is where it lies below the one before, and a step of a float32 below that one otherwise;
+    so does a candidate that was not scored.
+
+    Args:
+        fine: In the order of the ranking; None where a candidate was not scored.
+    """
+    scored = [one for one in fine if one is not None]
+    last = np.nextafter(np.float32(max(scored, default=0.0)), np.float32(np.inf))
+    found = []
+    for one in fine:
+        below = np.nextafter(last, np.float32(-np.inf))
+        last = below if one is None else min(np.float32(one), below)
+        found.append(float(last))
+    return found

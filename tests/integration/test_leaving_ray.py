@@ -8,7 +8,7 @@ import psutil
 import pytest
 import ray
 
-from pipelines.embedding import leaving
+from pipelines import leaving
 
 pytestmark = pytest.mark.ray
 

@@ -1,17 +1,22 @@
 """Calibration against brute force."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from slq.errors import DataError
+from slq.errors import ArtifactError, ConfigError, DataError
 from slq.reranking.calibration import (
+    Calibration,
     expected_calibration_error,
+    fit,
     fit_temperature,
+    reliability,
     sigmoid,
     threshold_for_precision,
 )
+from slq.reranking.fusion import Judged, fit_coarse_weight
 
 
 def drawn(temperature: float, count: int = 4000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -82,3 +87,58 @@ def test_margins_that_are_always_right_become_certain() -> None:
     margins = np.array([2.0, -1.0])
     temperature = fit_temperature(margins, np.array([True, False]))
     assert sigmoid(margins / temperature).tolist() == pytest.approx([1.0, 0.0], abs=1e-12)
+
+
+def test_a_reliability_diagram_holds_every_pair_and_its_gaps_make_the_error() -> None:
+    rng = np.random.default_rng(4)
+    p, matches = rng.random(300) ** 2, rng.random(300) < 0.3
+    bins = reliability(p, matches, 7)
+    assert sum(one["pairs"] for one in bins) == 300
+    gaps = sum(one["pairs"] * abs(one["probability"] - one["matches"]) for one in bins) / 300
+    assert gaps == pytest.approx(expected_calibration_error(p, matches, 7), abs=1e-12)
+    inside = (p >= 1 / 7) & (p < 2 / 7)
+    assert bins[1]["probability"] == pytest.approx(p[inside].mean())
+    assert bins[1]["matches"] == pytest.approx(matches[inside].mean())
+
+
+def held_out(count: int = 200) -> list[Judged]:
+    rng = np.random.default_rng(9)
+    found = []
+    for _ in range(count):
+        relevant = np.zeros(4, dtype=bool)
+        relevant[rng.integers(4)] = True
+        found.append(
+            Judged(3 * (relevant + rng.normal(0, 1, 4)), relevant * 0.2 + rng.random(4), relevant)
+        )
+    return found
+
+
+def test_what_is_fitted_together_is_what_is_fitted_alone_and_survives_a_file(
+    tmp_path: Path,
+) -> None:
+    queries = held_out()
+    found = fit(queries, scorer="ab" * 32, precision=0.8)
+    margins = np.concatenate([one.margins for one in queries])
+    matches = np.concatenate([one.relevant for one in queries])
+    assert found.temperature == fit_temperature(margins, matches)
+    assert found.coarse_weight == fit_coarse_weight(queries) > 0
+    assert found.threshold == threshold_for_precision(margins, matches, 0.8)
+    assert (found.num_queries, found.num_pairs) == (200, 800)
+    found.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == found
+    np.testing.assert_allclose(
+        found.probability(margins), 1 / (1 + np.exp(-margins / found.temperature)), rtol=1e-9
+    )
+
+
+def test_a_calibration_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"missing; `slq rerank` writes one"):
+        Calibration.load(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        Calibration.load(tmp_path / "broken.json")
+    (tmp_path / "other.json").write_text('{"temperature": 1.0, "scorrer": "x"}')
+    with pytest.raises(ConfigError, match=r"scorrer.*scorer"):
+        Calibration.load(tmp_path / "other.json")
+    with pytest.raises(DataError, match="no held-out queries"):
+        fit([], scorer="x")

@@ -21,10 +21,11 @@ from pipelines.corpus import corpus_of, write_plan
 from pipelines.embedding.encode import EncodePieces, encoding_threads
 from pipelines.embedding.flow import PLAN, Flow
 from pipelines.embedding.models import adapter_configs, new_flow
-from pipelines.embedding.pieces import Piece, is_failure, raise_failure
+from pipelines.embedding.pieces import Piece, is_failure
 from pipelines.embedding.prepare import prepare, prepared_pieces, quarantined_rows, size_of
 from pipelines.embedding.seal import require_same_items
 from pipelines.embedding.write import data_table, errors_table
+from pipelines.failures import raise_failure
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe, ResourcesConfig
 from slq.arrow import ITEMS

@@ -541,7 +541,7 @@ def test_the_same_run_may_go_on_and_another_is_refused_with_the_difference(ledge
     assert "fingerprint: '3f2a' -> '91bc'" in text
     assert "batch_size: None -> 4" in text
     assert "shard_rows" not in text
-    assert "another storage.dir" in text
+    assert "another folder" in text
 
 
 def test_settings_are_compared_as_they_are_stored(root: str) -> None:
@@ -594,7 +594,7 @@ def test_a_manifest_never_claims_shards_that_are_not_there(ledger: Ledger) -> No
 def test_an_unfinished_data_set_is_refused(ledger: Ledger) -> None:
     ledger.commit(written(ledger, 0))
     assert ledger.manifest() is None
-    with pytest.raises(ArtifactError, match=r"no finished embedding data set; run `slq embed`"):
+    with pytest.raises(ArtifactError, match=r"no finished data set of `slq embed`; run it first"):
         ledger.verified_shards()
 
 

@@ -16,15 +16,9 @@ from pipelines.embedding.batches import (
     padded,
     unpack_prompts,
 )
-from pipelines.embedding.pieces import (
-    Piece,
-    Work,
-    failure_block,
-    is_failure,
-    raise_failure,
-    rows_schema,
-)
+from pipelines.embedding.pieces import Piece, Work, failure_block, is_failure, rows_schema
 from pipelines.embedding.write import Written
+from pipelines.failures import raise_failure
 from slq.errors import DataError, MediaError, SlqError, StorageError
 from slq.schema import Item
 from tests.families import BUILDERS, picture

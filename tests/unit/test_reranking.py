@@ -17,6 +17,7 @@ from slq.enhancement import EnhancementConfig
 from slq.errors import DataError
 from slq.kept import Kept
 from slq.reranker import Reranker
+from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.framings import FRAMINGS
 from slq.reranking.layout import lay_out
 from slq.reranking.listwise import rotations
@@ -569,6 +570,43 @@ def test_shifting_the_options_changes_nothing_and_too_few_are_refused(backbone: 
     for wrong in ([], options[:1], [RED] * 27):
         with pytest.raises(DataError, match=r"give 2 to 26, or score pairs"):
             Reranker(backbone).compare(query, wrong)
+
+
+def test_an_adaptive_depth_scores_fewer_of_a_query_that_is_decided(backbone: Backbone) -> None:
+    rule = AdaptiveDepth(temperature=0.1, sure_lead=3.0, spread=1.0)
+    candidates, query = [picture(2, 2, seed) for seed in range(6)], RED
+
+    def scored(coarse: list[float]) -> list[int]:
+        ranking = Reranker(backbone).rank(query, candidates, coarse, depth=4, adaptive=rule)
+        return sorted(one.index for one in ranking if one.fine_score is not None)
+
+    assert scored([0.1, 0.9, 0.2, 0.1, 0.0, 0.0]) == []  # a lead of 7 nats
+    assert scored([0.9, 0.9, 0.2, 0.1, 0.0, 0.0]) == [0, 1, 2]  # ceil(2.004)
+    assert scored([0.5] * 6) == [0, 1, 2, 3]
+
+
+def test_a_deterministic_score_has_the_same_bits_whatever_is_beside_it(backbone: Backbone) -> None:
+    pairs = [*PAIRS.values(), (Item(text=CAT), Item(image=picture(2, 3, 7)))]
+    reranker = Reranker(backbone, deterministic=True)
+    together = reranker.score(pairs)
+    alone = [float(Reranker(backbone, deterministic=True).score([pair])) for pair in pairs]
+    assert together.tolist() == alone
+    assert reranker.score(pairs[::-1]).tolist() == alone[::-1]
+
+
+def test_of_many_pairs_one_that_the_model_refuses_costs_no_other_its_reading(
+    backbone: Backbone,
+) -> None:
+    good = [(Item(text=RED), Item(image=picture(2, 2, seed))) for seed in range(9)]
+    line = Item(image=Image.new("RGB", (1, 400)))  # Qwen-VL refuses the shape; InternVL takes it
+    pairs = [*good[:4], (Item(text=RED), line), *good[4:]]
+    found = Reranker(backbone).read_each(pairs)
+    wanted = Reranker(backbone).read(good)
+    others = [one for n, one in enumerate(found) if n != 4]
+    for one, reading in zip(others, wanted, strict=True):
+        assert not isinstance(one, str)
+        assert one.margin == pytest.approx(reading.margin, abs=1e-5)
+    assert isinstance(found[4], str) is ("qwen" in type(backbone).__name__.lower())
 
 
 def test_threads_score_and_embed_at_once_as_one_after_the_other(backbone: Backbone) -> None:

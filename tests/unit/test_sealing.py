@@ -7,8 +7,8 @@ import pytest
 
 from pipelines.commits import Commit
 from pipelines.embedding import sealing
-from pipelines.embedding.pieces import failure_text
 from pipelines.embedding.write import Written
+from pipelines.failures import failure_text
 from pipelines.tasks import cluster_errors
 from slq.errors import ArtifactError, ClusterError, SlqError, StorageError
 

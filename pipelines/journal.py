@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.embedding.leaving import leave_without_destructors
+from pipelines.leaving import leave_without_destructors
 
 DEATHS = 2
 """So many deaths over the same work are no accident."""

@@ -1,0 +1,1 @@
+"""The stages of `slq rerank`; `pipelines.rerank` puts them together."""

@@ -1,0 +1,138 @@
+"""The end of a run: scored pairs in order, as Parquet and in TREC's format, and what the fine stage gained."""
+
+import io
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.commits import shard_name
+from pipelines.ledger import Ledger
+from pipelines.loading import calibration_of_scorer
+from pipelines.recipe import Recipe
+from pipelines.reranking.judged import Ranking, judge
+from pipelines.reranking.plan import read_pool
+from pipelines.reranking.runs import trec_lines
+from slq.arrow import RUN
+from slq.errors import DataError
+from slq.reranking.profiles import (
+    DOUBTFUL_BELOW,
+    Reading,
+    falling_scores,
+    ordered,
+    profile_by_name,
+)
+
+log = logging.getLogger(__name__)
+RUN_FILE, TREC_FILE, CALIBRATION = "run.parquet", "run.trec", "calibration.json"
+RERANKED = pa.schema([*RUN, ("label_mass", pa.float32()), ("probability", pa.float32())])
+"""A run with how likely the model was to answer at all (below 0.5 the score means little), and the probability of a
+match; both null where a candidate was not scored."""
+
+
+def assemble(recipe: Recipe, ledger: Ledger, scorer: str) -> dict[str, Any]:
+    """Write the re-ranked run, judge it where there is relevance, and tell of both.
+
+    Args:
+        recipe: The resolved recipe.
+        ledger: With all shards committed.
+        scorer: Digest of what scored.
+    """
+    pool = read_pool(ledger.store)
+    readings = _readings(ledger)
+    rankings = _rankings(pool, readings)
+    calibration = calibration_of_scorer(recipe, scorer)
+    weight = calibration.coarse_weight if calibration and recipe.rerank.fuse else 0.0
+    temperature = calibration.temperature if calibration else 1.0
+    table = _table(recipe, rankings, weight, temperature)
+    ledger.store.write(RUN_FILE, _parquet(table))
+    try:
+        ledger.store.write(TREC_FILE, trec_lines(table, "slq_fine"))
+    except DataError as error:
+        ledger.store.remove(TREC_FILE)
+        log.warning("no %s: %s", TREC_FILE, error)
+    masses = table["label_mass"].drop_null()
+    found: dict[str, Any] = {
+        "run": ledger.store.url(RUN_FILE),
+        "queries": len(rankings),
+        "candidates": pool.num_rows,
+        "scored": len(readings),
+        "unscored": sum(commit.quarantined for commit in ledger.commits().values()),
+        "scored_per_query": round(len(readings) / len(rankings), 3),
+        "doubtful": pc.sum(pc.less(masses, DOUBTFUL_BELOW)).as_py() or 0,
+    }
+    if recipe.data.path("relevance").is_file():
+        judged, fitted = judge(recipe, rankings, scorer)
+        found |= judged
+        if fitted is not None:
+            text = json.dumps(fitted.model_dump(), indent=2, sort_keys=True)
+            ledger.store.write(CALIBRATION, text.encode() + b"\n")
+            found["calibration_file"] = ledger.store.url(CALIBRATION)
+    return found
+
+
+def _readings(ledger: Ledger) -> dict[int, Reading]:
+    """What was read, by row of the run."""
+    found: dict[int, Reading] = {}
+    for commit in ledger.commits().values():
+        ledger.require_shard(commit)
+        with ledger.store.open(shard_name(commit.shard_id, commit.generation)) as file:
+            rows = pq.read_table(
+                file, columns=["pair", "margin", "label_mass", "entropy", "hundredths"]
+            )
+        columns = [rows[name].to_pylist() for name in rows.column_names]
+        found |= {pair: Reading(*values) for pair, *values in zip(*columns, strict=True)}
+    return found
+
+
+def _rankings(pool: pa.Table, readings: dict[int, Reading]) -> list[Ranking]:
+    """The candidates of each query in coarse order, with what was read of them."""
+    names, items = pool["query_id"].to_pylist(), pool["item_id"].to_pylist()
+    coarse: NDArray[np.float64] = pool["coarse_score"].to_numpy()
+    starts = [n for n, name in enumerate(names) if n == 0 or name != names[n - 1]]
+    return [
+        Ranking(
+            names[start],
+            items[start:stop],
+            coarse[start:stop],
+            {n - start: readings[n] for n in range(start, stop) if n in readings},
+        )
+        for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)
+    ]
+
+
+def _table(recipe: Recipe, rankings: list[Ranking], weight: float, temperature: float) -> pa.Table:
+    profile = profile_by_name(recipe.rerank.profile)
+    columns: dict[str, list[Any]] = {name: [] for name in RERANKED.names}
+    for one in rankings:
+        coarse = one.coarse.tolist()
+        order = ordered(one.readings, coarse, profile, coarse_weight=weight)
+        found = [one.readings.get(n) for n in order]
+        fine = [None if reading is None else profile.score(reading) for reading in found]
+        if weight:
+            fine = [
+                None if reading is None else reading.margin + weight * coarse[n]
+                for n, reading in zip(order, found, strict=True)
+            ]
+        columns["query_id"] += [one.query_id] * len(order)
+        columns["item_id"] += [one.items[n] for n in order]
+        columns["rank"] += range(1, len(order) + 1)
+        columns["score"] += falling_scores(fine)
+        columns["coarse_score"] += [coarse[n] for n in order]
+        columns["fine_score"] += fine
+        columns["label_mass"] += [reading and reading.label_mass for reading in found]
+        columns["probability"] += [
+            reading and reading.probability(temperature) for reading in found
+        ]
+    return pa.table(columns, schema=RERANKED)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

@@ -1,0 +1,214 @@
+"""`slq rerank` on a local Ray: the same bits whatever dies, and never a pair lost or scored twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipelines.failpoints import MARK, VARIABLE
+from pipelines.ledger import Ledger
+from pipelines.recipe import Recipe
+from pipelines.rerank import rerank
+from slq.errors import StorageError
+from slq.files import file_sha256
+from tests.integration.runs import changed, enlarge, fingerprints_of_files
+from tests.unit.test_rerank_stages import broken_corpus, write_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def clean(ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A dozen shards, one image that cannot be read, and nothing else that goes wrong."""
+    place = tmp_path_factory.mktemp("rerank")
+    recipe = changed(
+        Recipe(),
+        data={"dir": scenes_dir},
+        rerank={"depth": 6, "shard_pairs": 12, "batch_size": 8, "max_error_share": 0.5},
+        storage={"dir": place / "clean"},
+    )
+    recipe = write_run(recipe, place / "run.parquet")
+    recipe = broken_corpus(recipe, place / "corpus.parquet", [5])
+    rerank(recipe)
+    return recipe
+
+
+@pytest.fixture
+def recipe(clean: Recipe, tmp_path: Path) -> Recipe:
+    """The same into another folder."""
+    return changed(clean, storage={"dir": tmp_path / "run"})
+
+
+def folder(recipe: Recipe) -> Path:
+    return Path(recipe.storage.reranking)
+
+
+def content(recipe: Recipe) -> dict[str, str]:
+    """sha256 of every committed file and of what is made of them; fails where one is not what its record says."""
+    ledger = Ledger(recipe.storage.reranking)
+    found = {}
+    for commit in ledger.commits().values():
+        for name, sha256 in commit.files():
+            assert file_sha256(folder(recipe) / name) == sha256
+            found[name] = sha256
+    for name in ("plan.parquet", "run.parquet", "run.trec", "calibration.json"):
+        found[name] = file_sha256(folder(recipe) / name)
+    return found
+
+
+def leftovers(recipe: Recipe) -> list[str]:
+    names = [path.name for path in folder(recipe).rglob("*") if path.is_file()]
+    return [name for name in names if name.startswith(".") or name.endswith(".partial")]
+
+
+def command(recipe: Recipe, path: Path, *options: str, **environment: str) -> Any:
+    """`slq rerank` in a process and a Ray of its own."""
+    path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json())))
+    arguments = [sys.executable, "-m", "jobs.cli", "rerank", str(path), *options]
+    inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env={**inherited, **environment, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "point", ["plan_written", "shard_after_write:2", "commit_after:3", "manifest_before"]
+)
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(
+    recipe: Recipe, clean: Recipe, tmp_path: Path, point: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    mark = str(tmp_path / "died")
+    died = command(recipe, file, **{VARIABLE: point, MARK: mark})
+    assert Path(mark).exists(), died.stderr
+    if not point.startswith("shard"):  # there a worker dies, and Ray starts another
+        assert died.returncode != 0
+    committed = Ledger(recipe.storage.reranking).commits().values()
+    before = {
+        name: found
+        for name, found in fingerprints_of_files(folder(recipe)).items()
+        if name.startswith("shards/part-")
+    }
+    done = command(recipe, file, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert content(recipe) == content(clean)
+    after = fingerprints_of_files(folder(recipe))
+    assert {name: after[name] for name in before} == before  # committed shards were not touched
+    assert found["cost"]["scored"] == found["scored"] - sum(one.rows for one in committed)
+    assert leftovers(recipe) == []
+
+
+def scorers() -> list[psutil.Process]:
+    """Live scoring actors of this session's own Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "ScorePairs" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_killed_scorer_costs_no_pair_and_doubles_none(recipe: Recipe, clean: Recipe) -> None:
+    commits, killed = folder(recipe) / "commits", threading.Event()
+
+    def kill_after_the_first_commit() -> None:
+        while not killed.is_set():
+            if commits.is_dir() and list(commits.glob("0*.json")):
+                victims = scorers()
+                if victims:
+                    os.kill(victims[0].pid, signal.SIGKILL)
+                    killed.set()
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_after_the_first_commit, daemon=True)
+    killer.start()
+    try:
+        rerank(recipe)
+        in_time = killed.is_set()
+    finally:
+        killed.set()
+        killer.join()
+    assert in_time, "the run ended before its scorer could be killed"
+    assert content(recipe) == content(clean)
+
+
+def test_two_workers_find_what_one_finds(recipe: Recipe, clean: Recipe) -> None:
+    rerank(changed(recipe, resources={"rerank_workers": 1}))
+    assert content(recipe) == content(clean)
+
+
+def test_a_full_disk_ends_in_words_and_the_same_command_finishes(
+    recipe: Recipe, clean: Recipe, small_disk: Path
+) -> None:
+    enlarge(small_disk, "40k")
+    recipe = changed(recipe, storage={"dir": small_disk / "run"})
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        rerank(recipe)
+    assert len(str(caught.value).splitlines()) == 1
+    enlarge(small_disk)
+    rerank(recipe)
+    assert content(recipe) == content(clean)
+
+
+def test_an_object_store_holds_what_a_disk_holds(
+    recipe: Recipe, clean: Recipe, object_store: str
+) -> None:
+    recipe = changed(recipe, storage={"rerank_dir": f"{object_store}/ranked"})
+    found = rerank(recipe)
+    store = Ledger(recipe.storage.reranking).store
+    for name, sha256 in content(clean).items():
+        assert store.sha256(name) == sha256
+    assert found["run"].startswith("s3://")
+
+
+def test_the_command_shows_what_was_gained_and_draws_it(recipe: Recipe, tmp_path: Path) -> None:
+    done = command(recipe, tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert "hit@1" in shown
+    assert "fused (held out)" in shown
+    assert "pairs scored" in shown
+    assert "expected calibration error" in shown
+    assert (folder(recipe) / "rerank.png").read_bytes()[:4] == b"\x89PNG"
+    progress = [line for line in done.stderr.splitlines() if line.startswith("rerank shard")]
+    assert "ETA 0 s" in progress[-1]
+    table = pq.read_table(folder(recipe) / "run.parquet")
+    assert table.num_rows == pq.read_table(recipe.rerank.run).num_rows
+
+
+def test_a_dry_run_of_the_command_says_what_would_be_done(recipe: Recipe, tmp_path: Path) -> None:
+    done = command(recipe, tmp_path / "recipe.yaml", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["plan"]
+    assert found["pairs"] == found["candidates"] == pq.read_table(recipe.rerank.run).num_rows
+    assert not folder(recipe).exists()
+
+
+def test_an_empty_query_file_names_what_is_missing(recipe: Recipe, tmp_path: Path) -> None:
+    """Queries of another data set: every pair is without one, and the run fails in words."""
+    queries = tmp_path / "queries.parquet"
+    pq.write_table(pa.table({"id": ["other"], "text": ["a fox"]}), queries)
+    wrong = changed(recipe, data={"queries": queries})
+    with pytest.raises(Exception, match="the query is not there"):
+        rerank(wrong)
