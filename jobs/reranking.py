@@ -29,14 +29,16 @@ def rerank_table(result: Mapping[str, Any]) -> Table:
     for k in ks:
         table.add_column(f"hit@{k}", justify="right")
     table.add_column("MRR", justify="right")
-    _rows(table, systems, ks, "")
+    _rows(table, systems, ks)
     if "held_out" in result:
         table.add_section()
-        _rows(table, result["held_out"]["systems"], ks, " [dim](held out)[/]")
+        _rows(table, result["held_out"]["systems"], ks)
+        table.caption = "below the line: queries that nothing was fitted to"
+        table.caption_justify = "left"
     return table
 
 
-def _rows(table: Table, systems: Mapping[str, Any], ks: list[int], note: str) -> None:
+def _rows(table: Table, systems: Mapping[str, Any], ks: list[int]) -> None:
     for name, entry in systems.items():
         cells = []
         for k in ks:
@@ -44,7 +46,7 @@ def _rows(table: Table, systems: Mapping[str, Any], ks: list[int], note: str) ->
             cells.append(
                 f"{100 * entry[f'hit@{k}']:.1f} [dim]({100 * low:.1f}-{100 * high:.1f})[/]"
             )
-        table.add_row(name + note, f"{entry['num_queries']:,}", *cells, f"{entry['mrr']:.3f}")
+        table.add_row(name, f"{entry['num_queries']:,}", *cells, f"{entry['mrr']:.3f}")
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Measures several systems on one gallery, in parallel Ray tasks that share each prefix pass."""
 
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from slq.files import write_json
 from slq.index import SearchIndex
 from slq.quantization import cut
 from slq.reranker import Reranker
+from slq.reranking.depth import depth_of
 from slq.reranking.profiles import Reading, profile_by_name
 from slq.schema import Item
 
@@ -133,8 +135,24 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> tuple[dict[str, Score
             coarse = short[num_items:] @ short[:num_items].T
             scores[f"{system}{LENGTH_MARK}{length}"] = Scores(coarse)
     if "slq_fine" in scores:
-        scores["slq_fine"] = _with_fine_stage(recipe, benchmark, scores["slq_fine"])
+        scores["slq_fine"] = _ranked_again(recipe, benchmark, scores["slq_fine"])
+        facts["scored_per_query"] = scores["slq_fine"].scored_per_query
     return scores, facts
+
+
+def _ranked_again(recipe: Recipe, benchmark: Benchmark, scores: Scores) -> Scores:
+    """The same scores with what the fine stage says of each query's best items."""
+    section = recipe.rerank
+    by_coarse = np.argsort(-scores.coarse, axis=1, kind="stable")
+    best = [
+        order[: depth_of(coarse, section.depth, section.adaptive)]
+        for coarse, order in zip(scores.coarse, by_coarse, strict=True)
+    ]
+    weight = 0.0
+    if section.fuse:
+        weight = coarse_weight_of(recipe, reranking_backbone(recipe, weights=False))
+    readings = _read_best(recipe, benchmark, best)
+    return scores.scored(best, readings, profile_by_name(section.profile), coarse_weight=weight)
 
 
 def _through_index(
@@ -161,21 +179,10 @@ def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray
     return {system: np.concatenate([part[system] for part in found]) for system in found[0]}
 
 
-def _with_fine_stage(recipe: Recipe, benchmark: Benchmark, coarse: Scores) -> Scores:
-    """The scores with what the fine stage reads of each query's best items."""
-    best = np.argsort(-coarse.coarse, axis=1, kind="stable")[:, : recipe.rerank.depth]
-    readings = _read_best(recipe, benchmark, best)
-    weight = 0.0
-    if recipe.rerank.fuse:
-        weight = coarse_weight_of(recipe, reranking_backbone(recipe, weights=False))
-    profile = profile_by_name(recipe.rerank.profile)
-    return coarse.scored(best, readings, profile, coarse_weight=weight)
-
-
 def _read_best(
-    recipe: Recipe, benchmark: Benchmark, best: NDArray[np.int64]
+    recipe: Recipe, benchmark: Benchmark, best: list[NDArray[np.int64]]
 ) -> list[list[Reading]]:
-    """Readings of each query with its best items, (queries, depth) of them."""
+    """Readings of each query with its best items."""
     import ray
 
     task = model_task(score_part, recipe.resources.gpus_per_worker)
@@ -199,9 +206,7 @@ def _loaded(recipe_json: str) -> tuple[Recipe, Backbone]:
 @cache
 def _reranker(recipe_json: str) -> Reranker:
     recipe, backbone = _loaded(recipe_json)
-    return reranker_of(
-        recipe, backbone if recipe.rerank.backbone is None else reranking_backbone(recipe)
-    )
+    return reranker_of(recipe, reranking_backbone(recipe) if recipe.rerank.backbone else backbone)
 
 
 def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.float32]]:
@@ -235,14 +240,14 @@ def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.floa
 
 
 def score_part(
-    recipe_json: str, queries: list[Item], items: list[Item], best: NDArray[np.int64]
+    recipe_json: str, queries: list[Item], items: list[Item], best: list[NDArray[np.int64]]
 ) -> list[list[Reading]]:
-    """Readings of each query with its best items, (queries, depth) of them; as much as the profile orders by."""
+    """Readings of each query with its best items; as much as the profile orders by."""
     reranker = _reranker(recipe_json)
     pairs = [(query, items[int(i)]) for query, row in zip(queries, best, strict=True) for i in row]
     if reranker.profile.needs_vocabulary:
         readings = reranker.read(pairs)
     else:
         readings = [Reading(margin) for margin in reranker.score(pairs).tolist()]
-    depth = best.shape[1]
-    return [readings[start : start + depth] for start in range(0, len(readings), depth)]
+    found = iter(readings)
+    return [list(islice(found, len(row))) for row in best]

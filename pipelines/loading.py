@@ -23,6 +23,12 @@ from slq.reranking.calibration import Calibration
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_KEPT_BLOCK_BYTES = 2**25  # glibc takes no more
 _KEPT_BYTES = 2**29  # at the end of the heap
+_SCORING = (
+    "framing",
+    "instruction",
+    "context_free",
+    "enhancement",
+)  # of `rerank`, on which a margin depends
 
 
 def backbone_of(recipe: Recipe, *, weights: bool = True) -> Backbone:
@@ -129,8 +135,7 @@ def scorer_of(recipe: Recipe, backbone: Backbone) -> dict[str, Any]:
     return {
         "model": backbone.identity(),
         "dtype": model.dtype,
-        "framing": section.question,
-        "enhancement": section.enhancement.model_dump(mode="json"),
+        **{name: section.model_dump(mode="json")[name] for name in _SCORING},
     }
 
 
@@ -157,23 +162,23 @@ def calibration_of_scorer(recipe: Recipe, scorer: str) -> Calibration | None:
     return found
 
 
-def scorer_digest(scorer: dict[str, Any]) -> str:
-    """sha256 of what `scorer_of` gives."""
-    return hashlib.sha256(json.dumps(scorer, sort_keys=True).encode()).hexdigest()
-
-
 def coarse_weight_of(recipe: Recipe, backbone: Backbone) -> float:
-    """Nats of margin that one unit of coarse score is worth where the recipe fuses them, else 0.
+    """Nats of margin that one unit of coarse score is worth; 0 where the two are not fused. Errors as above.
 
     Args:
         recipe: The resolved recipe.
-        backbone: That scores; it needs no weights.
-
-    Raises:
-        ArtifactError: As `calibration_of_scorer`.
+        backbone: That scores, with or without weights.
     """
-    calibration = calibration_of_scorer(recipe, scorer_digest(scorer_of(recipe, backbone)))
-    return calibration.coarse_weight if calibration and recipe.rerank.fuse else 0.0
+    if not recipe.rerank.fuse:
+        return 0.0
+    found = calibration_of_scorer(recipe, scorer_digest(scorer_of(recipe, backbone)))
+    assert found is not None  # recipes that fuse name one
+    return found.coarse_weight
+
+
+def scorer_digest(scorer: dict[str, Any]) -> str:
+    """sha256 of what `scorer_of` gives."""
+    return hashlib.sha256(json.dumps(scorer, sort_keys=True).encode()).hexdigest()
 
 
 def reranker_of(
@@ -185,6 +190,8 @@ def reranker_of(
         backbone,
         profile=section.profile,
         framing=section.framing,
+        instruction=section.instruction,
+        context_free=section.context_free,
         batch_size=section.batch_size,
         enhancement=section.enhancement,
         coarse_weight=coarse_weight_of(recipe, backbone),

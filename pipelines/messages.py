@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from pipelines.contents import Content, Message, SearchQuery, as_content
-from slq.reranking.profiles import Reading
 from slq.schema import Item
 
 
@@ -44,20 +43,15 @@ class SearchRequest(Message):
 
 
 class Explanation(Message):
-    """What the model was about to say of a pair."""
+    """What the model was about to say of a pair: a `Reading` of the whole vocabulary."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     margin: float = Field(description="in nats; above 0 it takes them for a match")
     probability: float = Field(description="the sigmoid of the margin")
     label_mass: float = Field(description="how likely it says any label at all")
     entropy: float = Field(description="of the next token, in nats")
     is_doubtful: bool = Field(description="label_mass is below 0.5, so the margin means little")
-
-    @classmethod
-    def of_reading(cls, reading: Reading) -> "Explanation":
-        """From a reading of the whole vocabulary."""
-        names = ("margin", "label_mass", "entropy", "is_doubtful")
-        values = {name: getattr(reading, name) for name in names}
-        return cls.model_validate({**values, "probability": reading.probability()})
 
 
 class SearchResult(Message):

@@ -22,7 +22,7 @@ from slq.metrics import (
     recalls,
     reciprocal_ranks,
 )
-from slq.reranking.profiles import PROFILES, Profile, Reading, falling_scores, ordered
+from slq.reranking.profiles import PROFILES, Profile, Reading, ordered
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,24 @@ class Scores:
         coarse: (queries, items) float32 similarities; -inf where an index did not give an item.
         readings: Of each query, by column of the item, those of pairs that the fine stage scored; None without one.
         profile: Says what readings are ordered by.
-        coarse_weight: Nats of margin that one unit of similarity is worth, as of `ordered`.
         is_whole: Whether every item has a similarity, so that items can also look for queries.
+        coarse_weight: Of similarities that are added to margins.
     """
 
     coarse: NDArray[np.float32]
     readings: Sequence[Mapping[int, Reading]] | None = None
     profile: Profile = PROFILES["default"]
-    coarse_weight: float = 0.0
     is_whole: bool = True
+    coarse_weight: float = 0.0
+
+    @property
+    def scored_per_query(self) -> float:
+        """Items that the fine stage scored for a query, on average."""
+        return sum(map(len, self.readings or ())) / max(1, len(self.coarse))
 
     def scored(
         self,
-        best: NDArray[np.int64],
+        best: Sequence[NDArray[np.int64]],
         readings: Sequence[Sequence[Reading]],
         profile: Profile,
         *,
@@ -54,10 +59,10 @@ class Scores:
         """The same with what a fine stage has read.
 
         Args:
-            best: (queries, depth) columns of the items that were scored.
+            best: Of each query the columns of the items that were scored.
             readings: What was read of them; a margin that is not finite counts as none, as in `Reranker.rank`.
             profile: Says what they are ordered by.
-            coarse_weight: As of `ordered`.
+            coarse_weight: Of similarities that are added to margins.
         """
         by_column = [
             {n: one for n, one in zip(row.tolist(), found, strict=True) if isfinite(one.margin)}
@@ -106,9 +111,23 @@ def placed(scores: Scores, by_coarse: NDArray[np.int64]) -> NDArray[np.int64]:
         head = by_coarse[q, :depth]
         of_place = {n: readings[i] for n, i in enumerate(head.tolist()) if i in readings}
         coarse, weight = scores.coarse[q, head].tolist(), scores.coarse_weight
-        places = ordered(of_place, coarse, scores.profile, coarse_weight=weight)
-        order[q, :depth] = head[places]
+        order[q, :depth] = head[ordered(of_place, coarse, scores.profile, coarse_weight=weight)]
     return order
+
+
+def scores_of_places(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scores that sort into a ranking: the similarity that each place has by coarse order.
+
+    Where it is not below that of the place before, it is the next smaller float32, so that equal similarities do not
+    leave it to a reader how the fine stage has ordered them.
+
+    Args:
+        coarse: (places,) similarities in descending order.
+    """
+    scores = coarse.copy()
+    for n in range(1, len(scores)):
+        scores[n] = min(scores[n], np.nextafter(scores[n - 1], np.float32(-np.inf)))
+    return scores
 
 
 def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
@@ -200,35 +219,20 @@ def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:
     by_coarse = np.argsort(-scores.coarse, axis=1, kind="stable")
     rows = []
     for q, best in enumerate(placed(scores, by_coarse)[:, :depth]):
-        given = best[np.isfinite(scores.coarse[q, best])].tolist()
-        coarse = scores.coarse[q, given].tolist()
+        of_places = scores.coarse[q, by_coarse[q, :depth]]
         readings = {} if scores.readings is None else scores.readings[q]
-        found = [readings.get(i) for i in given]
-        for n, (i, score) in enumerate(zip(given, _falling(scores, found, coarse), strict=True)):
-            reading = found[n]
+        if readings:
+            of_places = scores_of_places(of_places)
+        for rank, i in enumerate(best[np.isfinite(of_places)].tolist(), start=1):
+            reading = readings.get(i)
             rows.append(
                 {
                     "query_id": benchmark.queries[q].id,
                     "item_id": benchmark.items[i].id,
-                    "rank": n + 1,
-                    "score": score,
-                    "coarse_score": coarse[n],
+                    "rank": rank,
+                    "score": float(of_places[rank - 1]),
+                    "coarse_score": float(scores.coarse[q, i]),
                     "fine_score": None if reading is None else scores.profile.score(reading),
                 }
             )
     return pa.Table.from_pylist(rows, schema=RUN)
-
-
-def _falling(
-    scores: Scores, readings: Sequence[Reading | None], coarse: Sequence[float]
-) -> list[float]:
-    """One score for each place, down a ranking: what it was ordered by, as far as that is one number."""
-    if not any(readings):
-        return [*coarse]
-    weight, profile = scores.coarse_weight, scores.profile
-    return falling_scores(
-        [
-            None if reading is None else profile.score(reading) + weight * similarity
-            for reading, similarity in zip(readings, coarse, strict=True)
-        ]
-    )

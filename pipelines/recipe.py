@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from slq.benchmarks.karpathy import KarpathyConfig
 from slq.benchmarks.mmeb import MmebConfig
@@ -15,8 +15,9 @@ from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
+from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth
-from slq.reranking.profiles import profile_by_name
+from slq.reranking.framings import framing_by_name
 from slq.training import AdapterSettings, TrainConfig
 
 
@@ -145,15 +146,30 @@ class EmbedConfig(Section):
         return self
 
 
+def _known_framing(name: str) -> str:
+    try:
+        return framing_by_name(name).name
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 class RerankConfig(Section):
     """The fine stage."""
 
     profile: Literal["default", "compat"] = "default"
     """How candidates are ordered: by margin, or with `compat` as RetLLM's release does, by a probability cut to two
     decimals and then entropy."""
-    framing: Literal["true_false", "mcq", "yes_no", "rate"] | None = "true_false"
-    """How a pair is put to the model; as the profile does if null."""
-    depth: Annotated[int, Field(gt=0)] = 5
+    framing: Annotated[str, AfterValidator(_known_framing)] | None = None
+    """How a pair is put to the model: `mcq`, `true_false`, `yes_no`, `rate`, or the prompt of a trained reranker if
+    `backbone` is one (`qwen3_vl_reranker`, `lamra_rank`, `monoqwen2_vl`, `lychee_rerank_mm`); as the profile does if
+    null, which is `mcq` by default."""
+    instruction: str = ""
+    """What the search is for, where the prompt of a trained reranker has a place for it; its own words if empty."""
+    context_free: ContextFree | None = None
+    """Subtract the margin of the pair with an empty `candidate`, so that thresholds mean the same over queries, or with
+    an empty `query`, so that what the model says of a candidate whatever is asked no longer counts; twice the pairs
+    for `query`, one more for each query for `candidate`."""
+    depth: Annotated[int, Field(gt=0)] = 10
     """Coarse candidates that are scored."""
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Pairs per forward pass, and different images at a time."""
@@ -177,11 +193,6 @@ class RerankConfig(Section):
     """Share of judged queries that `slq rerank` fits its calibration to; it reports on the others."""
     max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of pairs that cannot be scored above which `slq rerank` fails."""
-
-    @property
-    def question(self) -> str:
-        """The framing that is used."""
-        return self.framing or profile_by_name(self.profile).framing
 
     @model_validator(mode="after")
     def _fusion_has_a_weight(self) -> "RerankConfig":

@@ -27,7 +27,7 @@ RUN = pa.schema(
     ]
 )
 """A ranking; `rank` starts at 1, `fine_score` is null where only the coarse stage ran. `score` sorts into the ranking:
-after a fine stage it is as `slq.reranking.profiles.falling_scores` says."""
+it is the coarse score that belongs to the place, which after a fine stage need not be the item's own."""
 
 NEGATIVES = pa.schema(
     [

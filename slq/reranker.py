@@ -7,7 +7,7 @@ runs per pair, and only the label rows of the language-model head are multiplied
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,11 @@ from slq.encoder import as_item
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError, DataError
 from slq.media import sanitise_text
+from slq.reranking.context_free import ContextFree, emptied, key
 from slq.reranking.depth import AdaptiveDepth, depth_of
-from slq.reranking.framings import Framing, framing_by_name
-from slq.reranking.layout import Layout, has_text, lay_out
+from slq.reranking.framings import PRESETS, Framing, framing_by_name
+from slq.reranking.labels import Labels
+from slq.reranking.layout import has_text, lay_out
 from slq.reranking.listwise import NAMES, averaged, rotations
 from slq.reranking.passes import Counts, Passes
 from slq.reranking.profiles import (
@@ -34,7 +36,7 @@ from slq.reranking.profiles import (
 )
 from slq.reranking.work import Work
 from slq.schema import Item
-from slq.scoring import entropy, hundredths, label_mass, margin, probability
+from slq.scoring import entropy, hundredths, label_mass, probability
 
 _OFF = EnhancementConfig()
 _FIRST_CHUNK = 1  # pairs of the first pass where time is short
@@ -51,6 +53,7 @@ class Ranked:
         coarse_score: As given, or 0.
         reading: What the model was about to say; None if it was not scored.
         problem: Why it cannot be scored, if it cannot.
+        stage: Of a cascade, which one's score it is.
     """
 
     index: int
@@ -58,6 +61,7 @@ class Ranked:
     coarse_score: float
     reading: Reading | None = None
     problem: str | None = None
+    stage: int | None = None
 
 
 class Reranker:
@@ -66,7 +70,11 @@ class Reranker:
     Args:
         backbone: The frozen model, the same object that embeds.
         profile: A key of `slq.reranking.profiles.PROFILES`: how candidates are ordered.
-        framing: A key of `slq.reranking.framings.FRAMINGS`; that of the profile if left out.
+        framing: A key of `slq.reranking.framings.FRAMINGS`, or of `PRESETS` for a model that was trained to rerank;
+            that of the profile if left out.
+        instruction: What the search is for, in words of yours, where the framing has a place for it; its own if left
+            out.
+        context_free: Side to empty for a second pass, whose margin is subtracted (`slq.reranking.context_free`).
         batch_size: Pairs per forward pass, and different images at a time.
         enhancement: Whether layers look at the image again.
         coarse_weight: Nats of margin that one unit of coarse score is worth (`slq.reranking.fusion` fits it); 0
@@ -77,16 +85,20 @@ class Reranker:
         prefix_bytes: Keys and values of open images to keep.
 
     Raises:
-        ConfigError: A label word is not a single token of this backbone's tokenizer, the enhancement wants layers
-            that the model does not have, or coarse scores are to be fused with a profile that does not rank by margin.
+        ConfigError: A label word is not a single token of this backbone's tokenizer; the framing has a system message,
+            and the chat template has no place for one; the framing takes no instruction, or it holds control tokens;
+            the profile does not order by what is subtracted from or added to; or the enhancement wants layers that
+            the model does not have.
     """
 
-    def __init__(  # noqa: PLR0913 - one name for each setting, as users write them
+    def __init__(  # noqa: PLR0913 - choices that do not depend on one another, each by its name
         self,
         backbone: Backbone,
         *,
         profile: str = "default",
         framing: str | None = None,
+        instruction: str = "",
+        context_free: ContextFree | None = None,
         batch_size: int = 64,
         enhancement: EnhancementConfig = _OFF,
         coarse_weight: float = 0.0,
@@ -99,13 +111,30 @@ class Reranker:
         self.coarse_weight = fusible(self.profile, coarse_weight)
         self.framing: Framing = framing_by_name(framing or self.profile.framing)
         self._batch_size = 1 if deterministic else batch_size
-        labels = self._labels()
-        self._label_ids = list(labels)
-        self._values = torch.tensor(list(labels.values()), device=backbone.device)
-        self._positive = self._positive_id()
+        self._instruction, self._context_free = instruction, context_free
+        self._require_sense()
+        self._labels = Labels(backbone, self.framing)
         self.passes = Passes(
             backbone, enhancement, vision_bytes=vision_bytes, prefix_bytes=prefix_bytes
         )
+
+    def _require_sense(self) -> None:
+        """Refuse what the framing, the chat template or the profile has no use for."""
+        self.backbone.start_ids(self.framing.system)
+        if self._instruction and not self.framing.takes_instruction:
+            takers = ", ".join(name for name, one in PRESETS.items() if one.takes_instruction)
+            raise ConfigError(
+                f"framing {self.framing.name!r} takes no instruction; leave it out, or choose one of {takers}"
+            )
+        if any(token in self._instruction for token in self.backbone.special_tokens):
+            raise ConfigError(
+                "the instruction holds a control token of this model; write it in plain words"
+            )
+        if self._context_free and self.profile.needs_vocabulary:
+            raise ConfigError(
+                f"profile {self.profile.name!r} does not order by margins, from which context_free subtracts; "
+                "leave context_free out, or choose the profile default"
+            )
 
     @property
     def counts(self) -> Counts:
@@ -115,28 +144,6 @@ class Reranker:
     def close(self) -> None:
         """Take the hooks of the enhancement off the model."""
         self.passes.close()
-
-    def _labels(self) -> dict[int, float]:
-        """Values of single-token variants of the label words, with and without a leading space."""
-        found: dict[int, float] = {}
-        for word, value in self.framing.labels:
-            for variant in (word, f" {word}"):
-                ids = self.backbone.token_ids(variant)
-                if len(ids) == 1:
-                    found[ids[0]] = value
-        for bound in (0.0, 1.0):
-            if bound not in found.values():
-                words = [word for word, value in self.framing.labels if value == bound]
-                raise ConfigError(
-                    f"framing {self.framing.name!r}: none of {', '.join(words)} is one token of {self.backbone.name}; "
-                    "choose another framing"
-                )
-        return dict(sorted(found.items()))
-
-    def _positive_id(self) -> int:
-        """The token of the positive label as it begins an answer."""
-        ids = self.backbone.token_ids(self.backbone.answer_lead + self.framing.positive)
-        return ids[0] if len(ids) == 1 else self._label_ids[int(self._values.argmax())]
 
     def rank(
         self,
@@ -268,16 +275,13 @@ class Reranker:
         return self._each(pairs, self._work(tenant, whole=True))
 
     def score(self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = "") -> Tensor:
-        """Margins of (query, candidate) pairs, (n,) float32 on the CPU, in input order.
+        """Margins of (query, candidate) pairs, (n,) float32 on the CPU, in input order, as `Reading.margin`.
 
         Args:
             pairs: Texts, images or both on either side.
             tenant: Whose they are; what is kept of one tenant's images another does not find.
         """
-        margins = torch.empty(len(pairs))
-        for numbers, answers in self._work(tenant).answers(self._laid_out(pairs)):
-            margins[numbers] = self.margins(answers).cpu()
-        return margins
+        return torch.tensor([one.margin for one in self._read(pairs, self._work(tenant))])
 
     def read(self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = "") -> list[Reading]:
         """What the model is about to say of each pair; as `score`, with the whole vocabulary at the answer."""
@@ -289,7 +293,7 @@ class Reranker:
 
         The candidates are options, and the model is about to say which one it takes. It prefers some places to others,
         so each candidate stands at each place once, and its log-probabilities are averaged. That is n passes of n
-        candidates each.
+        candidates each. Framing, instruction and what is context-free are of pairs and do not matter here.
 
         Args:
             query: A text, an image, or a mapping of both.
@@ -306,7 +310,7 @@ class Reranker:
         ids = [self._only_token(lead + name) for name in NAMES[: len(items)]]
         said = torch.empty(len(items), len(items))
         for numbers, answers in self._work(tenant).answers(layouts):
-            said[numbers] = self._of_tokens(answers, ids).log_softmax(-1).cpu()
+            said[numbers] = self._labels.logits(answers, ids).log_softmax(-1).cpu()
         return averaged(said)
 
     def _only_token(self, word: str) -> int:
@@ -318,18 +322,34 @@ class Reranker:
             )
         return ids[0]
 
-    @torch.no_grad()
     def _read(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading]:
+        if self._context_free is None:
+            return self._asked(pairs, work)
+        empties = [emptied(pair, self._context_free, self.framing.empty) for pair in pairs]
+        new = {key(pair): pair for pair in empties if key(pair) not in work.context_free}
+        asked = self._asked([*pairs, *new.values()], work)
+        found, free = asked[: len(pairs)], asked[len(pairs) :]
+        work.context_free |= {name: one.margin for name, one in zip(new, free, strict=True)}
+        subtracted = [work.context_free[key(pair)] for pair in empties]
+        return [
+            replace(one, margin=one.margin - less, context_free=less)
+            for one, less in zip(found, subtracted, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _asked(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading]:
+        """What is said of the pairs alone."""
         found: dict[int, Reading] = {}
-        labels = torch.tensor(self._label_ids, device=self.backbone.device)
-        for numbers, answers in work.answers(self._laid_out(pairs)):
+        labels = torch.tensor(self._labels.ids, device=self.backbone.device)
+        layouts = [lay_out(self.framing, *pair, self._instruction) for pair in pairs]
+        for numbers, answers in work.answers(layouts):
             columns = [self.margins(answers)]
             if work.whole:
-                logits = self._of_tokens(answers)
+                logits = self._labels.logits(answers)
                 columns += [
                     label_mass(logits, labels),
                     entropy(logits),
-                    hundredths(probability(logits, self._positive)),
+                    hundredths(probability(logits, self._labels.positive)),
                 ]
             rows = zip(*(column.tolist() for column in columns), strict=True)
             found |= zip(numbers, (Reading(*row) for row in rows), strict=True)
@@ -338,17 +358,6 @@ class Reranker:
     def _work(self, tenant: str, *, whole: bool = False) -> Work:
         return Work(self.passes, tenant, self._batch_size, whole=whole)
 
-    def _laid_out(self, pairs: Sequence[tuple[Item, Item]]) -> list[Layout]:
-        return [lay_out(self.framing, query, candidate) for query, candidate in pairs]
-
     def margins(self, answers: Tensor) -> Tensor:
-        """(batch,) float32 margins from (batch, hidden) states of what the model is about to say."""
-        return margin(self._of_tokens(answers, self._label_ids), self._values)
-
-    def _of_tokens(self, answers: Tensor, ids: Sequence[int] | None = None) -> Tensor:
-        """(batch, num_ids) logits of some tokens, or of all, float32 or wider whatever the type of the weights."""
-        head: Any = self.backbone.model.get_output_embeddings()
-        kind = torch.promote_types(answers.dtype, torch.float32)
-        rows = head.weight if ids is None else head.weight[list(ids)]
-        logits: Tensor = answers.to(kind) @ rows.to(kind).T
-        return logits
+        """(batch,) float32 margins from (batch, hidden) states of what the model is about to say, of pairs alone."""
+        return self._labels.margins(answers)

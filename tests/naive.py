@@ -1,6 +1,6 @@
 """The slow way: whole sequences through the whole model, one by one, no cache, no padding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,16 +157,30 @@ def _next_logits(backbone: Backbone, inputs: dict[str, Tensor]) -> Tensor:
     return logits
 
 
-def turn_inputs(backbone: Backbone, content: Sequence[str | Image.Image]) -> dict[str, Tensor]:
+Content = Sequence[str | Image.Image]
+
+
+def turn_inputs(backbone: Backbone, content: Content) -> dict[str, Tensor]:
     """What the processor itself makes of texts and any number of images as one user turn (Qwen-VL and InternVL)."""
-    parts = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-        for part in content
+    return chat_of(backbone, {"user": content})
+
+
+def chat_of(backbone: Backbone, said: Mapping[str, Content]) -> dict[str, Tensor]:
+    """As `turn_inputs`, for one message of each role."""
+    messages = [
+        {
+            "role": role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in content
+            ],
+        }
+        for role, content in said.items()
     ]
     rendered = backbone.processor.apply_chat_template(
-        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        messages, tokenize=False, add_generation_prompt=True
     )
-    images = [part for part in content if not isinstance(part, str)]
+    images = [part for content in said.values() for part in content if not isinstance(part, str)]
     if is_intern(backbone):
         images = [pad_to_square(image) for image in images]
     shown: dict[str, Any] = {"images": images} if images else {}
@@ -176,6 +190,11 @@ def turn_inputs(backbone: Backbone, content: Sequence[str | Image.Image]) -> dic
     return {name: value for name, value in encoded.items() if name in _MODEL_INPUTS}
 
 
-def turn_logits(backbone: Backbone, content: Sequence[str | Image.Image]) -> Tensor:
+def turn_logits(backbone: Backbone, content: Content) -> Tensor:
     """(vocab,) logits of the token after a turn, from one ordinary pass with the head."""
-    return _next_logits(backbone, turn_inputs(backbone, content))
+    return chat_logits(backbone, {"user": content})
+
+
+def chat_logits(backbone: Backbone, said: Mapping[str, Content]) -> Tensor:
+    """As `turn_logits`, for one message of each role."""
+    return _next_logits(backbone, chat_of(backbone, said))

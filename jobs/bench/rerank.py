@@ -28,6 +28,7 @@ from slq.schema import Item
 
 SIZES = (5, 32, 100)
 _KEPT_BYTES = 2**36  # room for everything
+_FRAMING = "true_false"  # the shortest question: some 20 tokens of most tokenizers follow a caption
 _WORDS = ("red", "blue", "small", "dog", "cat", "tree", "left", "right", "above", "two", "three")
 _RATIOS = {
     "image_to_text": (("one_at_a_time", "shared"),),
@@ -124,7 +125,7 @@ def sides_of(
 
     def ours(*, fresh: bool, vision: int = 0, prefix: int = 0) -> Side:
         def made() -> Reranker:
-            return Reranker(backbone, vision_bytes=vision, prefix_bytes=prefix)
+            return Reranker(backbone, framing=_FRAMING, vision_bytes=vision, prefix_bytes=prefix)
 
         rerankers = [made()]
         if not fresh:
@@ -137,7 +138,7 @@ def sides_of(
 
         return Side(score, lambda: rerankers[-1].counts)
 
-    slow = OneAtATime(Reranker(backbone))
+    slow = OneAtATime(Reranker(backbone, framing=_FRAMING))
     found = {"one_at_a_time": Side(lambda: slow.score(pairs), lambda: slow.counts)}
     if direction == "image_to_text":
         return {**found, "shared": ours(fresh=True)}
@@ -158,7 +159,7 @@ def planned(backbone: Backbone, pairs: Sequence[tuple[Item, Item]], *, kept: str
         pairs: With one image each.
         kept: `nothing`, `vision` or `prefix`; `one` where each pair runs on its own.
     """
-    reranker = Reranker(backbone)
+    reranker = Reranker(backbone, framing=_FRAMING)
     layouts = [lay_out(reranker.framing, *pair) for pair in pairs]
     images = {
         number if kept == "one" else id(layout.shared): layout.shared

@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import Recipe, RerankConfig, load_recipe
 from slq.artifacts import ADAPTER_CONFIG
 from slq.engines import FAISS
 from slq.files import read_json
+from slq.reranking.framings import FRAMINGS
+from slq.reranking.profiles import profile_by_name
 
 JOBS = Path(__file__).parents[1]
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu")
@@ -41,18 +43,36 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
         ("index", recipe.index.kind if recipe.index.engine == FAISS else recipe.index.engine),
     ]
     if "slq_fine" in results["systems"]:
-        framing = rerank.question.replace("_", "/")
-        again = rerank.enhancement
-        looks = f", {again.mode} visual enhancement of {again.alpha:g}" if again.is_on else ""
-        order = "" if rerank.profile == "default" else f", in the order of {rerank.profile}"
-        told = f"{framing} question on the first {rerank.depth} candidates{looks}{order}"
-        rows.append(("fine stage", told))
+        rows.append(("fine stage", fine_stage(rerank)))
     rows += [
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"),
         ("versions", ", ".join(versions())),
         ("fingerprint", _adapter(recipe).get("fingerprint", "")),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def fine_stage(rerank: RerankConfig) -> str:
+    """The fine stage in words: all that its scores and places depend on."""
+    profile = profile_by_name(rerank.profile)
+    framing = rerank.framing or profile.framing
+    name = framing.replace("_", "/") if framing in FRAMINGS else framing
+    most = "up to " if rerank.adaptive else ""
+    parts = [f"{name} question on {most}the first {rerank.depth} candidates"]
+    if rerank.instruction:
+        parts.append(f"instruction {rerank.instruction!r}")
+    if rerank.context_free:
+        parts.append(f"less the margin of an empty {rerank.context_free}")
+    if rerank.enhancement.is_on:
+        again = rerank.enhancement
+        parts.append(f"{again.mode} visual enhancement of {again.alpha:g}")
+    if rerank.backbone is not None:
+        parts.append(f"by {rerank.backbone.name}")
+    if rerank.fuse:
+        parts.append("fused with coarse scores")
+    if profile.name != "default":
+        parts.append(f"in the order of {profile.name}")
+    return ", ".join(parts)
 
 
 def _adapter(recipe: Recipe) -> dict[str, Any]:

@@ -7,26 +7,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.commits import shard_name
 from pipelines.ledger import Ledger
 from pipelines.loading import calibration_of_scorer
+from pipelines.ranking import scores_of_places
 from pipelines.recipe import Recipe
 from pipelines.reranking.judged import Ranking, judge
 from pipelines.reranking.plan import read_pool
 from pipelines.reranking.runs import trec_lines
 from slq.arrow import RUN
 from slq.errors import DataError
-from slq.reranking.profiles import (
-    DOUBTFUL_BELOW,
-    Reading,
-    falling_scores,
-    ordered,
-    profile_by_name,
-)
+from slq.reranking.profiles import Reading, ordered, profile_by_name
 
 log = logging.getLogger(__name__)
 RUN_FILE, TREC_FILE, CALIBRATION = "run.parquet", "run.trec", "calibration.json"
@@ -56,7 +50,6 @@ def assemble(recipe: Recipe, ledger: Ledger, scorer: str) -> dict[str, Any]:
     except DataError as error:
         ledger.store.remove(TREC_FILE)
         log.warning("no %s: %s", TREC_FILE, error)
-    masses = table["label_mass"].drop_null()
     found: dict[str, Any] = {
         "run": ledger.store.url(RUN_FILE),
         "queries": len(rankings),
@@ -64,7 +57,7 @@ def assemble(recipe: Recipe, ledger: Ledger, scorer: str) -> dict[str, Any]:
         "scored": len(readings),
         "unscored": sum(commit.quarantined for commit in ledger.commits().values()),
         "scored_per_query": round(len(readings) / len(rankings), 3),
-        "doubtful": pc.sum(pc.less(masses, DOUBTFUL_BELOW)).as_py() or 0,
+        "doubtful": sum(bool(reading.is_doubtful) for reading in readings.values()),
     }
     if recipe.data.path("relevance").is_file():
         judged, fitted = judge(recipe, rankings, scorer)
@@ -122,12 +115,12 @@ def _table(recipe: Recipe, rankings: list[Ranking], weight: float, temperature: 
         columns["query_id"] += [one.query_id] * len(order)
         columns["item_id"] += [one.items[n] for n in order]
         columns["rank"] += range(1, len(order) + 1)
-        columns["score"] += falling_scores(fine)
+        columns["score"] += scores_of_places(one.coarse.astype(np.float32)).tolist()
         columns["coarse_score"] += [coarse[n] for n in order]
         columns["fine_score"] += fine
         columns["label_mass"] += [reading and reading.label_mass for reading in found]
         columns["probability"] += [
-            reading and reading.probability(temperature) for reading in found
+            reading and Reading(reading.margin / temperature).probability for reading in found
         ]
     return pa.table(columns, schema=RERANKED)
 

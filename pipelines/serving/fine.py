@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.contents import Content, as_content
@@ -17,6 +18,7 @@ from pipelines.serving.calls import answer_of
 from pipelines.serving.candidates import Stored
 from pipelines.serving.index_service import Found
 from slq.reranker import Ranked
+from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.schema import Item
 
 
@@ -43,12 +45,14 @@ class FineStage:
         backbone: Scores.
         budget_s: Seconds that are left of the request's time; None is for as long as it takes.
         explain: Whether to tell what the model was about to say.
+        adaptive: How many fewer hits are scored where coarse scores leave little to decide.
         tenant: Whose request it is.
     """
 
     backbone: DeploymentHandle
     budget_s: float | None = None
     explain: bool = False
+    adaptive: AdaptiveDepth | None = None
     tenant: str = ""
 
     async def search(self, query: Item | None, found: Found, depth: int) -> Outcome:
@@ -57,7 +61,7 @@ class FineStage:
         Args:
             query: What is searched for; None where only its vector is known, which the fine stage cannot read.
             found: What the index gave.
-            depth: Hits to score, the best by coarse score; 0 scores none.
+            depth: Hits to score at most, the best by coarse score; 0 scores none.
         """
         results = [
             SearchResult(
@@ -65,6 +69,7 @@ class FineStage:
             )
             for hit, row in zip(found.hits, found.rows, strict=True)
         ]
+        depth = depth_of(np.array([hit.score for hit in found.hits]), depth, self.adaptive)
         if query is None or not results[:depth]:
             return Outcome(results, 0, [])
         if self.budget_s is not None and self.budget_s <= 0:
@@ -88,7 +93,7 @@ class FineStage:
         return [
             RerankResult(
                 index=one.index,
-                relevance_score=0.0 if one.reading is None else one.reading.probability(),
+                relevance_score=0.0 if one.reading is None else one.reading.probability,
                 document=as_content(body.documents[one.index]) if body.return_documents else None,
                 problem=one.problem,
             )
@@ -115,7 +120,7 @@ class FineStage:
         said = {"score": one.fine_score, "fine_score": one.fine_score}
         if not self.explain:
             return result.model_copy(update=said)
-        explanation = Explanation.of_reading(one.reading)
+        explanation = Explanation.model_validate(one.reading)
         return result.model_copy(update={**said, "explanation": explanation})
 
 

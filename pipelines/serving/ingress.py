@@ -122,6 +122,7 @@ class Ingress:
             self._backbone,
             budget_s=None if budget_s is None else budget_s - (searched - accepted),
             explain=body.explain,
+            adaptive=self._recipe.rerank.adaptive if body.mode == "auto" else None,
             tenant=_TENANT,
         )
         outcome = await fine.search(item, found, depth)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from slq.errors import DataError
+from slq.errors import ConfigError, DataError
 from slq.media import sanitise_text
 from slq.schema import Item
 
@@ -127,11 +128,15 @@ class PromptBuilder(ABC):
         """The image as the processor gets it."""
         return image
 
-    def _render(self, with_image: bool) -> tuple[str, str]:
+    def _render(self, with_image: bool, system: str | None = None) -> tuple[str, str]:
         content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
         content.append({"type": "text", "text": _TEXT_SLOT})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            spoken = [{"type": "text", "text": system}]
+            messages.insert(0, {"role": "system", "content": spoken})
         rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            messages,
             tokenize=False,
             add_generation_prompt=True,
             chat_template=self.processor.chat_template or self.tokenizer.chat_template,
@@ -152,6 +157,28 @@ class PromptBuilder(ABC):
     def plain_ids(self) -> list[int]:
         """Tokens that open the user's turn when no image does."""
         return self._plain_ids
+
+    def start_ids(self, system: str | None = None) -> list[int]:
+        """Tokens that open the user's turn when no image does, as the model's own chat template writes them.
+
+        Args:
+            system: Message before the turn, of ours; without one it is the template's own, if it has any.
+
+        Raises:
+            ConfigError: The template has no place for a system message.
+        """
+        if system is None:
+            return self._plain_ids
+        try:
+            before, _ = self._render(False, system)
+        except TemplateError as error:  # some templates refuse the role in words of their own
+            before = str(error)
+        if system not in before:
+            raise ConfigError(
+                "the chat template of this model has no system role, which a framing with a system message needs; "
+                "choose a framing without one, such as true_false"
+            )
+        return self.token_ids(before.removesuffix(self._text_lead))
 
     def within_turn(self, opening: Sequence[int]) -> tuple[list[int], str]:
         """What shows an image in the middle of a turn: tokens, and text that stands before the next words.

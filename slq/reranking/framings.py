@@ -7,6 +7,7 @@ A framing gives every answer a value in [0, 1]: how much of a match it stands fo
 from dataclasses import dataclass
 
 from slq.errors import ConfigError
+from slq.reranking.presets import TEMPLATES, Slot, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,16 +15,33 @@ class Framing:
     """A question with its answers.
 
     Attributes:
-        name: Key in `FRAMINGS`.
+        name: Key in `FRAMINGS` or `PRESETS`.
         of_caption: Asks whether one text fits one image.
         of_pair: Asks whether a candidate fits a query, whatever they are made of.
         labels: Answers and their values. Each is one token, with or without a space before it, or is not used.
+        template: The whole prompt of a trained reranker, in place of both questions; labels are then exactly as given.
     """
 
     name: str
     of_caption: str
     of_pair: str
     labels: tuple[tuple[str, float], ...]
+    template: Template | None = None
+
+    @property
+    def system(self) -> str | None:
+        """Message before the turn; None leaves the one of the model's chat template."""
+        return self.template.system if self.template else None
+
+    @property
+    def empty(self) -> str:
+        """What stands for the text of a side without content (`slq.reranking.context_free`)."""
+        return (self.template.empty if self.template else None) or EMPTY
+
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether it has a place for what the search is for."""
+        return self.template is not None and Slot.INSTRUCTION in self.template.slots
 
     @property
     def positive(self) -> str:
@@ -49,6 +67,7 @@ def _asked(of: str, answers: str) -> str:
     return f"Does the {of}? {answers}"
 
 
+EMPTY = "N/A"
 _CAPTION, _PAIR = "caption match the image", "candidate match the query"
 _CHOICES = "A. yes, fully B. no or only partly. Answer A or B."
 _LEVELS = 5
@@ -80,13 +99,28 @@ FRAMINGS: dict[str, Framing] = {
     )
 }
 
+"""Questions to any model."""
+
+PRESETS: dict[str, Framing] = {
+    template.name: Framing(
+        template.name,
+        of_caption="",
+        of_pair="",
+        labels=tuple(zip(template.labels, (1.0, 0.0), strict=True)),
+        template=template,
+    )
+    for template in TEMPLATES
+}
+"""Prompts of trained rerankers, each for one family of models."""
+
 
 def framing_by_name(name: str) -> Framing:
-    """The framing called `name`.
+    """The framing or preset called `name`.
 
     Raises:
         ConfigError: There is none of that name.
     """
-    if name not in FRAMINGS:
-        raise ConfigError(f"framing {name!r} is unknown; choose one of {', '.join(FRAMINGS)}")
-    return FRAMINGS[name]
+    known = {**FRAMINGS, **PRESETS}
+    if name not in known:
+        raise ConfigError(f"framing {name!r} is unknown; choose one of {', '.join(known)}")
+    return known[name]

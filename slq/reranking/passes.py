@@ -4,9 +4,10 @@ What is kept is found again by the bytes of an image, so that it does not matter
 crosses tenants.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from itertools import groupby
 from threading import Lock
 from typing import Any
 
@@ -22,6 +23,8 @@ from slq.media import pixels_sha256
 from slq.prefix import Prefix
 from slq.reranking.layout import Layout, Words
 from slq.schema import Item
+
+_TOKENS_AT_ONCE = (1280, 2**16)  # of images, on a CPU and on a GPU
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,21 @@ class View:
         return self.features.num_bytes + light
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a turn opens with; pairs with equal ones share its keys and values.
+
+    Attributes:
+        image: Key of its image; of none, too.
+        before: Our words that stand before the image.
+        system: Message before the turn.
+    """
+
+    image: Hashable
+    before: tuple[Words, ...] = ()
+    system: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Turn:
     """An open turn.
@@ -78,13 +96,14 @@ class Turn:
 
 
 def prefix_of_turns(turns: Sequence[Turn]) -> Prefix:
-    """The turns as one batch; those of one pass are taken out of it together."""
-    first = turns[0].prefix
-    if any(turn.prefix is not first for turn in turns):
-        return Prefix.stack([turn.prefix.select(torch.tensor([turn.row])) for turn in turns])
-    if len(first) == 1:
-        return first.repeat(len(turns))
-    return first.select(torch.tensor([turn.row for turn in turns], device=first.mask.device))
+    """The turns as one batch; neighbours that come from one pass are taken out of it together."""
+    parts = []
+    for _, found in groupby(turns, key=lambda turn: id(turn.prefix)):
+        same = list(found)
+        whole = same[0].prefix
+        rows = torch.tensor([turn.row for turn in same], device=whole.mask.device)
+        parts.append(whole.repeat(len(same)) if len(whole) == 1 else whole.select(rows))
+    return parts[0] if len(parts) == 1 else Prefix.stack(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +172,11 @@ class Passes:
             prompts = self.backbone.tokenised(items, close=False)
             with self._lock:
                 self.counts += Counts(vision_passes=len(prompts))
-            features = self.backbone.vision_features(self.backbone.collate(prompts))
+            features = [
+                of_image
+                for part in self._at_once([len(prompt) for prompt in prompts])
+                for of_image in self.backbone.vision_features(self.backbone.collate(prompts[part]))
+            ]
             return [
                 View(_without_pixels(prompt), of_image)
                 for prompt, of_image in zip(prompts, features, strict=True)
@@ -163,42 +186,63 @@ class Passes:
 
     @torch.no_grad()
     def open(
-        self, pictures: Mapping[Hashable, Image.Image | None], views: Mapping[Hashable, View]
-    ) -> dict[Hashable, Turn]:
-        """Turns that are open behind an image, or without one.
+        self,
+        heads: Sequence[Head],
+        pictures: Mapping[Hashable, Image.Image],
+        views: Mapping[Hashable, View],
+    ) -> dict[Head, Turn]:
+        """Turns that are open behind their heads.
 
         Args:
+            heads: Different ones.
             pictures: The images, by key.
             views: Of some of them; the vision tower runs over those others whose prefix is not kept.
         """
-        keys = list(pictures)
 
-        def compute(missing: list[int]) -> Prefix:
-            names = [keys[number] for number in missing]
-            unseen = {
-                name: picture
-                for name in names
-                if (picture := pictures[name]) is not None and name not in views
-            }
+        def compute(missing: list[int]) -> list[Prefix]:
+            wanted = [heads[number] for number in missing]
+            names = {head.image for head in wanted if head.image not in views}
+            unseen = {name: pictures[name] for name in pictures if name in names}
             found = {**views, **self.view(unseen)}
-            return self._opened([found.get(name) for name in names])
+            return self._opened([(head, found.get(head.image)) for head in wanted])
 
-        if not keys:
+        if not heads:
             return {}
         if not self._keeps_prefixes:  # no detour over single rows
-            whole = compute(list(range(len(keys))))
-            return {name: Turn(whole, row) for row, name in enumerate(keys)}
-        rows = self.prefixes.get(keys, lambda missing: compute(missing).split())
-        return {name: Turn(row, 0) for name, row in zip(keys, rows, strict=True)}
+            found = [
+                Turn(batch, row)
+                for batch in compute(list(range(len(heads))))
+                for row in range(len(batch))
+            ]
+            return dict(zip(heads, found, strict=True))
+        rows = self.prefixes.get(
+            heads, lambda missing: [row for batch in compute(missing) for row in batch.split()]
+        )
+        return {head: Turn(row, 0) for head, row in zip(heads, rows, strict=True)}
 
-    def _opened(self, shown: Sequence[View | None]) -> Prefix:
-        openings = [self._opening(view) for view in shown]
-        prompts = self.backbone.collate(openings)
-        seen = [() if view is None else (view,) for view in shown]
-        with self._seeing(seen, prompts, asked=self.enhancement.touches_prefix):
-            prefix = self.backbone.prefix(prompts, _features(seen))
-        self._count("prefix_tokens", [len(one) for one in openings])
-        return prefix
+    def _opened(self, shown: Sequence[tuple[Head, View | None]]) -> list[Prefix]:
+        """Open turns, in their order, in as many passes as are needed."""
+        openings = [self.opening(head, view) for head, view in shown]
+        found = []
+        for part in self._at_once([len(one) for one in openings]):
+            prompts = self.backbone.collate(openings[part])
+            seen = [() if view is None else (view,) for _, view in shown[part]]
+            with self._seeing(seen, prompts, asked=self.enhancement.touches_prefix):
+                found.append(self.backbone.prefix(prompts, _features(seen)))
+            self._count("prefix_tokens", [len(one) for one in openings[part]])
+        return found
+
+    def _at_once(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Parts of so many tokens that a pass of them is fast: on a CPU it then stays in the caches."""
+        most = _TOKENS_AT_ONCE[self.backbone.device.type != "cpu"]
+        start = total = 0
+        for place, length in enumerate(lengths):
+            if place > start and total + length > most:
+                yield slice(start, place)
+                start, total = place, 0
+            total += length
+        if lengths:
+            yield slice(start, len(lengths))
 
     def suffix(self, layout: Layout, others: Sequence[View]) -> Suffix:
         """Tokens of what follows the shared image of a layout.
@@ -228,31 +272,36 @@ class Passes:
 
     @torch.no_grad()
     def answer(
-        self, prefix: Prefix | None, shared: Sequence[View | None], suffixes: Sequence[Suffix]
+        self,
+        prefix: Prefix | None,
+        shared: Sequence[tuple[Head, View | None]],
+        suffixes: Sequence[Suffix],
     ) -> Tensor:
         """(batch, hidden) states of the last tokens after the final norm: what the model is about to say.
 
         Args:
             prefix: An open turn for each suffix; None where `enhancement.needs_whole`.
-            shared: The image of each, if it shows one.
+            shared: The head of each, and what it shows, if that was looked at.
             suffixes: What follows.
         """
         if prefix is None:
             return self._whole(shared, suffixes)
         prompts = self.backbone.collate([suffix.prompt for suffix in suffixes])
         seen = _seen(shared, suffixes)
-        begun = torch.tensor([view is not None for view in shared])
+        begun = torch.tensor([view is not None for _, view in shared])
         with self._seeing(seen, prompts, begun=begun):
             later = [view.features for suffix in suffixes for view in suffix.views]
             hidden = self.backbone.follow_prompts(prefix, prompts, later)
         self._count("suffix_tokens", [len(suffix.prompt) for suffix in suffixes])
         return hidden[last_places(prompts.mask)]
 
-    def _whole(self, shared: Sequence[View | None], suffixes: Sequence[Suffix]) -> Tensor:
+    def _whole(
+        self, shared: Sequence[tuple[Head, View | None]], suffixes: Sequence[Suffix]
+    ) -> Tensor:
         """As `answer`, in one pass each: for what changes tokens before the one that is asked."""
         whole = []
-        for view, suffix in zip(shared, suffixes, strict=True):
-            opening = self._opening(view)
+        for (head, view), suffix in zip(shared, suffixes, strict=True):
+            opening = self.opening(head, view)
             vision = _joined([opening.vision, suffix.prompt.vision])
             whole.append(Prompt([*opening.ids, *suffix.prompt.ids], vision))
         prompts, seen = self.backbone.collate(whole), _seen(shared, suffixes)
@@ -261,8 +310,19 @@ class Passes:
         self._count("suffix_tokens", [len(prompt) for prompt in whole])
         return prefix.last_hidden
 
-    def _opening(self, view: View | None) -> Prompt:
-        return Prompt(self.backbone.plain_ids) if view is None else view.opening
+    def opening(self, head: Head, view: View | None) -> Prompt:
+        """Tokens of a head. An image alone opens the turn with the very tokens with which it is embedded."""
+        start = self.backbone.start_ids(head.system)
+        if view is None:
+            return Prompt(start)
+        if not head.before and head.system is None:
+            return view.opening
+        shown, tail = self.backbone.within_turn(view.opening.ids)
+        words = "".join(run.text for run in head.before)
+        before = self.backbone.token_ids(self.backbone.text_lead + words) if words else []
+        return Prompt(
+            [*start, *before, *shown, *self.backbone.token_ids(tail)], view.opening.vision
+        )
 
     def _seeing(
         self,
@@ -299,11 +359,13 @@ class Passes:
             self.counts += Counts(**{kind: real}, padded_tokens=padded)
 
 
-def _seen(shared: Sequence[View | None], suffixes: Sequence[Suffix]) -> list[tuple[View, ...]]:
+def _seen(
+    shared: Sequence[tuple[Head, View | None]], suffixes: Sequence[Suffix]
+) -> list[tuple[View, ...]]:
     """All images of each row, in order."""
     return [
         suffix.views if view is None else (view, *suffix.views)
-        for view, suffix in zip(shared, suffixes, strict=True)
+        for (_, view), suffix in zip(shared, suffixes, strict=True)
     ]
 
 

@@ -9,7 +9,7 @@ class Images:
     """The images of a pair, by key.
 
     Attributes:
-        shared: The one that opens the turn; some key too where there is none.
+        shared: Of what opens the turn, whether or not with one.
         others: Those that follow.
     """
 

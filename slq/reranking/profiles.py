@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from slq.errors import ConfigError
 
 DOUBTFUL_BELOW = 0.5
@@ -20,25 +18,29 @@ class Reading:
     """What the model is about to say of a pair.
 
     Attributes:
-        margin: In nats; higher is a better match.
+        margin: In nats; higher is a better match. What a context-free pair says of it is subtracted already.
         label_mass: Probability that it says any label at all. None, as what follows, where the labels alone were read.
         entropy: Of the next token over the full vocabulary, in nats.
         hundredths: Probability of the positive label over the full vocabulary, cut to whole hundredths.
+        context_free: What was subtracted, in nats; None without that. Added to `margin` it is that of the pair alone.
     """
 
     margin: float
     label_mass: float | None = None
     entropy: float | None = None
     hundredths: int | None = None
+    context_free: float | None = None
+
+    @property
+    def probability(self) -> float:
+        """Of a match, given that the model says a label: the sigmoid of the margin."""
+        small = math.exp(-abs(self.margin))  # never overflows
+        return (1.0 if self.margin >= 0 else small) / (1.0 + small)
 
     @property
     def is_doubtful(self) -> bool | None:
         """Whether a label is too unlikely for the margin to mean much; None where the labels alone were read."""
         return None if self.label_mass is None else self.label_mass < DOUBTFUL_BELOW
-
-    def probability(self, temperature: float = 1.0) -> float:
-        """`sigmoid(margin / temperature)`: of a match, where the temperature was fitted to held-out pairs."""
-        return 0.5 * (1 + math.tanh(0.5 * self.margin / temperature))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def _hundredths(reading: Reading) -> int:
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("default", "true_false", lambda reading: reading.margin, _by_margin, False),
+        Profile("default", "mcq", lambda reading: reading.margin, _by_margin, False),
         Profile("compat", "true_false", lambda r: _hundredths(r) / 100, _by_hundredths, True),
     )
 }
@@ -144,22 +146,3 @@ def ordered(
 def coarse_order(coarse: Sequence[float]) -> list[int]:
     """Numbers of candidates by coarse score, the best first; of equals the first."""
     return sorted(range(len(coarse)), key=lambda number: (-coarse[number], number))
-
-
-def falling_scores(fine: Sequence[float | None]) -> list[float]:
-    """Scores for tools that sort by them: strictly falling down a ranking, float32.
-
-    A fine score stands as it is where it lies below the one before, and a step of a float32 below that one otherwise;
-    so does a candidate that was not scored.
-
-    Args:
-        fine: In the order of the ranking; None where a candidate was not scored.
-    """
-    scored = [one for one in fine if one is not None]
-    last = np.nextafter(np.float32(max(scored, default=0.0)), np.float32(np.inf))
-    found = []
-    for one in fine:
-        below = np.nextafter(last, np.float32(-np.inf))
-        last = below if one is None else min(np.float32(one), below)
-        found.append(float(last))
-    return found

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from slq.reranking.layout import Layout
-from slq.reranking.passes import Passes, Turn, View, prefix_of_turns
+from slq.reranking.passes import Head, Passes, Turn, View, prefix_of_turns
 from slq.reranking.planning import Images, batches, windows
 
 
@@ -19,6 +19,9 @@ class Work:
         tenant: Whose images they are.
         batch_size: Sequences per pass, and different images at a time.
         whole: Whether answers are read over the whole vocabulary.
+
+    Attributes:
+        context_free: Margins of pairs with an empty side that this call has read.
     """
 
     def __init__(
@@ -26,40 +29,40 @@ class Work:
     ) -> None:
         self._passes, self._tenant, self._batch_size = passes, tenant, batch_size
         self.whole = whole
+        self.context_free: dict[Hashable, float] = {}
         self._names: dict[int, Hashable] = {}
         self._pictures: dict[Hashable, Image.Image] = {}
-        self._open: dict[Hashable, Turn] = {}
+        self._open: dict[Head, Turn] = {}
         self._views: dict[Hashable, View] = {}
 
     @torch.no_grad()
     def answers(self, layouts: Sequence[Layout]) -> Iterator[tuple[list[int], Tensor]]:
         """Numbers of layouts, a batch at a time, with (batch, hidden) states of what the model is about to say."""
-        images = [self._images(layout) for layout in layouts]
-        for window in windows(images, self._batch_size):
-            pictures = self._shown(images[number] for number in window)
-            seen = {name for number in window for name in images[number].others}
+        heads = [self._head(layout) for layout in layouts]
+        others = [tuple(map(self._name, layout.others)) for layout in layouts]
+        for window in windows(list(map(Images, heads, others)), self._batch_size):
+            opening = list(dict.fromkeys(heads[number] for number in window))
+            seen = {name for number in window for name in others[number]}
+            pictures = self._shown(n for pair in window for n in (heads[pair].image, *others[pair]))
             if self._passes.enhancement.is_on:
                 seen |= pictures.keys()
             views = self._seen({n: picture for n, picture in pictures.items() if n in seen})
-            shared = dict.fromkeys(images[number].shared for number in window)
-            turns = self._opened({name: pictures.get(name) for name in shared}, views)
+            turns = self._opened(opening, pictures, views)
             suffixes = [
-                self._passes.suffix(layouts[n], [views[name] for name in images[n].others])
-                for n in window
+                self._passes.suffix(layouts[n], [views[name] for name in others[n]]) for n in window
             ]
             for batch in batches([len(suffix.prompt) for suffix in suffixes], self._batch_size):
                 numbers = [window[place] for place in batch]
-                names = [images[number].shared for number in numbers]
+                shared = [heads[number] for number in numbers]
                 answers = self._passes.answer(
-                    prefix_of_turns([turns[name] for name in names]) if turns else None,
-                    [views.get(name) for name in names],
+                    prefix_of_turns([turns[head] for head in shared]) if turns else None,
+                    [(head, views.get(head.image)) for head in shared],
                     [suffixes[place] for place in batch],
                 )
                 yield numbers, answers
 
-    def _images(self, layout: Layout) -> Images:
-        """Names of the images of a pair."""
-        return Images(self._name(layout.shared), tuple(map(self._name, layout.others)))
+    def _head(self, layout: Layout) -> Head:
+        return Head(self._name(layout.shared), layout.before, layout.system)
 
     def _name(self, picture: Image.Image | None) -> Hashable:
         if id(picture) not in self._names:
@@ -69,9 +72,8 @@ class Work:
                 self._pictures.setdefault(name, picture)
         return self._names[id(picture)]
 
-    def _shown(self, images: Iterable[Images]) -> dict[Hashable, Image.Image]:
-        """The different images of some pairs, by name."""
-        names = (name for one in images for name in (one.shared, *one.others))
+    def _shown(self, names: Iterable[Hashable]) -> dict[Hashable, Image.Image]:
+        """Images by name; the name of no image is left out."""
         return {name: self._pictures[name] for name in names if name in self._pictures}
 
     def _seen(self, pictures: Mapping[Hashable, Image.Image]) -> dict[Hashable, View]:
@@ -82,12 +84,15 @@ class Work:
         return self._views
 
     def _opened(
-        self, pictures: Mapping[Hashable, Image.Image | None], views: Mapping[Hashable, View]
-    ) -> dict[Hashable, Turn]:
-        """Open turns by name, as `_seen`; none where pairs run whole."""
+        self,
+        heads: Sequence[Head],
+        pictures: Mapping[Hashable, Image.Image],
+        views: Mapping[Hashable, View],
+    ) -> dict[Head, Turn]:
+        """Open turns by head, as `_seen`; none where pairs run whole."""
         if self._passes.enhancement.needs_whole:
             return {}
-        new = {name: picture for name, picture in pictures.items() if name not in self._open}
-        found = {name: self._open[name] for name in pictures if name in self._open}
-        self._open = {**found, **self._passes.open(new, views)}
+        new = [head for head in heads if head not in self._open]
+        found = {head: self._open[head] for head in heads if head in self._open}
+        self._open = {**found, **self._passes.open(new, pictures, views)}
         return self._open

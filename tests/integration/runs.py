@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import random
 import socket
 import subprocess
 from pathlib import Path
@@ -72,3 +73,30 @@ def free_port() -> int:
 def enlarge(folder: Path, size: str = "64m") -> None:
     """Give a `small_disk` 64 MiB, or as much as `mount` is told."""
     subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+
+def write_run(recipe: Recipe, path: Path, *, per_query: int = 6, seed: int = 1) -> Recipe:
+    """A run of random candidates with the relevant one among them, for a third of the queries."""
+    rng = random.Random(seed)
+    queries = pq.read_table(recipe.data.path("queries"))["id"].to_pylist()[::3]
+    items = pq.read_table(recipe.data.path("corpus"))["id"].to_pylist()
+    answers = {
+        row["query_id"]: row["item_id"]
+        for row in pq.read_table(recipe.data.path("relevance")).to_pylist()
+    }
+    rows = []
+    for query in queries:
+        others = rng.sample([item for item in items if item != answers[query]], per_query - 1)
+        for item in rng.sample([answers[query], *others], per_query):
+            rows.append({"query_id": query, "item_id": item, "score": rng.random()})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return changed(recipe, rerank={"run": path})
+
+
+def broken_corpus(recipe: Recipe, path: Path, numbers: list[int]) -> Recipe:
+    """The recipe with a corpus in which some images are none."""
+    rows = pq.read_table(recipe.data.path("corpus")).to_pylist()
+    for number in numbers:
+        rows[number]["image"] = b"\x89PNG no image"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return changed(recipe, data={"corpus": str(path)})

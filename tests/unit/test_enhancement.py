@@ -22,6 +22,7 @@ from tests.families import BUILDERS, picture
 from tests.naive import turn_inputs, written_out_positions
 
 FAMILIES = ["qwen3_vl", "qwen2_5_vl", "intern_vl"]
+FRAMING = "true_false"
 QUESTION = "Does the caption match the image? Answer True or False."
 ALPHA = 0.3
 
@@ -183,8 +184,8 @@ TEXTS = (Item(text="a dog"), Item(text="two blue cats"))
 
 def scored(backbone: Backbone, config: EnhancementConfig, **options: Any) -> list[float]:
     """With two texts among the pairs, which nothing looks at and which are alone in a batch."""
-    plain = float(Reranker(backbone).score([TEXTS]))
-    reranker = Reranker(backbone, enhancement=config, batch_size=4, **options)
+    plain = float(Reranker(backbone, framing=FRAMING).score([TEXTS]))
+    reranker = Reranker(backbone, framing=FRAMING, enhancement=config, batch_size=4, **options)
     try:
         for _ in range(2):  # the second time from what is kept, if anything is
             found: list[float] = reranker.score([*PAIRS, TEXTS, COMPOSED]).tolist()
@@ -245,7 +246,7 @@ def test_hooks_change_no_other_pass_and_no_other_thread(backbone: Backbone) -> N
     prompts = backbone.prompts([Item(image=picture(2, 2)), Item(text="a dog")])
     plain = backbone.prefix(prompts).last_hidden
     config = EnhancementConfig.model_validate({"mode": "static", "layer": 1, "positions": "all"})
-    reranker = Reranker(backbone, enhancement=config)
+    reranker = Reranker(backbone, framing=FRAMING, enhancement=config)
     torch.testing.assert_close(backbone.prefix(prompts).last_hidden, plain, rtol=0, atol=0)
     original, found = backbone.follow_prompts, []
 

@@ -22,6 +22,7 @@ from slq.backbones.base import Backbone
 from slq.errors import DataError
 from slq.index import Hit
 from slq.reranker import Ranked, Reranker
+from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.profiles import PROFILES
 from slq.schema import Item
 from tests.families import BUILDERS, picture
@@ -226,8 +227,9 @@ def test_the_profile_of_the_recipe_orders(backbone: Backbone, rows: list[dict[st
     assert (reranker.profile.name, reranker.framing.name) == ("compat", "true_false")
     outcome = searched(Handle(reranker), found(rows), 7, explain=True)
     numbers = [0, 1, 2, 6]
+    plain = Reranker(backbone, framing="true_false")
     items = [Stored.of_row(rows[n]).item() for n in numbers]
-    read = dict(zip(numbers, Reranker(backbone).read([(QUERY, one) for one in items]), strict=True))
+    read = dict(zip(numbers, plain.read([(QUERY, one) for one in items]), strict=True))
     best = sorted(
         numbers, key=lambda n: (-(read[n].hundredths or 0), round(read[n].entropy or 0, 4), n)
     )
@@ -239,12 +241,28 @@ def test_the_profile_of_the_recipe_orders(backbone: Backbone, rows: list[dict[st
             assert result.fine_score == (read[int(result.id[1:])].hundredths or 0) / 100
 
 
-def test_recipes_know_the_profiles_and_keep_to_true_or_false() -> None:
+def test_recipes_know_the_profiles_and_leave_the_question_to_them() -> None:
     for name in PROFILES:
         assert RerankConfig(profile=name).profile == name
     with pytest.raises(ValueError, match="'default' or 'compat'"):
         RerankConfig(profile="best")
-    assert (RerankConfig().profile, RerankConfig().framing) == ("default", "true_false")
+    assert (RerankConfig().profile, RerankConfig().framing) == ("default", None)
+
+
+def test_an_adaptive_depth_leaves_a_decided_query_alone_and_says_nothing_of_a_budget(
+    backbone: Backbone, rows: list[dict[str, Any]]
+) -> None:
+    """The hits fall by 0.1, so at a temperature of 0.01 the best leads by 10 nats, and at 1 nobody leads."""
+    handle, hits = Handle(Reranker(backbone)), found(rows[:3])
+    sure = searched(handle, hits, 3, adaptive=AdaptiveDepth(temperature=0.01))
+    assert ([one.id for one in sure.results], sure.reranked, sure.reasons) == (
+        ["i0", "i1", "i2"],
+        0,
+        [],
+    )
+    assert handle.asked == []
+    open_ = searched(handle, hits, 2, adaptive=AdaptiveDepth(temperature=1.0))
+    assert (open_.reranked, open_.reasons) == (2, [])
 
 
 # ---- documents ----

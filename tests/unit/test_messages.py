@@ -164,12 +164,12 @@ def test_documents_and_query_are_texts_images_or_both_and_no_document_is_decoded
 
 
 def test_an_explanation_tells_what_was_read() -> None:
-    found = Explanation.of_reading(Reading(0.0, 0.25, 1.5, 12)).model_dump()
+    found = Explanation.model_validate(Reading(0.0, 0.25, 1.5, 12)).model_dump()
     assert found == {
         "margin": 0.0, "probability": 0.5, "label_mass": 0.25, "entropy": 1.5, "is_doubtful": True,
     }  # fmt: skip
     with pytest.raises(ValidationError, match="label_mass"):
-        Explanation.of_reading(Reading(0.0))  # of the labels alone
+        Explanation.model_validate(Reading(0.0))  # of the labels alone
 
 
 def test_both_encodings_of_embeddings_hold_the_same_numbers() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipelines.recipe import Recipe, RerankConfig, ServeConfig, load_recipe, require_files
+from pipelines.recipe import Recipe, ServeConfig, load_recipe, require_files
 from slq.errors import ConfigError
+from slq.reranking.framings import FRAMINGS, PRESETS
 
 SHIPPED = sorted(
     path
@@ -79,8 +80,7 @@ def test_an_unknown_key_names_the_file_and_the_nearest_key(
 
 def test_an_unknown_key_that_resembles_nothing_lists_the_known_ones(tmp_path: Path) -> None:
     text = refusal(recipe_file(tmp_path, "rerank: {zzzzzz: 4}"))
-    known = ", ".join(sorted(RerankConfig.model_fields))
-    assert text == f"mine.yaml: rerank.zzzzzz is unknown; known keys: {known}"
+    assert "rerank.zzzzzz is unknown; known keys: adaptive, backbone, batch_size" in text
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,22 @@ def test_a_bad_value_names_file_key_and_value(
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
     lines = refusal(recipe_file(tmp_path, "train: {lrr: 1, seed: x}\nrerank: {depth: 0}"))
     assert len(lines.splitlines()) == 3
+
+
+@pytest.mark.parametrize("framing", [*FRAMINGS, *PRESETS])
+def test_every_framing_and_preset_can_be_asked_for(tmp_path: Path, framing: str) -> None:
+    asked = "instruction: Find it., context_free: query"
+    recipe = load_recipe(recipe_file(tmp_path, f"rerank: {{framing: {framing}, {asked}}}"))
+    assert recipe.rerank.framing == framing
+    assert recipe.rerank.instruction == "Find it."
+    assert recipe.rerank.context_free == "query"
+
+
+def test_an_unknown_framing_names_the_known_ones(tmp_path: Path) -> None:
+    text = refusal(recipe_file(tmp_path, "rerank: {framing: maybe}"))
+    known = ", ".join([*FRAMINGS, *PRESETS])
+    assert "rerank.framing: " in text
+    assert f"framing 'maybe' is unknown; choose one of {known} (got 'maybe')" in text
 
 
 def test_a_missing_recipe_names_the_nearest_file(tmp_path: Path) -> None:

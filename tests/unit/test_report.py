@@ -19,14 +19,16 @@ from jobs.demo import demo_recipe
 from jobs.report import write_report
 from jobs.report.galleries import Runs, choose, outcome_counts, read_runs
 from jobs.report.picture import gallery_picture
-from jobs.report.settings import reproduce_command
+from jobs.report.settings import fine_stage, reproduce_command
 from jobs.report.tables import hit_depths, p_text
 from jobs.results import SYSTEM_NAMES
 from pipelines.corpus import Record
-from pipelines.recipe import Recipe
+from pipelines.recipe import BackboneConfig, Recipe, RerankConfig
 from pipelines.training_log import write_history
 from slq.arrow import ITEMS, RELEVANCE, RUN
+from slq.enhancement import EnhancementConfig
 from slq.errors import DataError
+from slq.reranking.depth import AdaptiveDepth
 
 DEMO = Path("jobs/recipes/demo.yaml").resolve()
 COLOURS = ["red", "lime", "blue", "yellow", "cyan", "magenta"]
@@ -443,3 +445,24 @@ def test_picture_frames_the_right_item_in_green(recipe: Recipe) -> None:
 )
 def test_p_values_read_as_in_papers(value: float, text: str) -> None:
     assert p_text(value) == text
+
+
+def test_the_fine_stage_is_told_with_all_that_its_scores_depend_on() -> None:
+    assert fine_stage(RerankConfig()) == "mcq question on the first 10 candidates"
+    changed = RerankConfig(
+        framing="lamra_rank",
+        depth=9,
+        instruction="Find it.",
+        context_free="query",
+        enhancement=EnhancementConfig(mode="static", layer=1, alpha=0.3),
+    )
+    assert fine_stage(changed) == (
+        "lamra_rank question on the first 9 candidates, instruction 'Find it.', "
+        "less the margin of an empty query, static visual enhancement of 0.3"
+    )
+    other = RerankConfig(
+        profile="compat", adaptive=AdaptiveDepth(), backbone=BackboneConfig(name="other")
+    )
+    assert fine_stage(other) == (
+        "true/false question on up to the first 10 candidates, by other, in the order of compat"
+    )

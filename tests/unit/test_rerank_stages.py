@@ -4,6 +4,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,27 +33,9 @@ from slq.media import decode_image
 from slq.reranker import Reranker
 from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.schema import Item
-from tests.integration.runs import changed, fingerprints_of_files
+from tests.integration.runs import broken_corpus, changed, fingerprints_of_files, write_run
 
 Rows = list[dict[str, Any]]
-
-
-def write_run(recipe: Recipe, path: Path, *, per_query: int = 6, seed: int = 1) -> Recipe:
-    """A run of random candidates with the relevant one among them, for a third of the queries."""
-    rng = random.Random(seed)
-    queries = pq.read_table(recipe.data.path("queries"))["id"].to_pylist()[::3]
-    items = pq.read_table(recipe.data.path("corpus"))["id"].to_pylist()
-    answers = {
-        row["query_id"]: row["item_id"]
-        for row in pq.read_table(recipe.data.path("relevance")).to_pylist()
-    }
-    rows = []
-    for query in queries:
-        others = rng.sample([item for item in items if item != answers[query]], per_query - 1)
-        for item in rng.sample([answers[query], *others], per_query):
-            rows.append({"query_id": query, "item_id": item, "score": rng.random()})
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return changed(recipe, rerank={"run": path})
 
 
 @pytest.fixture
@@ -345,14 +328,6 @@ def data_set_of(recipe: Recipe) -> None:
 # ---- what cannot be scored ----
 
 
-def broken_corpus(recipe: Recipe, path: Path, numbers: list[int]) -> Recipe:
-    rows = pq.read_table(recipe.data.path("corpus")).to_pylist()
-    for number in numbers:
-        rows[number]["image"] = b"\x89PNG no image"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return changed(recipe, data={"corpus": str(path)})
-
-
 def test_a_candidate_that_cannot_be_read_keeps_its_coarse_place_and_is_named(
     recipe: Recipe, recorders: list[Recorder], tmp_path: Path
 ) -> None:
@@ -526,3 +501,41 @@ def test_a_shard_does_not_depend_on_what_was_scored_before_it(
     stored = pq.read_table(Path(recipe.storage.reranking) / "shards/part-000001.parquet")
     assert [np.float32(row["margin"]) for row in rows] == stored["margin"].to_pylist()
     assert pq.read_table(Path(recipe.storage.reranking) / POOL).num_rows == result["candidates"]
+
+
+class Deadly:
+    """An announcer that remembers deaths over some work, as if workers had died before."""
+
+    def __init__(self, *works: str) -> None:
+        self._works = works
+        self.announced_works: list[str] = []
+
+    @contextmanager
+    def announced(self, work: str) -> Iterator[bool]:
+        self.announced_works.append(work)
+        yield work in self._works
+
+
+def test_a_pair_that_has_killed_its_workers_is_set_aside_and_its_neighbours_are_scored(
+    recipe: Recipe, recorders: list[Recorder]
+) -> None:
+    rerank(recipe)
+    scorer = json.loads((Path(recipe.storage.reranking) / "run.json").read_text())["scorer"]
+    flow = Flow(recipe, scorer)
+    scoring, block = ScorePairs(flow), gathered(flow, 1)
+    calm, _ = scoring.scored(block)
+    victim = block.pairs["pair"][3].as_py()
+    chunks = [[row["pair"] for row in calm][n] for n in next(iter(scoring._chunks(calm)))]
+    number = 0 if victim in chunks else 1
+    deadly = Deadly("rerank 1", f"rerank 1 {number}", f"rerank 1 {number} {victim}")
+    scoring._announcer = deadly  # type: ignore[assignment]
+    careful, work = scoring.scored(block)
+    assert f"rerank 1 {number} {victim}" in deadly.announced_works
+    assert [row["pair"] for row in careful if row["problem"]] == [victim]
+    assert (work.scored, work.unscored) == (len(calm) - 1, 1)
+    for row, before in zip(careful, calm, strict=True):
+        if row["pair"] == victim:
+            assert row["error"] == "killed_worker"
+            assert "workers died while they scored this item" in row["problem"]
+        else:
+            assert row["margin"] == pytest.approx(before["margin"], abs=1e-5)

@@ -27,7 +27,7 @@ from tests.families import BUILDERS, picture
 from tests.naive import turn_logits
 
 FAMILIES = ["qwen3_vl", "qwen2_5_vl", "intern_vl"]
-FRAMING = FRAMINGS["true_false"]
+FRAMING, RELEASED = FRAMINGS["mcq"], FRAMINGS["true_false"]
 RED, CAT = "a small red dog", "two blue cats"
 
 
@@ -40,8 +40,8 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def decided(request: pytest.FixtureRequest) -> Backbone:
     """A model to whom a label is likely, so that its probabilities differ in hundredths."""
     backbone = BUILDERS[request.param]()
-    reranker = Reranker(backbone)
-    layouts = [lay_out(FRAMING, *pair) for pair in PAIRS.values()]
+    reranker = Reranker(backbone, framing=RELEASED.name)
+    layouts = [lay_out(RELEASED, *pair) for pair in PAIRS.values()]
     answers = [states for _, states in reranker._work("").answers(layouts)]
     usual = torch.cat(answers).mean(0)
     rows = backbone.model.get_output_embeddings().weight.data
@@ -70,7 +70,7 @@ def content_of(query: Item, candidate: Item, question: str) -> list[str | Image.
 def slow_margin(backbone: Backbone, content: list[str | Image.Image]) -> float:
     p = turn_logits(backbone, content).double().softmax(-1)
     masses = []
-    for words in (("True", "true"), ("False", "false")):
+    for words in (("A",), ("B",)):
         variants = [variant for word in words for variant in (word, f" {word}")]
         encoded = [backbone.tokenizer.encode(v, add_special_tokens=False) for v in variants]
         masses.append(sum(float(p[n]) for n in {ids[0] for ids in encoded if len(ids) == 1}))
@@ -491,10 +491,10 @@ def test_a_long_caption_is_cut_and_the_question_stays(backbone: Backbone) -> Non
 
 def test_a_reading_is_that_of_the_whole_vocabulary(decided: Backbone) -> None:
     pairs = list(PAIRS.values())
-    reranker = Reranker(decided, batch_size=4)
+    reranker = Reranker(decided, framing=RELEASED.name, batch_size=4)
     found = reranker.read(pairs)
     for (query, candidate), one in zip(pairs, found, strict=True):
-        logits = turn_logits(decided, content_of(query, candidate, FRAMING.of_pair)).double()
+        logits = turn_logits(decided, content_of(query, candidate, RELEASED.of_pair)).double()
         p = logits.softmax(-1)
         (true,) = decided.tokenizer.encode("True", add_special_tokens=False)
         assert one.hundredths == math.floor(100 * float(p[true]) + 1e-5)
@@ -502,6 +502,7 @@ def test_a_reading_is_that_of_the_whole_vocabulary(decided: Backbone) -> None:
         labels = [decided.token_ids(v)[0] for v in ("True", " True", "true", " true")]
         labels += [decided.token_ids(v)[0] for v in ("False", " False", "false", " false")]
         assert one.label_mass == pytest.approx(float(p[sorted({*labels})].sum()), abs=1e-5)
+        assert one.is_doubtful == (float(p[sorted({*labels})].sum()) < 0.5)
     assert len({one.hundredths for one in found}) > 1
     margins = [one.margin for one in found]
     assert margins == pytest.approx(reranker.score(pairs).tolist(), abs=1e-6)

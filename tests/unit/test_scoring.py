@@ -171,7 +171,7 @@ def test_pairs_of_several_images_keep_their_order(backbone: Backbone) -> None:
     for value, (first, second) in zip(found.tolist(), pairs, strict=True):
         image = first.image or second.image
         assert image is not None
-        slow = naive_margin(backbone, "true_false", image, str(first.text or second.text))
+        slow = naive_margin(backbone, "mcq", image, str(first.text or second.text))
         assert value == pytest.approx(slow, abs=1e-5)
 
 
