@@ -23,12 +23,7 @@ from slq.reranking.calibration import Calibration
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_KEPT_BLOCK_BYTES = 2**25  # glibc takes no more
 _KEPT_BYTES = 2**29  # at the end of the heap
-_SCORING = (
-    "framing",
-    "instruction",
-    "context_free",
-    "enhancement",
-)  # of `rerank`, on which a margin depends
+_SCORING = ("instruction", "context_free", "enhancement")  # of `rerank`: a margin depends on them
 
 
 def backbone_of(recipe: Recipe, *, weights: bool = True) -> Backbone:
@@ -135,6 +130,7 @@ def scorer_of(recipe: Recipe, backbone: Backbone) -> dict[str, Any]:
     return {
         "model": backbone.identity(),
         "dtype": model.dtype,
+        "framing": section.question,
         **{name: section.model_dump(mode="json")[name] for name in _SCORING},
     }
 

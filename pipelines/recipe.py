@@ -18,6 +18,7 @@ from slq.errors import ConfigError
 from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.framings import framing_by_name
+from slq.reranking.profiles import profile_by_name
 from slq.training import AdapterSettings, TrainConfig
 
 
@@ -193,6 +194,11 @@ class RerankConfig(Section):
     """Share of judged queries that `slq rerank` fits its calibration to; it reports on the others."""
     max_error_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of pairs that cannot be scored above which `slq rerank` fails."""
+
+    @property
+    def question(self) -> str:
+        """The framing that is used."""
+        return self.framing or profile_by_name(self.profile).framing
 
     @model_validator(mode="after")
     def _fusion_has_a_weight(self) -> "RerankConfig":

@@ -17,7 +17,6 @@ from slq.artifacts import ADAPTER_CONFIG
 from slq.engines import FAISS
 from slq.files import read_json
 from slq.reranking.framings import FRAMINGS
-from slq.reranking.profiles import profile_by_name
 
 JOBS = Path(__file__).parents[1]
 _PACKAGES = ("ray", "torch", "transformers", "deepspeed", "faiss-cpu", "faiss-gpu")
@@ -54,8 +53,7 @@ def settings(recipe: Recipe, results: Mapping[str, Any]) -> list[tuple[str, str]
 
 def fine_stage(rerank: RerankConfig) -> str:
     """The fine stage in words: all that its scores and places depend on."""
-    profile = profile_by_name(rerank.profile)
-    framing = rerank.framing or profile.framing
+    framing = rerank.question
     name = framing.replace("_", "/") if framing in FRAMINGS else framing
     most = "up to " if rerank.adaptive else ""
     parts = [f"{name} question on {most}the first {rerank.depth} candidates"]
@@ -70,8 +68,8 @@ def fine_stage(rerank: RerankConfig) -> str:
         parts.append(f"by {rerank.backbone.name}")
     if rerank.fuse:
         parts.append("fused with coarse scores")
-    if profile.name != "default":
-        parts.append(f"in the order of {profile.name}")
+    if rerank.profile != "default":
+        parts.append(f"in the order of {rerank.profile}")
     return ", ".join(parts)
 
 

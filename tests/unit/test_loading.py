@@ -11,7 +11,14 @@ import torch
 
 from pipelines.benchmark import load_benchmark
 from pipelines.evaluate import embed_part, score_part
-from pipelines.loading import backbone_of, encoder_of, scoring_backbone, untrained_adapter
+from pipelines.loading import (
+    backbone_of,
+    encoder_of,
+    scorer_digest,
+    scorer_of,
+    scoring_backbone,
+    untrained_adapter,
+)
 from pipelines.ranking import Scores, run_table
 from pipelines.recipe import Recipe
 from slq.artifacts import save_adapter
@@ -83,12 +90,25 @@ def test_an_evaluation_orders_as_a_reranker_does_query_by_query(
         assert [row["score"] for row in rows[8 * q : 8 * q + 5]] == by_coarse[q].tolist()
 
 
+def test_a_scorer_is_named_by_the_question_that_it_asks_and_not_by_where_that_stands(
+    tiny_run: Recipe,
+) -> None:
+    backbone = backbone_of(tiny_run, weights=False)
+
+    def digest(profile: str, framing: str | None) -> str:
+        recipe = changed(tiny_run, rerank={"profile": profile, "framing": framing})
+        return scorer_digest(scorer_of(recipe, backbone))
+
+    for name, profile in PROFILES.items():
+        assert digest(name, None) == digest(name, profile.framing)
+    assert digest("default", None) != digest("compat", None)  # they ask something else
+    assert digest("default", "rate") == digest("compat", "rate")
+
+
 PASSES = """
 import resource
 from pipelines.loading import keep_freed_memory
 from slq.encoder import Encoder
-from slq.reranker import Reranker
-from slq.reranking.profiles import PROFILES
 from slq.backbones import load_backbone
 if {kept}:
     keep_freed_memory()

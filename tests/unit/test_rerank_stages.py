@@ -388,7 +388,7 @@ def test_another_question_may_not_go_on_with_what_is_begun(
 ) -> None:
     rerank(recipe)
     with pytest.raises(ArtifactMismatchError, match=r"begun with other settings.*scorer"):
-        rerank(changed(recipe, rerank={"framing": "mcq"}))
+        rerank(changed(recipe, rerank={"framing": "rate"}))
     with pytest.raises(ArtifactMismatchError, match="depth: 4 -> 3"):
         rerank(changed(recipe, rerank={"depth": 3}))
     assert recipe.rerank.run is not None
