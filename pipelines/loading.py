@@ -167,9 +167,16 @@ def coarse_weight_of(recipe: Recipe, backbone: Backbone) -> float:
     """
     if not recipe.rerank.fuse:
         return 0.0
-    found = calibration_of_scorer(recipe, scorer_digest(scorer_of(recipe, backbone)))
+    found = calibration_of(recipe, backbone)
     assert found is not None  # recipes that fuse name one
     return found.coarse_weight
+
+
+def calibration_of(recipe: Recipe, backbone: Backbone) -> Calibration | None:
+    """As `calibration_of_scorer`, of the backbone that scores, with or without weights."""
+    if recipe.rerank.calibration is None:
+        return None
+    return calibration_of_scorer(recipe, scorer_digest(scorer_of(recipe, backbone)))
 
 
 def scorer_digest(scorer: dict[str, Any]) -> str:
@@ -191,6 +198,7 @@ def reranker_of(
         batch_size=section.batch_size,
         enhancement=section.enhancement,
         coarse_weight=coarse_weight_of(recipe, backbone),
+        calibration=calibration_of(recipe, backbone),
         deterministic=section.deterministic,
         vision_bytes=vision_bytes,
         prefix_bytes=prefix_bytes,

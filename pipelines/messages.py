@@ -45,10 +45,14 @@ class SearchRequest(Message):
 class Explanation(Message):
     """What the model was about to say of a pair: a `Reading` of the whole vocabulary."""
 
-    model_config = ConfigDict(from_attributes=True)
-
     margin: float = Field(description="in nats; above 0 it takes them for a match")
-    probability: float = Field(description="the sigmoid of the margin")
+    probability: float = Field(
+        description="of a match: the sigmoid of the margin, over the fitted temperature where rerank.calibration is set"
+    )
+    is_match: bool | None = Field(
+        default=None,
+        description="whether the margin reaches the threshold of rerank.calibration; null without one",
+    )
     label_mass: float = Field(description="how likely it says any label at all")
     entropy: float = Field(description="of the next token, in nats")
     is_doubtful: bool = Field(description="label_mass is below 0.5, so the margin means little")

@@ -22,7 +22,7 @@ from slq.metrics import (
     recalls,
     reciprocal_ranks,
 )
-from slq.reranking.profiles import PROFILES, Profile, Reading, ordered
+from slq.reranking.profiles import PROFILES, Profile, Reading, fine_score, ordered
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class Scores:
     def scored_per_query(self) -> float:
         """Items that the fine stage scored for a query, on average."""
         return sum(map(len, self.readings or ())) / max(1, len(self.coarse))
+
+    def fine_score(self, query: int, item: int) -> float:
+        """What the fine stage ranks an item by that it has scored for a query."""
+        assert self.readings is not None
+        coarse = float(self.coarse[query, item])
+        return fine_score(self.readings[query][item], coarse, self.profile, self.coarse_weight)
 
     def scored(
         self,
@@ -232,7 +238,7 @@ def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:
                     "rank": rank,
                     "score": float(of_places[rank - 1]),
                     "coarse_score": float(scores.coarse[q, i]),
-                    "fine_score": None if reading is None else scores.profile.score(reading),
+                    "fine_score": None if reading is None else scores.fine_score(q, i),
                 }
             )
     return pa.Table.from_pylist(rows, schema=RUN)

@@ -1,13 +1,9 @@
-"""`Reranker`: the fine stage of RetLLM, by the same frozen backbone (spec: RetLLM sections 2 and 4).
-
-Pairs that show the same image share its open turn, which is the very prefix that embedding uses; only what follows it
-runs per pair, and only the label rows of the language-model head are multiplied.
-"""
+"""`Reranker`: the fine stage of RetLLM, by the same frozen backbone (spec: RetLLM sections 2 and 4)."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,26 +15,25 @@ from slq.encoder import as_item
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError, DataError
 from slq.media import sanitise_text
-from slq.reranking.context_free import ContextFree, emptied, key
+from slq.reranking.calibration import Calibration
+from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth, depth_of
-from slq.reranking.framings import PRESETS, Framing, framing_by_name
-from slq.reranking.labels import Labels
-from slq.reranking.layout import has_text, lay_out
+from slq.reranking.framings import framing_by_name
+from slq.reranking.layout import has_text
 from slq.reranking.listwise import NAMES, averaged, rotations
-from slq.reranking.passes import Counts, Passes
 from slq.reranking.profiles import (
     Profile,
     Reading,
     coarse_order,
+    fine_score,
     fusible,
     ordered,
     profile_by_name,
 )
+from slq.reranking.reader import OFF, PairReader
 from slq.reranking.work import Work
 from slq.schema import Item
-from slq.scoring import entropy, hundredths, label_mass, probability
 
-_OFF = EnhancementConfig()
 _FIRST_CHUNK = 1  # pairs of the first pass where time is short
 
 
@@ -48,12 +43,15 @@ class Ranked:
 
     Attributes:
         index: Position in the given candidates.
-        fine_score: Of the profile, the margin in nats by default; higher is better. None if it was not scored: such a
-            candidate keeps the place that its coarse score gives it.
+        fine_score: Of the profile, the margin in nats by default, or the fused sum; higher is better. None if it was
+            not scored: such a candidate keeps the place that its coarse score gives it.
         coarse_score: As given, or 0.
         reading: What the model was about to say; None if it was not scored.
         problem: Why it cannot be scored, if it cannot.
         stage: Of a cascade, which one's score it is.
+        probability: Of a match: the sigmoid of the margin, over the calibration's temperature if there is one; None if
+            it was not scored.
+        is_match: Whether the margin reaches the calibration's threshold; None without one.
     """
 
     index: int
@@ -62,9 +60,11 @@ class Ranked:
     reading: Reading | None = None
     problem: str | None = None
     stage: int | None = None
+    probability: float | None = None
+    is_match: bool | None = None
 
 
-class Reranker:
+class Reranker(PairReader):
     """Scores query-candidate pairs by label logits.
 
     Args:
@@ -79,6 +79,7 @@ class Reranker:
         enhancement: Whether layers look at the image again.
         coarse_weight: Nats of margin that one unit of coarse score is worth (`slq.reranking.fusion` fits it); 0
             leaves coarse scores to break ties.
+        calibration: What was fitted to held-out pairs of this model and question; says how likely a match is.
         deterministic: One pair and one image per pass, so that a score has the same bits whatever is scored beside it;
             slower.
         vision_bytes: Vision features of images to keep between calls, in memory of the device.
@@ -100,50 +101,31 @@ class Reranker:
         instruction: str = "",
         context_free: ContextFree | None = None,
         batch_size: int = 64,
-        enhancement: EnhancementConfig = _OFF,
+        enhancement: EnhancementConfig = OFF,
         coarse_weight: float = 0.0,
+        calibration: Calibration | None = None,
         deterministic: bool = False,
         vision_bytes: int = 0,
         prefix_bytes: int = 0,
     ) -> None:
-        self.backbone = backbone
         self.profile: Profile = profile_by_name(profile)
         self.coarse_weight = fusible(self.profile, coarse_weight)
-        self.framing: Framing = framing_by_name(framing or self.profile.framing)
-        self._batch_size = 1 if deterministic else batch_size
-        self._instruction, self._context_free = instruction, context_free
-        self._require_sense()
-        self._labels = Labels(backbone, self.framing)
-        self.passes = Passes(
-            backbone, enhancement, vision_bytes=vision_bytes, prefix_bytes=prefix_bytes
-        )
-
-    def _require_sense(self) -> None:
-        """Refuse what the framing, the chat template or the profile has no use for."""
-        self.backbone.start_ids(self.framing.system)
-        if self._instruction and not self.framing.takes_instruction:
-            takers = ", ".join(name for name, one in PRESETS.items() if one.takes_instruction)
-            raise ConfigError(
-                f"framing {self.framing.name!r} takes no instruction; leave it out, or choose one of {takers}"
-            )
-        if any(token in self._instruction for token in self.backbone.special_tokens):
-            raise ConfigError(
-                "the instruction holds a control token of this model; write it in plain words"
-            )
-        if self._context_free and self.profile.needs_vocabulary:
+        self.calibration = calibration
+        if context_free and self.profile.needs_vocabulary:
             raise ConfigError(
                 f"profile {self.profile.name!r} does not order by margins, from which context_free subtracts; "
                 "leave context_free out, or choose the profile default"
             )
-
-    @property
-    def counts(self) -> Counts:
-        """What has been run so far."""
-        return self.passes.counts
-
-    def close(self) -> None:
-        """Take the hooks of the enhancement off the model."""
-        self.passes.close()
+        super().__init__(
+            backbone,
+            framing_by_name(framing or self.profile.framing),
+            instruction=instruction,
+            context_free=context_free,
+            batch_size=1 if deterministic else batch_size,
+            enhancement=enhancement,
+            vision_bytes=vision_bytes,
+            prefix_bytes=prefix_bytes,
+        )
 
     def rank(
         self,
@@ -213,8 +195,16 @@ class Reranker:
     def _ranked(
         self, number: int, coarse: float, reading: Reading | None, problem: str | None
     ) -> Ranked:
-        score = None if reading is None else self.profile.score(reading)
-        return Ranked(number, score, coarse, reading, problem)
+        if reading is None:
+            return Ranked(number, None, coarse, None, problem)
+        score = fine_score(reading, coarse, self.profile, self.coarse_weight)
+        probability, is_match = reading.probability, None
+        if self.calibration is not None:
+            margin = reading.margin / self.calibration.temperature
+            probability = Reading(margin).probability
+            if self.calibration.threshold is not None:
+                is_match = reading.margin >= self.calibration.threshold
+        return Ranked(number, score, coarse, reading, probability=probability, is_match=is_match)
 
     def _within(
         self,
@@ -254,39 +244,6 @@ class Reranker:
             found |= zip(pairs, self._each(list(pairs.values()), work), strict=True)
         return found
 
-    def _each(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading | str]:
-        """Readings, and what is wrong with pairs that the model cannot take, none of which costs another its score."""
-        try:
-            found = self._read(pairs, work)
-        except (DataError, OSError, ValueError) as error:
-            # Processors refuse shapes of images by ValueError.
-            if len(pairs) == 1:
-                return [str(error)]
-            half = len(pairs) // 2
-            return [*self._each(pairs[:half], work), *self._each(pairs[half:], work)]
-        return [
-            one if math.isfinite(one.margin) else "the model gave no finite score" for one in found
-        ]
-
-    def read_each(
-        self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = ""
-    ) -> list[Reading | str]:
-        """As `read`, but where the model cannot take a pair, what is wrong with it; no other pair loses by it."""
-        return self._each(pairs, self._work(tenant, whole=True))
-
-    def score(self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = "") -> Tensor:
-        """Margins of (query, candidate) pairs, (n,) float32 on the CPU, in input order, as `Reading.margin`.
-
-        Args:
-            pairs: Texts, images or both on either side.
-            tenant: Whose they are; what is kept of one tenant's images another does not find.
-        """
-        return torch.tensor([one.margin for one in self._read(pairs, self._work(tenant))])
-
-    def read(self, pairs: Sequence[tuple[Item, Item]], *, tenant: str = "") -> list[Reading]:
-        """What the model is about to say of each pair; as `score`, with the whole vocabulary at the answer."""
-        return self._read(pairs, self._work(tenant, whole=True))
-
     @torch.no_grad()
     def compare(self, query: Any, candidates: Sequence[Any], *, tenant: str = "") -> Tensor:
         """Scores of candidates that the model sees side by side, (n,) float32 log-probabilities, higher is better.
@@ -321,43 +278,3 @@ class Reranker:
                 "score pairs one by one"
             )
         return ids[0]
-
-    def _read(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading]:
-        if self._context_free is None:
-            return self._asked(pairs, work)
-        empties = [emptied(pair, self._context_free, self.framing.empty) for pair in pairs]
-        new = {key(pair): pair for pair in empties if key(pair) not in work.context_free}
-        asked = self._asked([*pairs, *new.values()], work)
-        found, free = asked[: len(pairs)], asked[len(pairs) :]
-        work.context_free |= {name: one.margin for name, one in zip(new, free, strict=True)}
-        subtracted = [work.context_free[key(pair)] for pair in empties]
-        return [
-            replace(one, margin=one.margin - less, context_free=less)
-            for one, less in zip(found, subtracted, strict=True)
-        ]
-
-    @torch.no_grad()
-    def _asked(self, pairs: Sequence[tuple[Item, Item]], work: Work) -> list[Reading]:
-        """What is said of the pairs alone."""
-        found: dict[int, Reading] = {}
-        labels = torch.tensor(self._labels.ids, device=self.backbone.device)
-        layouts = [lay_out(self.framing, *pair, self._instruction) for pair in pairs]
-        for numbers, answers in work.answers(layouts):
-            columns = [self.margins(answers)]
-            if work.whole:
-                logits = self._labels.logits(answers)
-                columns += [
-                    label_mass(logits, labels),
-                    entropy(logits),
-                    hundredths(probability(logits, self._labels.positive)),
-                ]
-            rows = zip(*(column.tolist() for column in columns), strict=True)
-            found |= zip(numbers, (Reading(*row) for row in rows), strict=True)
-        return [found[number] for number in range(len(pairs))]
-
-    def _work(self, tenant: str, *, whole: bool = False) -> Work:
-        return Work(self.passes, tenant, self._batch_size, whole=whole)
-
-    def margins(self, answers: Tensor) -> Tensor:
-        """(batch,) float32 margins from (batch, hidden) states of what the model is about to say, of pairs alone."""
-        return self._labels.margins(answers)

@@ -20,7 +20,7 @@ from pipelines.reranking.plan import read_pool
 from pipelines.reranking.runs import trec_lines
 from slq.arrow import RUN
 from slq.errors import DataError
-from slq.reranking.profiles import Reading, ordered, profile_by_name
+from slq.reranking.profiles import Reading, fine_score, ordered, profile_by_name
 
 log = logging.getLogger(__name__)
 RUN_FILE, TREC_FILE, CALIBRATION = "run.parquet", "run.trec", "calibration.json"
@@ -106,12 +106,10 @@ def _table(recipe: Recipe, rankings: list[Ranking], weight: float, temperature: 
         coarse = one.coarse.tolist()
         order = ordered(one.readings, coarse, profile, coarse_weight=weight)
         found = [one.readings.get(n) for n in order]
-        fine = [None if reading is None else profile.score(reading) for reading in found]
-        if weight:
-            fine = [
-                None if reading is None else reading.margin + weight * coarse[n]
-                for n, reading in zip(order, found, strict=True)
-            ]
+        fine = [
+            None if reading is None else fine_score(reading, coarse[n], profile, weight)
+            for n, reading in zip(order, found, strict=True)
+        ]
         columns["query_id"] += [one.query_id] * len(order)
         columns["item_id"] += [one.items[n] for n in order]
         columns["rank"] += range(1, len(order) + 1)

@@ -93,7 +93,7 @@ class FineStage:
         return [
             RerankResult(
                 index=one.index,
-                relevance_score=0.0 if one.reading is None else one.reading.probability,
+                relevance_score=one.probability or 0.0,
                 document=as_content(body.documents[one.index]) if body.return_documents else None,
                 problem=one.problem,
             )
@@ -115,12 +115,16 @@ class FineStage:
         return ranked
 
     def _told(self, result: SearchResult, one: Ranked) -> SearchResult:
-        if one.reading is None or one.fine_score is None:
+        if one.reading is None or one.probability is None:
             return result.model_copy(update={"problem": one.problem})
         said = {"score": one.fine_score, "fine_score": one.fine_score}
         if not self.explain:
             return result.model_copy(update=said)
-        explanation = Explanation.model_validate(one.reading)
+        of_reading = {
+            name: getattr(one.reading, name)
+            for name in ("margin", "label_mass", "entropy", "is_doubtful")
+        }
+        explanation = Explanation(**of_reading, probability=one.probability, is_match=one.is_match)
         return result.model_copy(update={**said, "explanation": explanation})
 
 

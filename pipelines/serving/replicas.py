@@ -19,6 +19,7 @@ from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_pro
 from pipelines.recipe import Recipe
 from pipelines.serving.candidates import Candidates, Stored
 from pipelines.serving.pinned import Pinned
+from slq.encoder import batches_by_length
 from slq.errors import DataError, ServiceError
 from slq.reranker import Ranked
 from slq.schema import Item
@@ -95,7 +96,27 @@ class BackboneService:
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
     async def _embed_batch(self, items: list[Item]) -> list[NDArray[np.float32] | Exception]:
         """Exceptions travel as data: a raised one would fail every request in the pass."""
-        return await asyncio.to_thread(each_alone, self._encoder.encode, items)
+        return await asyncio.to_thread(each_alone, self._encode, items)
+
+    def _encode(self, items: list[Item]) -> NDArray[np.float32]:
+        """(n, dimension) float32. An image that is kept for the fine stage is not seen again, and the reverse."""
+        if not self._shares_images:
+            return self._encoder.encode(items)
+        vectors = np.empty((len(items), self._encoder.dimension), dtype=np.float32)
+        for chunk in batches_by_length(items, len(items)):
+            prefix = self._reranker.prefix([items[number] for number in chunk])
+            vectors[chunk] = self._encoder.encode_prefix(prefix).cpu().numpy()
+        return vectors
+
+    @property
+    def _shares_images(self) -> bool:
+        """Whether one frozen model embeds and scores, and keeps what it has seen."""
+        section = self._recipe.serve
+        return (
+            section.vision_cache_bytes + section.prefix_cache_bytes > 0
+            and self._reranker.backbone is self._encoder.backbone
+            and self._reranker.opens_as_embedded
+        )
 
     async def embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
         """The (dimension,) float32 unit vector of each item; concurrent calls share forward passes.

@@ -213,6 +213,31 @@ class Backbone(PromptBuilder):
         Returns:
             (batch, n, hidden) states after the final norm.
         """
+        hidden: Tensor = self._followed(prefix, embeds, mask).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def extended(self, prefix: Prefix, ids: Sequence[Sequence[int]]) -> Prefix:
+        """A longer prefix, without gradient: what was computed, and tokens of texts behind it.
+
+        Args:
+            prefix: The frozen part, batch rows.
+            ids: Tokens that follow in each row, one at least.
+        """
+        tokens, mask = self.pad(ids)
+        output = self._followed(prefix, self.embed_tokens(tokens), mask)
+        layers = output.past_key_values.layers
+        return Prefix(
+            keys=tuple(layer.keys for layer in layers),
+            values=tuple(layer.values for layer in layers),
+            mask=torch.cat([prefix.mask, mask], dim=1),
+            next_position=prefix.next_position + mask.sum(1),
+            last_hidden=output.last_hidden_state[last_places(mask)],
+            shows_image=prefix.shows_image,
+        )
+
+    def _followed(self, prefix: Prefix, embeds: Tensor, mask: Tensor | None) -> Any:
+        """The language model's output over what follows a prefix; arguments as `follow`."""
         batch, length = embeds.shape[:2]
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
@@ -220,15 +245,13 @@ class Backbone(PromptBuilder):
         positions = (prefix.next_position[:, None] + steps).expand(
             self.position_axes, batch, length
         )
-        output = self.decoder(
+        return self.decoder(
             inputs_embeds=embeds,
             attention_mask=torch.cat([prefix.mask, mask], dim=1).long(),
             position_ids=self._for_model(positions),
             past_key_values=prefix.cache(),
             use_cache=True,
         )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
 
     @torch.no_grad()
     def follow_prompts(

@@ -235,16 +235,22 @@ class PromptBuilder(ABC):
         pictures = [item.image for item in items if item.image is not None]
         opened, vision = self.image_arguments(pictures) if pictures else ([], [])
         shown = iter(zip(opened, vision, strict=True))
-        instruction = self.token_ids(self.settings.prompt) if self.settings.prompt else []
-        closing = instruction + self._closing_ids if close else []
         found = []
         for item in items:
             ids, seen = next(shown) if item.image is not None else (self._plain_ids, {})
-            if (item.text or "").strip():
-                lead = "" if item.image is not None else self._text_lead
-                ids = [*ids, *self.text_ids(str(item.text), lead=lead)]
-            found.append(Prompt([*ids, *closing], seen))
+            found.append(Prompt([*ids, *self.ids_behind_opening(item, close=close)], seen))
         return found
+
+    def ids_behind_opening(self, item: Item, *, close: bool = True) -> list[int]:
+        """Tokens of an item that follow those with which its turn opens; arguments as `prompts`."""
+        ids = []
+        if (item.text or "").strip():
+            lead = "" if item.image is not None else self._text_lead
+            ids = self.text_ids(str(item.text), lead=lead)
+        if not close:
+            return ids
+        instruction = self.token_ids(self.settings.prompt) if self.settings.prompt else []
+        return [*ids, *instruction, *self._closing_ids]
 
     def collate(self, prompts: Sequence[Prompt]) -> Prompts:
         """A padded batch of token sequences, on the backbone's device.

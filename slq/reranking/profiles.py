@@ -113,6 +113,20 @@ def fusible(profile: Profile, coarse_weight: float) -> float:
     return coarse_weight
 
 
+def fine_score(
+    reading: Reading, coarse: float, profile: Profile, coarse_weight: float = 0.0
+) -> float:
+    """What the fine stage ranks a candidate by, as one number: of the profile, or the fused sum.
+
+    Args:
+        reading: Of the candidate.
+        coarse: Its coarse score.
+        profile: Gives the score where nothing is fused.
+        coarse_weight: As of `ordered`.
+    """
+    return reading.margin + coarse_weight * coarse if coarse_weight else profile.score(reading)
+
+
 def ordered(
     readings: Mapping[int, Reading],
     coarse: Sequence[float],
@@ -135,7 +149,8 @@ def ordered(
     def key(number: int) -> tuple[float, ...]:
         reading = readings[number]
         if coarse_weight:
-            return (-(reading.margin + coarse_weight * coarse[number]), -coarse[number], number)
+            fused = fine_score(reading, coarse[number], profile, coarse_weight)
+            return (-fused, -coarse[number], number)
         return (*profile.rank(reading), -coarse[number], number)
 
     by_coarse = coarse_order(coarse)

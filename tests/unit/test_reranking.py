@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 from slq.backbones.base import Backbone, PromptSettings
+from slq.encoder import Encoder, as_item
 from slq.enhancement import EnhancementConfig
-from slq.errors import DataError
+from slq.errors import ConfigError, DataError
 from slq.kept import Kept
+from slq.latent_queries import LatentQueries
 from slq.reranker import Reranker
+from slq.reranking.calibration import Calibration
 from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.framings import FRAMINGS
 from slq.reranking.layout import lay_out
@@ -595,6 +598,27 @@ def test_a_deterministic_score_has_the_same_bits_whatever_is_beside_it(backbone:
     assert reranker.score(pairs[::-1]).tolist() == alone[::-1]
 
 
+def test_where_memory_does_not_suffice_half_as_many_pairs_are_tried(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pair at least must fit; where it does not, nobody is told that it is the pair's fault."""
+    reranker, most = Reranker(backbone), 2
+    inner = reranker.passes.answer
+
+    def answer(prefix: Any, shared: Any, suffixes: Any) -> torch.Tensor:
+        if len(suffixes) > most:
+            raise torch.OutOfMemoryError
+        return inner(prefix, shared, suffixes)
+
+    monkeypatch.setattr(reranker.passes, "answer", answer)
+    pairs = [(Item(text=RED), Item(image=picture(2, 2, seed))) for seed in range(7)]
+    margins = [one.margin for one in reranker.read_each(pairs) if not isinstance(one, str)]
+    assert margins == pytest.approx(Reranker(backbone).score(pairs).tolist(), abs=1e-5)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        reranker.read_each(pairs)
+
+
 def test_of_many_pairs_one_that_the_model_refuses_costs_no_other_its_reading(
     backbone: Backbone,
 ) -> None:
@@ -608,6 +632,69 @@ def test_of_many_pairs_one_that_the_model_refuses_costs_no_other_its_reading(
         assert not isinstance(one, str)
         assert one.margin == pytest.approx(reading.margin, abs=1e-5)
     assert isinstance(found[4], str) is ("qwen" in type(backbone).__name__.lower())
+
+
+def test_probabilities_and_matches_are_those_of_the_calibration(backbone: Backbone) -> None:
+    shown = [picture(2, 2, seed) for seed in range(5)]
+    plain = Reranker(backbone).rank(RED, shown)
+    margins = sorted(one.fine_score for one in plain if one.fine_score is not None)
+    fitted = Calibration(
+        temperature=0.3, threshold=margins[2], scorer="x", num_queries=1, num_pairs=5
+    )
+    told = Reranker(backbone, calibration=fitted).rank(RED, shown, depth=4)
+    assert [one.is_match for one in plain] == [None] * 5
+    for one in told:
+        if one.fine_score is None:
+            assert (one.probability, one.is_match) == (None, None)
+            continue
+        assert one.probability == pytest.approx(1 / (1 + math.exp(-one.fine_score / 0.3)))
+        assert one.is_match is (one.fine_score >= margins[2])
+    assert {one.is_match for one in told} == {True, False, None}
+    for one in plain:
+        assert one.fine_score is not None
+        assert one.probability == pytest.approx(1 / (1 + math.exp(-one.fine_score)))
+
+
+def test_an_encoder_gives_the_same_vectors_of_what_the_fine_stage_keeps(backbone: Backbone) -> None:
+    """And an image that is embedded first costs the fine stage neither tower nor prefix, and the reverse."""
+    latents = LatentQueries(4, backbone.hidden_size, embedding_std=backbone.embedding_std)
+    encoder = Encoder(backbone, latents)
+    mixed = [picture(2, 3, 1), RED, picture(3, 2, 2), {"text": CAT, "image": picture(2, 3, 1)}]
+    items = [as_item(one) for one in mixed]
+    for room in (0, 2**30):
+        reranker = Reranker(backbone, vision_bytes=room, prefix_bytes=room)
+        found = encoder.encode_prefix(reranker.prefix(items)).numpy()
+        assert found == pytest.approx(encoder.encode(mixed), abs=1e-5)
+        assert reranker.counts.vision_passes == (2 if room else 3)  # the pixels, or the objects
+        before = reranker.counts
+        reranker.score([(items[0], Item(text=RED)), (Item(text=CAT), items[2])])
+        fresh = reranker.counts.vision_passes - before.vision_passes
+        assert fresh == (0 if room else 2)
+        if room:
+            assert reranker.counts.prefix_tokens == before.prefix_tokens
+            again = encoder.encode_prefix(reranker.prefix(items)).numpy()
+            assert again == pytest.approx(found, abs=1e-6)
+            assert reranker.counts.vision_passes == before.vision_passes
+            reranker.prefix(items[:1], tenant="other")
+            assert reranker.counts.vision_passes == before.vision_passes + 1
+    last = Encoder(backbone)  # without an adapter: the last token
+    kept = last.encode_prefix(Reranker(backbone).prefix(items)).numpy()
+    assert kept == pytest.approx(last.encode(mixed), abs=1e-5)
+
+
+def test_embeddings_do_not_share_turns_that_an_enhancement_changes(backbone: Backbone) -> None:
+    changed = EnhancementConfig(mode="static", layer=0, positions="all")
+    reranker = Reranker(backbone, enhancement=changed)
+    assert not reranker.opens_as_embedded
+    with pytest.raises(ConfigError, match="changes the turns of images"):
+        reranker.prefix([Item(image=picture(2, 2))])
+    reranker.close()
+    other = Reranker(backbone, enhancement=EnhancementConfig(mode="static", layer=0))
+    assert other.opens_as_embedded
+    items = [Item(image=picture(2, 2, 3))]
+    plain = backbone.prefix(backbone.prompts(items)).last_hidden
+    torch.testing.assert_close(other.prefix(items).last_hidden, plain, rtol=0, atol=1e-5)
+    other.close()
 
 
 def test_threads_score_and_embed_at_once_as_one_after_the_other(backbone: Backbone) -> None:

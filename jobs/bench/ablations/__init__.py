@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     bench.measure([row for row in rows if row.name in chosen])
     results = [found for row in rows if (found := bench.finished(row)) is not None]
     kept = bench.levels(
-        recipe.rerank.framing, recipe.rerank.depth, options.repeats, fresh=LEVELS in chosen
+        recipe.rerank.question, recipe.rerank.depth, options.repeats, fresh=LEVELS in chosen
     )
     found = {
         "bench": "ablations",
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "num_items": len(subject.items),
         "num_queries": {kind: len(subject.queries) // len(KINDS) for kind in KINDS},
         "num_hard_pairs": len(subject.pairs),
-        **summary(results, recipe.rerank.framing),
+        **summary(results, recipe.rerank.question),
         **({} if kept is None else {"kept": kept}),
     }
     write_json(options.out / "ablations.json", found)
@@ -93,7 +93,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 def _rows(recipe: Recipe) -> tuple[Row, ...]:
     layers: Any = backbone_of(recipe, weights=False).decoder.layers
-    return rows_of(recipe.rerank.framing, recipe.rerank.depth, len(layers))
+    return rows_of(recipe.rerank.question, recipe.rerank.depth, len(layers))
 
 
 def _chosen(rows: tuple[Row, ...], only: list[str] | None) -> set[str]:

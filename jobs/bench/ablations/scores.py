@@ -20,7 +20,7 @@ from slq.errors import ConfigError, StorageError
 from slq.prefix import Prefix
 from slq.reranking.framings import Framing, framing_by_name
 from slq.reranking.layout import Layout, Words, lay_out
-from slq.reranking.passes import Passes, Suffix, View
+from slq.reranking.passes import Head, Passes, Suffix, View
 from slq.reranking.work import Work
 from slq.schema import Item
 from slq.scoring import entropy, label_mass, margin, probability
@@ -63,12 +63,15 @@ class Watched(Passes):
         return [] if self._enhancer is None else self._enhancer.asked
 
     def answer(
-        self, prefix: Prefix | None, shared: Sequence[View | None], suffixes: Sequence[Suffix]
+        self,
+        prefix: Prefix | None,
+        shared: Sequence[tuple[Head, View | None]],
+        suffixes: Sequence[Suffix],
     ) -> Tensor:
         """As of `Passes`."""
         self._sights.clear()
         hidden = super().answer(prefix, shared, suffixes)
-        before = [0 if prefix is not None else len(self._opening(view)) for view in shared]
+        before = [0 if prefix is not None else len(self.opening(*one)) for one in shared]
         self.lengths = [n + len(one.prompt) for n, one in zip(before, suffixes, strict=True)]
         fired = [sight.fired_at.tolist() for sight in self._sights]
         self.fired = fired[0] if fired else [-1] * len(suffixes)
