@@ -588,5 +588,7 @@ def test_the_command_writes_tables_and_goes_on_with_further_rows(
     assert "ETA" not in capsys.readouterr().err  # nothing was read
     stored = json.loads((tmp_path / "out" / "ablations.json").read_text())
     assert stored == json.loads(json.dumps(second))
-    assert "cut to two decimals" in (tmp_path / "out" / "ablations.md").read_text()
+    text = (tmp_path / "out" / "ablations.md").read_text()
+    assert "cut to two decimals" in text
+    assert text.index("| nothing | ") < text.index("| vision | ") < text.index("| prefix | ")
     assert (tmp_path / "out" / "ablations.png").read_bytes()[:4] == b"\x89PNG"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.bench.ablations.kept import LEVELS
 from jobs.bench.ablations.subject import KINDS
 from slq.metrics import paired_permutation
 from slq.reranking.framings import FRAMINGS
@@ -170,7 +171,8 @@ def _levels(kept: Mapping[str, Any] | None) -> str:
     if not kept:
         return ""
     body = []
-    for name, one in kept.items():
+    for name in LEVELS:  # in their order, which JSON does not keep
+        one = kept[name]
         cost = one["cost"]
         tokens = cost["prefix_tokens"] + cost["suffix_tokens"]
         numbers = (one["kept_bytes"], tokens, cost["vision_passes"])
