@@ -474,9 +474,12 @@ def doctor() -> None:
 )
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="which one: train, embed, chaos")],
+    name: Annotated[
+        str,
+        typer.Argument(help="train, embed, index, rerank, ablations, injection or chaos"),
+    ],
 ) -> None:
-    """Measure fast path against slow path (train, embed), or embed while processes are killed (chaos).
+    """Measure fast paths against slow ones, the fine stage's ablations and its injections, or embed under kills.
 
     The benchmark's own options follow its name; `python -m jobs.bench NAME --help` lists them.
     """
