@@ -174,10 +174,22 @@ def planned(backbone: Backbone, pairs: Sequence[tuple[Item, Item]], *, kept: str
 
 
 def measure(
-    backbone: Backbone, shape: Shape, direction: str, count: int, repeats: int
+    backbone: Backbone,
+    pairs: Sequence[tuple[Item, Item]],
+    direction: str,
+    repeats: int,
+    *,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Ratios, seconds and counts of all sides for one query and `count` candidates."""
-    pairs = pairs_of(shape, direction, count)
+    """Ratios, seconds and counts of ways to score pairs.
+
+    Args:
+        backbone: That scores.
+        pairs: One query with its candidates.
+        direction: Of `image_to_text` and `text_to_image`.
+        repeats: Measured rounds.
+        only: Sides that are timed; all by default. Scores are compared with those of whole passes in any case.
+    """
     sides = sides_of(backbone, pairs, direction)
     scores: dict[str, Tensor] = {}
     costs: dict[str, dict[str, int]] = {}
@@ -187,7 +199,7 @@ def measure(
         after = asdict(side.counts())
         costs[name] = {key: value - asdict(before)[key] for key, value in after.items()}
     times = interleaved(
-        {name: side.score for name, side in sides.items()},
+        {name: side.score for name, side in sides.items() if not only or name in only},
         repeats=repeats,
         device=backbone.device,
         warm_up=False,
@@ -197,6 +209,7 @@ def measure(
         "ratios": {
             f"{a}/{b}": round(float(np.median(np.divide(times[a], times[b]))), 3)
             for a, b in _RATIOS[direction]
+            if {a, b} <= times.keys()
         },
         "median_s": {name: round(value, 4) for name, value in medians(times).items()},
         "counts": costs,
@@ -228,6 +241,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--direction", choices=sorted(_RATIOS), action="append", help="both")
     parser.add_argument("--candidates", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--side", choices=sorted(_KEPT), nargs="+", default=[], help="all")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, all sides in each")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
@@ -245,7 +259,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
         for direction in options.direction or list(_RATIOS):
             for count in options.candidates:
                 show(f"{family}: {direction.replace('_', ' ')}, {count} candidates")
-                measured = measure(backbone, shape, direction, count, options.repeats)
+                pairs = pairs_of(shape, direction, count)
+                measured = measure(backbone, pairs, direction, options.repeats, only=options.side)
                 of_family.setdefault(direction, {})[str(count)] = measured
                 spent = sum(measured["median_s"].values()) * options.repeats
                 show(f"  {measured['ratios']} ({duration(spent)})")

@@ -18,7 +18,8 @@ def test_all_sides_score_alike_at_the_cost_that_was_planned(
     family: str, builder: str, direction: str
 ) -> None:
     shape = Shape(family, SIZES[family], grid=2)
-    found = measure(BUILDERS[builder](), shape, direction, count=5, repeats=1)
+    backbone, pairs = BUILDERS[builder](), pairs_of(shape, direction, 5)
+    found = measure(backbone, pairs, direction, repeats=1)
     assert found["largest_difference"] < 1e-5
     assert found["moved"] == 0
     for side, counts in found["counts"].items():
@@ -32,6 +33,15 @@ def test_all_sides_score_alike_at_the_cost_that_was_planned(
         }  # fmt: skip
         assert found["counts"]["prefix_kept"]["prefix_tokens"] == 0
     assert all(value > 0 for value in found["ratios"].values())
+
+
+def test_some_sides_may_be_timed_and_all_are_compared() -> None:
+    shape = Shape("internvl", SIZES["internvl"], grid=2)
+    pairs, some = pairs_of(shape, "text_to_image", 3), ["nothing_kept", "all_missed"]
+    found = measure(BUILDERS["intern_vl"](), pairs, "text_to_image", 2, only=some)
+    assert list(found["ratios"]) == ["nothing_kept/all_missed"]
+    assert sorted(found["median_s"]) == sorted(some)
+    assert len(found["counts"]) == 5
 
 
 def test_candidates_differ_and_the_query_is_shared() -> None:
