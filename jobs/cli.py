@@ -245,6 +245,10 @@ def export(
 def rerank(
     recipe: RecipePath,
     overrides: Overrides = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="score shards again with pairs that could not be"),
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -254,7 +258,7 @@ def rerank(
     from pipelines.rerank import rerank as run
 
     def stage(resolved: Recipe) -> dict[str, Any]:
-        result = run(resolved)
+        result = run(resolved, retry_errors=retry_errors)
         picture = draw(result)
         if not as_json:
             if result.get("judged"):

@@ -56,6 +56,11 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
         f"{result['doubtful']:,} doubtful (label mass below 0.5); "
         f"{result['scored_per_query']:g} of {result['candidates'] / result['queries']:.1f} candidates a query"
     ]
+    missing = result.get("judged_without_candidates", 0)
+    if missing:
+        lines.append(
+            f"{missing:,} judged queries have no candidates in the run, and are not counted"
+        )
     if "not_calibrated" in result:
         lines.append(f"not calibrated: {result['not_calibrated']}")
     found = result.get("held_out", {}).get("calibration")

@@ -1,5 +1,7 @@
 """Measures several systems on one gallery, in parallel Ray tasks that share each prefix pass."""
 
+import logging
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -26,14 +28,17 @@ from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
-from slq.errors import StorageError
+from slq.errors import DataError, StorageError
 from slq.files import write_json
 from slq.index import SearchIndex
 from slq.quantization import cut
 from slq.reranker import Reranker
+from slq.reranking.calibration import Calibration, is_held_out
 from slq.reranking.depth import depth_of
 from slq.reranking.profiles import Reading, profile_by_name
 from slq.schema import Item
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     if "slq_index" in recipe.eval.systems:
         with open_index(recipe):
             pass  # found before any work is done
-    benchmark = load_benchmark(recipe)
+    benchmark = _without_fitted(recipe, load_benchmark(recipe))
     scores, facts = score_systems(recipe, benchmark)
     results = {**space, **facts, **summarise(recipe, benchmark, scores)}
     folder = recipe.storage.evaluation
@@ -62,6 +67,27 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         ) from None
     write_json(folder / "results.json", results)
     return results
+
+
+def _without_fitted(recipe: Recipe, benchmark: Benchmark) -> Benchmark:
+    """The benchmark without the queries that the weight of coarse scores may have been fitted to, where it is used."""
+    section = recipe.rerank
+    if not section.fuse or section.calibration is None or "slq_fine" not in recipe.eval.systems:
+        return benchmark
+    share = Calibration.load(section.calibration).held_out_share
+    kept = [n for n, one in enumerate(benchmark.queries) if not is_held_out(one.id, share)]
+    if not kept:
+        raise DataError(
+            f"calibration {section.calibration} was fitted to all queries, so none is left to measure fused scores on; "
+            "fit it to a share of them (rerank.held_out_share)"
+        )
+    fitted = len(benchmark.queries) - len(kept)
+    log.info("%d queries are left out: rerank.calibration was fitted to them", fitted)
+    return replace(
+        benchmark,
+        queries=[benchmark.queries[n] for n in kept],
+        relevant=benchmark.relevant[kept],
+    )
 
 
 def embedding_space(recipe: Recipe) -> dict[str, Any]:

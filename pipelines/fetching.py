@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipelines.images import image_value, read_image, too_large
 from pipelines.storage import concurrently, open_store, split_location
 from pipelines.storage.objects import RETRY_S
-from slq.errors import DataError
+from slq.errors import DataError, StorageError
 from slq.media import DEFAULT_LIMITS
 
 _BATCH_ROWS, _BUFFER_BYTES = 16, 2**20  # a row group may hold far more than fits into memory
@@ -52,10 +52,10 @@ def fetch_images(
         retry_s: As `fetch_image`.
 
     Returns:
-        The bytes behind each uri, or what is wrong with it.
+        The bytes behind each uri, or what is wrong with this image and no other.
 
     Raises:
-        StorageError: A store cannot be reached.
+        StorageError: A store cannot be reached, or a file that holds many images cannot be read: no image's own fault.
     """
     tables: dict[tuple[str, str], dict[int, list[str]]] = {}
     single = []
@@ -68,10 +68,15 @@ def fetch_images(
         tables.setdefault((found["file"], column), {}).setdefault(row, []).append(uri)
 
     def fetched(uri: str) -> bytes | DataError | None:
+        found = _PLACE.fullmatch(uri)
         try:
-            return fetch_image(uri, retry_s)
+            if found is None or found["kind"] != "bytes":
+                return fetch_image(uri, retry_s)
+            return _part(found["file"], found["place"], retry_s)
         except DataError as error:
             return error
+        except OSError as error:
+            raise _unreadable(uri, error) from None
 
     images = dict(zip(single, concurrently(fetched, single), strict=True))
     for (url, column), rows in tables.items():
@@ -93,12 +98,15 @@ def _cells(
             for row, value in _walk(file, column, sorted(rows)):
                 images |= dict.fromkeys(rows[row], image_value(value))
     except (OSError, ValueError, pa.ArrowException) as error:
-        problem = DataError(f"{url} cannot be read: {error}")
-        return {**{uri: problem for of_row in rows.values() for uri in of_row}, **images}
+        raise _unreadable(url, error) from None
     for row, of_row in rows.items():
         past = DataError(f"{url}#row={row} points past the end of its file")
         images |= {uri: past for uri in of_row if uri not in images}
     return images
+
+
+def _unreadable(url: str, error: Exception) -> StorageError:
+    return StorageError(f"{url} cannot be read: {error}; run the same command again once it can")
 
 
 def _walk(file: pq.ParquetFile, column: str, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:

@@ -3,7 +3,9 @@
 import ctypes
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from slq.finetuning import TunedBackbone
 from slq.latent_queries import LatentQueries
 from slq.reranker import Reranker
 from slq.reranking.calibration import Calibration
+from slq.reranking.framings import framing_by_name
 
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_KEPT_BLOCK_BYTES = 2**25  # glibc takes no more
@@ -127,10 +130,12 @@ def scorer_of(recipe: Recipe, backbone: Backbone) -> dict[str, Any]:
         backbone: That scores.
     """
     section, model = recipe.rerank, recipe.rerank.backbone or recipe.backbone
+    framing = framing_by_name(section.question)
     return {
         "model": backbone.identity(),
         "dtype": model.dtype,
-        "framing": section.question,
+        "framing": asdict(framing),
+        "opening": backbone.start_ids(framing.system),
         **{name: section.model_dump(mode="json")[name] for name in _SCORING},
     }
 
@@ -223,6 +228,15 @@ def use_processors(num_threads: int) -> None:
     keep_freed_memory()
     if num_threads:
         torch.set_num_threads(num_threads)
+
+
+def use_deterministic_passes() -> None:
+    """Prepare this process for passes with the same bits each time: one CPU thread, and one order of sums on a GPU."""
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # or cuBLAS refuses to be deterministic
+    use_processors(1)
+    torch.use_deterministic_algorithms(mode=True)
 
 
 def keep_freed_memory() -> None:

@@ -185,7 +185,7 @@ class RerankConfig(Section):
     fuse: bool = False
     """Rank by the sum of margin and weighted coarse score, with the weight of `calibration`."""
     deterministic: bool = False
-    """One pair per pass on one thread: the same bits whatever is scored beside a pair; slower."""
+    """One pair per pass, in `slq rerank` on one thread: the same bits whatever is scored beside a pair; slower."""
     run: Path | None = None
     """The run that `slq rerank` re-ranks, Parquet or TREC; `eval/run_slq.parquet` of the run folder if null."""
     shard_pairs: Annotated[int, Field(gt=0)] = 1024
@@ -205,6 +205,10 @@ class RerankConfig(Section):
         if self.fuse and self.calibration is None:
             raise ValueError(
                 "fuse needs the weight of coarse scores from `calibration`; run `slq rerank` on held-out queries first"
+            )
+        if self.fuse and profile_by_name(self.profile).needs_vocabulary:
+            raise ValueError(
+                f"fuse adds coarse scores to margins, and profile {self.profile} does not order by them; use default"
             )
         return self
 
@@ -433,19 +437,18 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def _with_absolute_folders(recipe: Recipe) -> Recipe:
     """Workers run in other directories than the command, so no path may depend on where it was given."""
-    name = recipe.backbone.name
-    if "/" in name and Path(name).is_dir():
-        name = str(Path(name).resolve())
+    scorer = recipe.rerank.backbone
     caches = {name: getattr(recipe.train, name) for name in ("disk_cache", "vision_cache")}
     adapters = {key: path.resolve() for key, path in recipe.embed.adapters.items()}
-    rerank = {
+    rerank: dict[str, Any] = {
         name: path and path.resolve()
         for name, path in (("run", recipe.rerank.run), ("calibration", recipe.rerank.calibration))
     }
+    rerank["backbone"] = scorer and _with_absolute_name(scorer)
     sections = {
         "rerank": recipe.rerank.model_copy(update=rerank),
         "embed": recipe.embed.model_copy(update={"adapters": adapters}),
-        "backbone": recipe.backbone.model_copy(update={"name": name}),
+        "backbone": _with_absolute_name(recipe.backbone),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
         "index": recipe.index.model_copy(update={"target": _absolute(recipe.index.target)}),
         "storage": recipe.storage.model_copy(
@@ -460,6 +463,14 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
         ),
     }
     return recipe.model_copy(update=sections)
+
+
+def _with_absolute_name(backbone: BackboneConfig) -> BackboneConfig:
+    """A folder from the root on; a hub id is left as it is."""
+    name = backbone.name
+    if "/" in name and Path(name).is_dir():
+        name = str(Path(name).resolve())
+    return backbone.model_copy(update={"name": name})
 
 
 def _absolute(place: str | None) -> str | None:

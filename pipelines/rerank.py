@@ -1,8 +1,8 @@
 """Re-ranks a whole run with the fine stage, each pair exactly once; the same command again goes on.
 
-The plan says which pairs are which shard, those of one image together. Tasks gather their images, actors score them and
-lay down a shard's files, the ledger commits it, and at the end the scored pairs are put in order. See
-`pipelines.reranking` for the stages.
+The plan says which pairs are which shard, those of one image together. Actors read a shard's images, score its pairs
+and lay down its files, the ledger commits it, and at the end the scored pairs are put in order. See
+`pipelines.reranking` for the parts.
 """
 
 import json
@@ -21,12 +21,11 @@ from pipelines.failpoints import reach
 from pipelines.failures import raise_failure
 from pipelines.interruption import stoppable
 from pipelines.journal import start_journal
-from pipelines.ledger import Ledger
+from pipelines.ledger import MANIFEST, Ledger
 from pipelines.loading import reranking_backbone, scorer_digest, scorer_of
 from pipelines.recipe import Recipe, require_files
-from pipelines.reranking.catalogue import item_places, query_places
+from pipelines.reranking.catalogue import Catalogue
 from pipelines.reranking.flow import MODELS, Flow
-from pipelines.reranking.gather import gather
 from pipelines.reranking.outcome import assemble
 from pipelines.reranking.plan import (
     PLAN,
@@ -49,7 +48,6 @@ REPORT = "report.json"
 """The last run in numbers."""
 _PLANNING = ("depth", "adaptive", "shard_pairs", "batch_size", "deterministic")
 """Settings of `rerank`, on which the plan or the last bits depend."""
-_GATHER_BYTES = 2**30
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -77,11 +75,13 @@ def run_path(recipe: Recipe) -> Path:
     return recipe.rerank.run or recipe.storage.evaluation / "run_slq.parquet"
 
 
-def rerank(recipe: Recipe, *, models: str = MODELS) -> dict[str, Any]:
+def rerank(recipe: Recipe, *, retry_errors: bool = False, models: str = MODELS) -> dict[str, Any]:
     """Re-rank the recipe's run; running it again finishes what is missing and touches nothing that is done.
 
     Args:
         recipe: The resolved recipe.
+        retry_errors: Score committed shards again that hold pairs which could not be scored, and only those; files of
+            items may have been mended since.
         models: The module that gives the model.
 
     Returns:
@@ -100,21 +100,29 @@ def rerank(recipe: Recipe, *, models: str = MODELS) -> dict[str, Any]:
     scorer = scorer_digest(scorer_of(recipe, reranking_backbone(recipe, weights=False)))
     flow = Flow(recipe=recipe, scorer=scorer, models=models)
     with stoppable(recipe.storage.reranking), flow.ledger() as ledger:
-        ledger.begin(identity_of(recipe, scorer, path))
+        catalogue = Catalogue(recipe)
+        identity = identity_of(recipe, scorer, path, catalogue)
+        if retry_errors:  # whoever mended a file changed what items are looked up in
+            before = ledger.identity() or identity
+            identity["items"], identity["queries"] = before.get("items"), before.get("queries")
+        ledger.begin(identity)
         if not ledger.store.exists(PLAN):
-            _make_plan(recipe, ledger, run)
+            _make_plan(recipe, ledger, run, catalogue)
         planned = planned_rows(ledger.store)
-        todo = [{"shard_id": n} for n in range(len(planned)) if n not in ledger.commits()]
-        totals = Totals(planned, ledger.commits(), min(recipe.resources.rerank_workers, len(todo)))
-        errors = ledger.store.url(ERRORS)
-        totals.require_few_bad(recipe.rerank.max_error_share, errors)
+        commits = ledger.commits()
+        todo = _todo(len(planned), commits, retry_errors=retry_errors)
+        workers = min(recipe.resources.rerank_workers, max(1, len(todo)))
+        again = {one["shard_id"] for one in todo}
+        kept = {n: commit for n, commit in commits.items() if n not in again}
+        totals = Totals(planned, kept, workers)
+        totals.require_few_bad(recipe.rerank.max_error_share, ledger.store.url(ERRORS))
         if todo:
-            _require_room(recipe)
+            _require_room(recipe, workers)
+            ledger.store.remove(MANIFEST)  # it would tell of what is made again
             with cluster_errors():
                 _score(flow, ledger, todo, totals)
             totals.tell(now=True)
-        commits = ledger.require_complete(len(planned))
-        _require_planned(planned, commits)
+        _require_planned(planned, ledger.require_complete(len(planned)))
         found = assemble(recipe, ledger, scorer)
         found = {"folder": ledger.store.location, **found, "cost": totals.report()}
         ledger.store.write(REPORT, json.dumps(found, indent=2).encode())
@@ -129,31 +137,57 @@ def rerank(recipe: Recipe, *, models: str = MODELS) -> dict[str, Any]:
     return found
 
 
-def identity_of(recipe: Recipe, scorer: str, path: Path) -> dict[str, Any]:
-    """What the output depends on: the run, where its items are, the model, and settings."""
+def _todo(
+    num_shards: int, commits: Mapping[int, Commit], *, retry_errors: bool
+) -> list[dict[str, Any]]:
+    """`shard_id` and `generation` of what is to be scored, as `ScorePairs` takes them."""
+    missing = [{"shard_id": n, "generation": None} for n in range(num_shards) if n not in commits]
+    again = [
+        {"shard_id": shard_id, "generation": commit.generation}
+        for shard_id, commit in sorted(commits.items())
+        if retry_errors and commit.quarantined
+    ]
+    return [*missing, *again]
+
+
+def identity_of(recipe: Recipe, scorer: str, path: Path, catalogue: Catalogue) -> dict[str, Any]:
+    """What the output depends on: the run, its items and queries, the model, and settings."""
     section = recipe.rerank.model_dump(mode="json")
     return {
         "made_by": "slq rerank",
         "run_sha256": file_sha256(path),
-        "queries": str(recipe.data.path("queries")),
+        "items": catalogue.items_state(),
+        "queries": catalogue.queries_state(),
         "scorer": scorer,
+        "num_threads": recipe.embed.num_threads,
         **{name: section[name] for name in _PLANNING},
     }
 
 
-def _make_plan(recipe: Recipe, ledger: Ledger, run: pa.Table) -> None:
+def _make_plan(recipe: Recipe, ledger: Ledger, run: pa.Table, catalogue: Catalogue) -> None:
+    """Plan the pairs, and refuse at once what could not end well.
+
+    Raises:
+        DataError: More items or queries are not to be had than may be.
+    """
     section = recipe.rerank
     rows = chosen(run, section.depth, section.adaptive)
     wanted = pc.unique(run["item_id"].take(rows))
-    items, _ = item_places(recipe, wanted)
-    queries, _ = query_places(recipe)
-    pairs = pairs_of(run, rows, queries, items)
+    pairs = pairs_of(run, rows, catalogue.queries(), catalogue.items(wanted))
+    bad = pairs.filter(pc.is_valid(pairs["problem"])).slice(0, 1).to_pylist()
+    if bad and pairs["problem"].null_count < (1 - section.max_error_share) * pairs.num_rows:
+        count = pairs.num_rows - pairs["problem"].null_count
+        raise DataError(
+            f"{count} of {pairs.num_rows} pairs cannot be scored, more than rerank.max_error_share allows "
+            f"({section.max_error_share:.1%}): {bad[0]['query_id']}, {bad[0]['item_id']}: {bad[0]['problem']}; is the "
+            "run of these queries and items?"
+        )
     write_plan(ledger.store, run, pairs, section.shard_pairs)
     log.info("plan: %s", asdict(summarise(run, pairs, section.shard_pairs)))
     reach("plan_written")
 
 
-def _require_room(recipe: Recipe) -> None:
+def _require_room(recipe: Recipe, workers: int) -> None:
     """Refuse what would wait for ever.
 
     Raises:
@@ -162,12 +196,12 @@ def _require_room(recipe: Recipe) -> None:
     """
     import ray
 
-    workers, gpus = recipe.resources.rerank_workers, recipe.resources.gpus_per_worker
+    gpus = recipe.resources.gpus_per_worker
     cpus = ray.cluster_resources().get("CPU", 0.0)
-    if not gpus and workers >= cpus:
+    if not gpus and workers > cpus:
         raise ConfigError(
-            f"resources.rerank_workers is {workers}, but the cluster has {cpus:g} CPUs and reading images needs one; "
-            f"set it to at most {max(1, int(cpus) - 1)}"
+            f"resources.rerank_workers is {workers}, but the cluster has {cpus:g} CPUs; set it to at most "
+            f"{max(1, int(cpus))}"
         )
     require_gpus(
         "resources.rerank_workers x resources.gpus_per_worker", workers * gpus, "lower either"
@@ -198,18 +232,13 @@ def _score(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Total
 def dataset(flow: Flow, todo: list[dict[str, Any]], workers: int) -> Any:
     """The flow on Ray Data."""
     gpus = flow.recipe.resources.gpus_per_worker
-    return (
-        rows_alone(todo)
-        # The memory that it asks for also keeps Ray Data from fusing this stage into the scorers.
-        .map_batches(gather, **WHOLE, fn_kwargs={"flow": flow}, num_cpus=1, memory=_GATHER_BYTES)
-        .map_batches(
-            ScorePairs,
-            **WHOLE,
-            fn_constructor_kwargs={"flow": flow},
-            compute=staying_actors(workers, scoring_threads(gpus)),
-            num_cpus=0 if gpus else 1,
-            num_gpus=gpus or None,
-        )
+    return rows_alone(todo).map_batches(
+        ScorePairs,
+        **WHOLE,
+        fn_constructor_kwargs={"flow": flow},
+        compute=staying_actors(workers, scoring_threads(gpus)),
+        num_cpus=0 if gpus else 1,
+        num_gpus=gpus or None,
     )
 
 

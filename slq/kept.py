@@ -36,6 +36,16 @@ class Kept(Generic[V]):
         self.hits = 0
         self.misses = 0
 
+    def counters(self) -> dict[str, int]:
+        """What is held, and how often it was found and not."""
+        with self._lock:
+            return {
+                "values": len(self._values),
+                "bytes": self.num_bytes,
+                "hits": self.hits,
+                "misses": self.misses,
+            }
+
     def __len__(self) -> int:
         return len(self._values)
 

@@ -214,7 +214,7 @@ class Reranker(PairReader):
     ) -> dict[int, Reading | str]:
         """What `judge` finds of as many candidates, from the first on, as fit into a budget."""
         found = dict[int, Reading | str]()
-        size = len(numbers) if budget_s is None else _FIRST_CHUNK
+        size = self._batch_size if budget_s is None else _FIRST_CHUNK
         began, each = time.monotonic(), 0.0
         while numbers:
             now = time.monotonic()

@@ -25,7 +25,7 @@ from pipelines.embedding.pieces import (
 )
 from pipelines.journal import KILLED_WORKER, Announcer, message
 from pipelines.leaving import leave_without_destructors
-from pipelines.loading import use_processors
+from pipelines.loading import use_deterministic_passes, use_processors
 from pipelines.recipe import ResourcesConfig
 from slq.backbones.prompting import Prompt, Prompts
 from slq.errors import DataError, HardwareError, MediaError, SlqError
@@ -54,8 +54,10 @@ class EncodePieces:
     def __init__(self, flow: Flow) -> None:
         leave_without_destructors()
         section = flow.recipe.embed
-        use_processors(1 if section.deterministic else section.num_threads)
-        torch.use_deterministic_algorithms(section.deterministic)
+        if section.deterministic:
+            use_deterministic_passes()
+        else:
+            use_processors(section.num_threads)
         self._turn, self._care = threading.Lock(), threading.Lock()
         self._announcer = Announcer(flow.journal)
         self._refusal: SlqError | None = None

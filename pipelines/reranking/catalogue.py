@@ -26,41 +26,58 @@ PLACES = pa.schema(
 _SHARD_ROWS = 4096
 
 
-def item_places(recipe: Recipe, wanted: pa.Array) -> tuple[pa.Table, dict[str, str]]:
-    """The places of these items, as `PLACES`, and what they were looked up in.
+class Catalogue:
+    """Looks up items and queries of one recipe.
 
     Args:
         recipe: The resolved recipe.
-        wanted: Ids; those that are nowhere are left out.
 
     Raises:
         ArtifactError: The embedding data set is damaged.
-        ConfigError: There is neither a data set nor a corpus.
-        DataError: The corpus cannot be read, or has an id twice.
+        ConfigError: There is neither a data set nor a corpus, or no queries.
     """
-    reader = LedgerReader(recipe.storage.embeddings, recipe.storage.retry_s)
-    if reader.manifest() is not None:
-        tables = _of_data_set(reader, wanted)
-        found = {"embeddings": reader.store.location, "sha256": _state(reader)}
-    else:
-        corpus = corpus_of(recipe)
-        tables = _of_corpus(corpus, wanted)
-        found = {"corpus": corpus.location, "sha256": corpus.digest()}
-    return _once(tables, next(iter(found.values()))), found
 
+    def __init__(self, recipe: Recipe) -> None:
+        reader = LedgerReader(recipe.storage.embeddings, recipe.storage.retry_s)
+        self._data_set = reader if reader.manifest() is not None else None
+        self._corpus = None if self._data_set is not None else corpus_of(recipe)
+        self._queries = open_corpus(recipe.data.path("queries"))
 
-def query_places(recipe: Recipe) -> tuple[pa.Table, dict[str, str]]:
-    """The places of all queries of the recipe; as `item_places`."""
-    corpus = open_corpus(recipe.data.path("queries"))
-    rows = [row for shard in corpus.shards(_SHARD_ROWS) for row in _rows(corpus, shard)]
-    found = {"queries": corpus.location, "sha256": corpus.digest()}
-    return _once([pa.Table.from_pylist(rows, schema=PLACES)], corpus.location), found
+    def items_state(self) -> dict[str, str]:
+        """What items are looked up in, and a digest of what it holds now."""
+        if self._data_set is not None:
+            return {"embeddings": self._data_set.store.location, "sha256": _state(self._data_set)}
+        assert self._corpus is not None
+        return {"corpus": self._corpus.location, "sha256": self._corpus.digest()}
+
+    def queries_state(self) -> dict[str, str]:
+        """The same of queries."""
+        return {"queries": self._queries.location, "sha256": self._queries.digest()}
+
+    def items(self, wanted: pa.Array) -> pa.Table:
+        """The places of items, as `PLACES`.
+
+        Args:
+            wanted: Ids; those that are nowhere are left out.
+
+        Raises:
+            DataError: The corpus cannot be read, or has an id twice.
+        """
+        if self._data_set is not None:
+            return _once(_of_data_set(self._data_set, wanted), self._data_set.store.location)
+        assert self._corpus is not None
+        return _once(_of_corpus(self._corpus, wanted), self._corpus.location)
+
+    def queries(self) -> pa.Table:
+        """The places of all queries; errors as `items`."""
+        corpus = self._queries
+        rows = [row for shard in corpus.shards(_SHARD_ROWS) for row in _rows(corpus, shard)]
+        return _once([pa.Table.from_pylist(rows, schema=PLACES)], corpus.location)
 
 
 def _of_data_set(reader: LedgerReader, wanted: pa.Array) -> list[pa.Table]:
     tables = []
-    for commit in reader.required_commits():
-        reader.require_shard(commit)
+    for commit in reader.required_commits():  # their vectors are not read, so not hashed either
         with reader.store.open(shard_name(commit.shard_id, commit.generation)) as file:
             rows = pq.read_table(file, columns=["id", "uri", "text", "modality"])
         rows = rows.filter(pc.is_in(rows["id"], wanted))

@@ -4,12 +4,12 @@ Judged queries are parted by a hash of their ids. The calibration is fitted to o
 reported on the other.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -20,6 +20,7 @@ from slq.reranking.calibration import (
     Calibration,
     expected_calibration_error,
     fit,
+    is_held_out,
     reliability,
     sigmoid,
 )
@@ -27,6 +28,9 @@ from slq.reranking.fusion import Judged
 from slq.reranking.profiles import Reading, coarse_order, ordered, profile_by_name
 
 _PRECISION = 0.9
+_RELEVANCE = pa.schema(
+    [("query_id", pa.string()), ("item_id", pa.string()), ("grade", pa.float64())]
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Ranking:
     readings: dict[int, Reading]
 
 
+Order = Callable[[Ranking], list[int]]
+"""Gives places in `items`, the best first."""
+
+
 def judge(
     recipe: Recipe, rankings: Sequence[Ranking], scorer: str
 ) -> tuple[dict[str, Any], Calibration | None]:
@@ -60,15 +68,15 @@ def judge(
     """
     relevant = read_relevance(recipe)
     judged = [one for one in rankings if one.query_id in relevant]
+    missing = len(relevant) - len(judged)  # as in trec_eval, a run is not blamed for them
     if not judged:
-        return {"judged": 0}, None
+        return {"judged": 0, "judged_without_candidates": missing}, None
     profile = profile_by_name(recipe.rerank.profile)
-    fine: Order = lambda one: ordered(one.readings, one.coarse.tolist(), profile)  # noqa: E731
     systems: dict[str, Order] = {
         "coarse": lambda one: coarse_order(one.coarse.tolist()),
-        "fine": fine,
+        "fine": lambda one: ordered(one.readings, one.coarse.tolist(), profile),
     }
-    found: dict[str, Any] = {"judged": len(judged)}
+    found: dict[str, Any] = {"judged": len(judged), "judged_without_candidates": missing}
     found |= _figures(recipe, judged, relevant, systems)
     share = recipe.rerank.held_out_share
     held_out = [one for one in judged if is_held_out(one.query_id, share)]
@@ -77,6 +85,7 @@ def judge(
         fitted = fit(
             [_as_judged(one, relevant) for one in held_out if one.readings],
             scorer=scorer,
+            held_out_share=share,
             precision=_PRECISION,
         )
     except DataError as error:
@@ -94,31 +103,28 @@ def judge(
     return found, fitted
 
 
-Order = Callable[[Ranking], list[int]]
-
-
 def read_relevance(recipe: Recipe) -> dict[str, set[str]]:
     """Relevant items of each judged query.
 
     Raises:
-        DataError: The file has other columns.
+        DataError: The file cannot be read, or has other columns.
     """
-    path = recipe.data.path("relevance")
-    table = pq.read_table(path)
-    missing = {"query_id", "item_id", "grade"} - set(table.column_names)
+    path, names = recipe.data.path("relevance"), ["query_id", "item_id", "grade"]
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data.relevance: {path} cannot be read: {error}") from None
+    missing = set(names) - set(table.column_names)
     if missing:
-        raise DataError(f"{path} has no column {', '.join(sorted(missing))}")
+        raise DataError(
+            f"data.relevance: {path} has no column {', '.join(sorted(missing))}; it has {table.column_names}"
+        )
+    table = table.select(names).cast(_RELEVANCE)
     found: dict[str, set[str]] = {}
-    for row in table.select(["query_id", "item_id", "grade"]).to_pylist():
-        if row["grade"] > 0:
+    for row in table.to_pylist():
+        if (row["grade"] or 0) > 0:
             found.setdefault(row["query_id"], set()).add(row["item_id"])
     return found
-
-
-def is_held_out(query_id: str, share: float) -> bool:
-    """Whether a query is one to fit to; it depends on its id alone."""
-    digest = hashlib.sha256(query_id.encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _figures(

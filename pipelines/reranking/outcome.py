@@ -1,6 +1,5 @@
 """The end of a run: scored pairs in order, as Parquet and in TREC's format, and what the fine stage gained."""
 
-import io
 import json
 import logging
 from typing import Any
@@ -12,14 +11,15 @@ from numpy.typing import NDArray
 
 from pipelines.commits import shard_name
 from pipelines.ledger import Ledger
+from pipelines.ledger_reader import remake
 from pipelines.loading import calibration_of_scorer
 from pipelines.ranking import scores_of_places
 from pipelines.recipe import Recipe
 from pipelines.reranking.judged import Ranking, judge
-from pipelines.reranking.plan import read_pool
+from pipelines.reranking.plan import parquet_bytes, read_pairs, read_pool
 from pipelines.reranking.runs import trec_lines
 from slq.arrow import RUN
-from slq.errors import DataError
+from slq.errors import ArtifactError, DataError
 from slq.reranking.profiles import Reading, fine_score, ordered, profile_by_name
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,13 @@ def assemble(recipe: Recipe, ledger: Ledger, scorer: str) -> dict[str, Any]:
         scorer: Digest of what scored.
     """
     pool = read_pool(ledger.store)
-    readings = _readings(ledger)
+    readings = read_readings(ledger)
     rankings = _rankings(pool, readings)
     calibration = calibration_of_scorer(recipe, scorer)
     weight = calibration.coarse_weight if calibration and recipe.rerank.fuse else 0.0
     temperature = calibration.temperature if calibration else 1.0
     table = _table(recipe, rankings, weight, temperature)
-    ledger.store.write(RUN_FILE, _parquet(table))
+    ledger.store.write(RUN_FILE, parquet_bytes(table, 2**20))
     try:
         ledger.store.write(TREC_FILE, trec_lines(table, "slq_fine"))
     except DataError as error:
@@ -62,23 +62,35 @@ def assemble(recipe: Recipe, ledger: Ledger, scorer: str) -> dict[str, Any]:
     if recipe.data.path("relevance").is_file():
         judged, fitted = judge(recipe, rankings, scorer)
         found |= judged
-        if fitted is not None:
+        if fitted is None:
+            ledger.store.remove(CALIBRATION)  # it would be of other queries
+        else:
             text = json.dumps(fitted.model_dump(), indent=2, sort_keys=True)
             ledger.store.write(CALIBRATION, text.encode() + b"\n")
             found["calibration_file"] = ledger.store.url(CALIBRATION)
     return found
 
 
-def _readings(ledger: Ledger) -> dict[int, Reading]:
-    """What was read, by row of the run."""
+def read_readings(ledger: Ledger) -> dict[int, Reading]:
+    """What was read, by row of the run.
+
+    Raises:
+        ArtifactError: A shard is damaged, or does not hold the pairs that were planned for it.
+    """
     found: dict[int, Reading] = {}
     for commit in ledger.commits().values():
         ledger.require_shard(commit)
+        planned = set(read_pairs(ledger.store, commit.shard_id, ["pair"])["pair"].to_pylist())
         with ledger.store.open(shard_name(commit.shard_id, commit.generation)) as file:
             rows = pq.read_table(
                 file, columns=["pair", "margin", "label_mass", "entropy", "hundredths"]
             )
         columns = [rows[name].to_pylist() for name in rows.column_names]
+        if len(set(columns[0])) < len(columns[0]) or not planned.issuperset(columns[0]):
+            raise ArtifactError(
+                f"shard {commit.shard_id} of {ledger.store.location} holds other pairs than were planned for it; "
+                f"{remake(commit.shard_id, ledger.command)}"
+            )
         found |= {pair: Reading(*values) for pair, *values in zip(*columns, strict=True)}
     return found
 
@@ -121,9 +133,3 @@ def _table(recipe: Recipe, rankings: list[Ranking], weight: float, temperature: 
             reading and Reading(reading.margin / temperature).probability for reading in found
         ]
     return pa.table(columns, schema=RERANKED)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()

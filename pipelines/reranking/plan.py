@@ -123,12 +123,13 @@ def summarise(run: pa.Table, pairs: pa.Table, shard_pairs: int) -> Summary:
 
 
 def write_plan(store: Store, run: pa.Table, pairs: pa.Table, shard_pairs: int) -> None:
-    """Store the run and the pairs; a row group is a shard. The plan is there last."""
-    store.write(POOL, _parquet(run, 2**20))
-    store.write(PLAN, _parquet(pairs, shard_pairs))
+    """Store the run, then the pairs; a row group is a shard. Where two drivers do, the first one's stay."""
+    store.create(POOL, parquet_bytes(run, 2**20))
+    store.create(PLAN, parquet_bytes(pairs, shard_pairs))
 
 
-def _parquet(table: pa.Table, group_rows: int) -> bytes:
+def parquet_bytes(table: pa.Table, group_rows: int) -> bytes:
+    """A table as a Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=group_rows)
     return sink.getvalue()

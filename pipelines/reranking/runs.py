@@ -71,8 +71,8 @@ def _candidates(path: Path, table: pa.Table) -> pa.Table:
     for name in found.column_names:
         if found[name].null_count:
             raise DataError(f"rerank.run: {path} has {found[name].null_count} nulls in {name}")
-    if pc.any(pc.is_nan(found["coarse_score"])).as_py():
-        raise DataError(f"rerank.run: {path} has scores that are no numbers")
+    if pc.any(pc.invert(pc.is_finite(found["coarse_score"]))).as_py():
+        raise DataError(f"rerank.run: {path} has scores that are no finite numbers")
     return found
 
 

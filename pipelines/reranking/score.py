@@ -1,12 +1,10 @@
-"""Second stage, on actors that hold the model: decode, score, write the shard's files, and tell the driver of them."""
+"""Actors that hold the model: read a shard's images, score its pairs, write its files, and tell the driver of them."""
 
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -16,14 +14,13 @@ from pipelines.failpoints import reach
 from pipelines.failures import FAILURE, failure_text
 from pipelines.journal import KILLED_WORKER, Announcer, message
 from pipelines.leaving import leave_without_destructors
-from pipelines.loading import use_processors
+from pipelines.loading import use_deterministic_passes, use_processors
 from pipelines.reranking.flow import Flow
-from pipelines.reranking.gather import Gathered
+from pipelines.reranking.plan import read_pairs
+from pipelines.reranking.windows import Row, Window, windows_of
 from pipelines.shard_files import write_shard
 from slq.arrow import ERRORS
-from slq.errors import DataError, HardwareError, SlqError
-from slq.media import decode_image
-from slq.reranking.planning import Images, windows
+from slq.errors import HardwareError, SlqError
 from slq.reranking.profiles import Reading
 from slq.schema import Item
 
@@ -39,8 +36,6 @@ SCORED = pa.schema(
     ]
 )
 """Columns of a shard: what was read of each pair that could be scored."""
-_DECODERS = 4
-Row = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -90,8 +85,10 @@ class ScorePairs:
     def __init__(self, flow: Flow) -> None:
         leave_without_destructors()
         section = flow.recipe.rerank
-        use_processors(1 if section.deterministic else flow.recipe.embed.num_threads)
-        torch.use_deterministic_algorithms(section.deterministic)
+        if section.deterministic:
+            use_deterministic_passes()
+        else:
+            use_processors(flow.recipe.embed.num_threads)
         self._flow, self._most_images = flow, section.batch_size
         self._turn = threading.Lock()
         self._announcer = Announcer(flow.journal)
@@ -104,91 +101,76 @@ class ScorePairs:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Score a shard and write its files.
 
+        Args:
+            block: One row with `shard_id`, and `generation` of the commit that it follows; null without one.
+
         Returns:
             One row: the commit record and the work as JSON, or the error that ends the run.
         """
-        failure = block[FAILURE][0].as_py()
-        if failure is not None:
-            return _told(failure=failure)
         if self._refusal is not None:
             return _told(failure=failure_text(self._refusal))
         try:
-            shard = Gathered.from_block(block)
-            rows, work = self.scored(shard)
-            commit = written(self._flow, shard.shard_id, rows)
+            shard_id, before = (block[name][0].as_py() for name in ("shard_id", "generation"))
+            rows, work = self.scored(shard_id)
+            commit = written(self._flow, shard_id, rows, 0 if before is None else before + 1)
             return _told(commit=commit.to_json(), work=json.dumps(asdict(work)))
         except SlqError as error:
             return _told(failure=failure_text(error))
 
-    def scored(self, shard: Gathered) -> tuple[list[Row], Work]:
-        """Every pair with its reading or its problem, in the order of the plan.
+    def scored(self, shard_id: int) -> tuple[list[Row], Work]:
+        """Every pair of a shard with its reading or its problem, in the order of the plan.
 
         Raises:
+            ArtifactError: The plan is damaged.
             HardwareError: Memory ran out.
+            StorageError: Images cannot be read, by no fault of theirs.
         """
-        rows: list[Row] = [dict(row) for row in shard.pairs.to_pylist()]
-        for row in rows:
-            for side in ("query_uri", "item_uri"):
-                row["problem"] = row["problem"] or shard.problems.get(row[side])
-        work, before = Work(), self._reranker.counts
-        with self._announcer.announced(f"rerank {shard.shard_id}") as careful:
-            for number, chunk in enumerate(self._chunks(rows)):
-                name = f"{shard.shard_id} {number}"
-                self._score_chunk(name, [rows[n] for n in chunk], shard, work, careful=careful)
-        after = asdict(self._reranker.counts)
-        for name, value in asdict(before).items():
-            setattr(work, name, after[name] - value)
+        retry_s = self._flow.recipe.storage.retry_s
+        pairs = read_pairs(self._flow.ledger().store, shard_id)
+        rows: list[Row] = [dict(row) for row in pairs.to_pylist()]
+        work = Work()
+        with self._announcer.announced(f"rerank {shard_id}") as careful:
+            for window in windows_of(rows, self._most_images, retry_s):
+                self._score_window(f"{shard_id} {window.number}", window, work, careful=careful)
         bad = [row for row in rows if row["problem"] is not None]
         work.scored, work.unscored = len(rows) - len(bad), len(bad)
         if bad:
             work.problem = f"{bad[0]['query_id']}, {bad[0]['item_id']}: {bad[0]['problem']}"
         return rows, work
 
-    def _chunks(self, rows: Sequence[Row]) -> Iterator[list[int]]:
-        """Numbers of rows of few enough images to be decoded at once; they depend on the shard alone."""
-        good = [n for n, row in enumerate(rows) if row["problem"] is None]
-        shown = [_images(rows[n]) for n in good]
-        for window in windows(shown, self._most_images):
-            yield [good[place] for place in window]
-
-    def _score_chunk(
-        self, name: str, rows: list[Row], shard: Gathered, work: Work, *, careful: bool
-    ) -> None:
-        """Score rows in place; of what has killed workers before, each on its own."""
+    def _score_window(self, name: str, window: Window, work: Work, *, careful: bool) -> None:
+        """Note what is read of each row; of what has killed workers before, each row on its own."""
+        pairs = window.pairs()
         if not careful:
-            self._score(rows, shard, work)
+            self._score(window, pairs, work)
             return
         with self._announcer.announced(f"rerank {name}") as deadly:
             if not deadly:
-                self._score(rows, shard, work)
+                self._score(window, pairs, work)
                 return
-            for row in rows:
+            for place, pair in pairs.items():
+                row = window.rows[place]
                 with self._announcer.announced(f"rerank {name} {row['pair']}") as killer:
                     if killer:
                         row["problem"], row["error"] = message("scored"), KILLED_WORKER
                     else:
-                        self._score([row], shard, work)
+                        self._score(window, {place: pair}, work)
 
-    def _score(self, rows: list[Row], shard: Gathered, work: Work) -> None:
-        pictures = _decoded(rows, shard)
-        pairs: dict[int, tuple[Item, Item]] = {}
-        for number, row in enumerate(rows):
-            try:
-                pairs[number] = (
-                    _item(row["query_uri"], row["query_text"], pictures),
-                    _item(row["item_uri"], row["item_text"], pictures),
-                )
-            except DataError as error:
-                row["problem"] = str(error)
-        started = time.perf_counter()
-        with self._turn:
+    def _score(self, window: Window, pairs: dict[int, tuple[Item, Item]], work: Work) -> None:
+        with (
+            self._turn
+        ):  # another shard's images may be read meanwhile, but its passes are not counted here
+            started, before = time.perf_counter(), self._reranker.counts
             readings = self._read(list(pairs.values()))
-        work.busy_s += time.perf_counter() - started
-        for number, reading in zip(pairs, readings, strict=True):
+            work.busy_s += time.perf_counter() - started
+            after = asdict(self._reranker.counts)
+        for name, value in asdict(before).items():
+            setattr(work, name, getattr(work, name) + after[name] - value)
+        for place, reading in zip(pairs, readings, strict=True):
             if isinstance(reading, str):
-                rows[number]["problem"] = reading
+                window.rows[place]["problem"] = reading
             else:
-                rows[number] |= asdict(reading)
+                window.rows[place] |= asdict(reading)
 
     def _read(self, pairs: list[tuple[Item, Item]]) -> list[Reading | str]:
         try:
@@ -202,57 +184,30 @@ class ScorePairs:
             raise
 
 
-def _images(row: Row) -> Images:
-    """What a row shows, by uri; without an image all rows share one open turn."""
-    shown = [uri for uri in (row["query_uri"], row["item_uri"]) if uri is not None]
-    return Images(shown[0] if shown else None, tuple(shown[1:]))
-
-
-def _decoded(rows: Sequence[Row], shard: Gathered) -> dict[str, Any]:
-    """Pictures of some rows, or what is wrong with one, by uri."""
-    uris = list(dict.fromkeys(uri for row in rows for uri in (row["query_uri"], row["item_uri"])))
-
-    def decoded(uri: str) -> Any:
-        try:
-            return decode_image(shard.images[uri])
-        except DataError as error:
-            return error
-
-    wanted = [uri for uri in uris if uri is not None]
-    with ThreadPoolExecutor(_DECODERS) as pool:
-        return dict(zip(wanted, pool.map(decoded, wanted), strict=True))
-
-
-def _item(uri: str | None, text: str | None, pictures: dict[str, Any]) -> Item:
-    """One side of a pair.
-
-    Raises:
-        DataError: Its image is none, or there is nothing in it.
-    """
-    picture = None if uri is None else pictures[uri]
-    if isinstance(picture, DataError):
-        raise picture
-    return Item(text=text, image=picture)
-
-
-def written(flow: Flow, shard_id: int, rows: Sequence[Row]) -> Commit:
+def written(flow: Flow, shard_id: int, rows: Sequence[Row], generation: int = 0) -> Commit:
     """Write the files of a scored shard and leave them to the driver.
+
+    Args:
+        flow: What the run knows.
+        shard_id: The shard.
+        rows: All of its pairs.
+        generation: How many times it was committed before.
 
     Raises:
         StorageError: They cannot be written.
     """
     store, attempt = flow.ledger().store, new_attempt()
     good = [row for row in rows if row["problem"] is None]
-    bad = [_error(row, place, shard_id) for place, row in enumerate(rows) if row["problem"]]
+    bad = [_error(row, n, shard_id) for n, row in enumerate(rows) if row["problem"] is not None]
     reach("shard_before_write")
     table = pa.Table.from_pylist(good, schema=SCORED)
     sha256, size, _ = write_shard(
-        store, attempt_name(shard_name(shard_id), attempt), iter([table]), SCORED
+        store, attempt_name(shard_name(shard_id, generation), attempt), iter([table]), SCORED
     )
     errors_sha256 = None
     if bad:
         errors = pa.Table.from_pylist(bad, schema=ERRORS)
-        name = attempt_name(errors_name(shard_id), attempt)
+        name = attempt_name(errors_name(shard_id, generation), attempt)
         errors_sha256, _, _ = write_shard(store, name, iter([errors]), ERRORS)
     reach("shard_after_write")
     return Commit(
@@ -263,6 +218,7 @@ def written(flow: Flow, shard_id: int, rows: Sequence[Row]) -> Commit:
         bytes=size,
         attempt=attempt,
         errors_sha256=errors_sha256,
+        generation=generation,
     )
 
 

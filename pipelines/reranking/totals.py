@@ -65,7 +65,8 @@ class Totals:
             last = self.work.problem and f", one of them {self.work.problem}"
             raise DataError(
                 f"{bad} of {self.num_pairs} pairs ({bad / max(1, self.num_pairs):.1%}) cannot be scored, more than "
-                f"rerank.max_error_share allows ({max_share:.1%}){last}; see {errors}"
+                f"rerank.max_error_share allows ({max_share:.1%}){last}; see {errors}, mend them and "
+                "add --retry-errors, or raise the share"
             )
 
     def line(self) -> str:

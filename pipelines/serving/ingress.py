@@ -103,7 +103,9 @@ class Ingress:
     async def _embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
         """Vectors of items, as long as those of the index."""
         dimension = (await self._known())["dimension"]
-        vectors: list[NDArray[np.float32]] = await answer_of(self._backbone.embed.remote(items))
+        vectors: list[NDArray[np.float32]] = await answer_of(
+            self._backbone.embed.remote(items, _TENANT)
+        )
         return [one if len(one) == dimension else cut(one[None], dimension)[0] for one in vectors]
 
     @app.post("/search")

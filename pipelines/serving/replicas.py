@@ -94,18 +94,27 @@ class BackboneService:
         await asyncio.to_thread(self._require_canary, version)
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
-    async def _embed_batch(self, items: list[Item]) -> list[NDArray[np.float32] | Exception]:
+    async def _embed_batch(
+        self, asked: list[tuple[Item, str]]
+    ) -> list[NDArray[np.float32] | Exception]:
         """Exceptions travel as data: a raised one would fail every request in the pass."""
-        return await asyncio.to_thread(each_alone, self._encode, items)
+        return await asyncio.to_thread(each_alone, self._encode, asked)
 
-    def _encode(self, items: list[Item]) -> NDArray[np.float32]:
-        """(n, dimension) float32. An image that is kept for the fine stage is not seen again, and the reverse."""
+    def _encode(self, asked: list[tuple[Item, str]]) -> NDArray[np.float32]:
+        """(n, dimension) float32 of items and their tenants.
+
+        An image that is kept for the fine stage is not seen again, and the reverse.
+        """
+        items = [item for item, _ in asked]
         if not self._shares_images:
             return self._encoder.encode(items)
         vectors = np.empty((len(items), self._encoder.dimension), dtype=np.float32)
-        for chunk in batches_by_length(items, len(items)):
-            prefix = self._reranker.prefix([items[number] for number in chunk])
-            vectors[chunk] = self._encoder.encode_prefix(prefix).cpu().numpy()
+        for tenant in {tenant for _, tenant in asked}:
+            mine = [number for number, (_, whose) in enumerate(asked) if whose == tenant]
+            for chunk in batches_by_length([items[number] for number in mine], len(mine)):
+                numbers = [mine[place] for place in chunk]
+                prefix = self._reranker.prefix([items[n] for n in numbers], tenant=tenant)
+                vectors[numbers] = self._encoder.encode_prefix(prefix).cpu().numpy()
         return vectors
 
     @property
@@ -118,13 +127,17 @@ class BackboneService:
             and self._reranker.opens_as_embedded
         )
 
-    async def embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
+    async def embed(self, items: list[Item], tenant: str = "") -> list[NDArray[np.float32]]:
         """The (dimension,) float32 unit vector of each item; concurrent calls share forward passes.
+
+        Args:
+            items: What is embedded.
+            tenant: Whose they are; what is kept of one tenant's images another does not find.
 
         Raises:
             DataError: The model cannot take one of the items.
         """
-        results = await asyncio.gather(*[self._embed_batch(item) for item in items])
+        results = await asyncio.gather(*[self._embed_batch((item, tenant)) for item in items])
         for result in results:
             if isinstance(result, ValueError):  # processors refuse shapes of images this way
                 raise DataError(f"the model cannot take this input: {result}")
@@ -171,6 +184,10 @@ class BackboneService:
             "backbone": encoder.backbone.name,
             "profile": self._reranker.profile.name,
             "framing": self._reranker.framing.name,
+            "kept_images": {
+                "vision": self._reranker.passes.views.counters(),
+                "prefix": self._reranker.passes.prefixes.counters(),
+            },
         }
 
     def check_health(self) -> None:

@@ -1,5 +1,6 @@
 """From margins to probabilities that mean what they say, fitted on held-out pairs (spec: RetLLM section 2)."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,9 @@ class Calibration(Section):
     precision: Annotated[float, Field(gt=0, le=1)] = 0.9
     """That `threshold` was chosen for."""
     scorer: str
-    """Digest of the model, the question and the profile that scored the pairs."""
+    """Digest of the model and the question that scored the pairs."""
+    held_out_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of queries that it was fitted to, those of which `is_held_out` says so; figures must leave them out."""
     num_queries: int
     """That it was fitted to."""
     num_pairs: int
@@ -66,12 +69,19 @@ class Calibration(Section):
         return found
 
 
-def fit(queries: Sequence[Judged], *, scorer: str, precision: float = 0.9) -> Calibration:
+def fit(
+    queries: Sequence[Judged],
+    *,
+    scorer: str,
+    held_out_share: float = 1.0,
+    precision: float = 0.9,
+) -> Calibration:
     """Everything that a calibration holds, fitted to held-out queries.
 
     Args:
         queries: Their scored candidates.
         scorer: Digest of what scored them.
+        held_out_share: With which `is_held_out` chose them.
         precision: Share of matches among pairs at or above the threshold.
 
     Raises:
@@ -87,9 +97,16 @@ def fit(queries: Sequence[Judged], *, scorer: str, precision: float = 0.9) -> Ca
         threshold=threshold_for_precision(margins, matches, precision),
         precision=precision,
         scorer=scorer,
+        held_out_share=held_out_share,
         num_queries=len(queries),
         num_pairs=len(margins),
     )
+
+
+def is_held_out(query_id: str, share: float) -> bool:
+    """Whether a query is one to fit to; it depends on its id alone."""
+    digest = hashlib.sha256(query_id.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def fit_temperature(margins: NDArray[np.float64], matches: NDArray[np.bool_]) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from slq.errors import DataError
 
 _RIDGE = 1e-3  # of a and b in units of their columns' spread: where relevant ones always win there is no maximum
-_STEPS, _CLOSE = 100, 1e-10
+_STEPS, _HALVINGS, _CLOSE = 100, 60, 1e-10
 
 Floats = NDArray[np.float64]
 
@@ -72,11 +72,12 @@ def _maximum(features: Sequence[Floats], relevant: Sequence[NDArray[np.bool_]]) 
     value, slope, curve = _likelihood(weights, features, relevant)
     for _ in range(_STEPS):
         step = np.linalg.solve(-curve, slope)
-        while True:
-            found = _likelihood(weights + step, features, relevant)
-            if found[0] >= value - _CLOSE or np.abs(step).max() < _CLOSE:
+        found = _likelihood(weights + step, features, relevant)
+        for _ in range(_HALVINGS):
+            if found[0] >= value - _CLOSE:
                 break
             step = step / 2
+            found = _likelihood(weights + step, features, relevant)
         weights = weights + step
         value, slope, curve = found
         if np.abs(step).max() < _CLOSE:

@@ -171,8 +171,11 @@ class PairReader:
         new = {key(pair): pair for pair in empties if key(pair) not in work.context_free}
         asked = self._asked([*pairs, *new.values()], work)
         found, free = asked[: len(pairs)], asked[len(pairs) :]
-        work.context_free |= {name: one.margin for name, one in zip(new, free, strict=True)}
-        subtracted = [work.context_free[key(pair)] for pair in empties]
+        work.context_free |= {
+            name: (one.margin, pair)  # with the pair, or another image might get the id of its own
+            for (name, pair), one in zip(new.items(), free, strict=True)
+        }
+        subtracted = [work.context_free[key(pair)][0] for pair in empties]
         return [
             replace(one, margin=one.margin - less, context_free=less)
             for one, less in zip(found, subtracted, strict=True)

@@ -1,6 +1,7 @@
 """The passes of one call, in windows and batches: which turns are open is handed on from one window to the next."""
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,15 +30,17 @@ class Work:
     ) -> None:
         self._passes, self._tenant, self._batch_size = passes, tenant, batch_size
         self.whole = whole
-        self.context_free: dict[Hashable, float] = {}
+        self.context_free: dict[Hashable, tuple[float, Any]] = {}
         self._names: dict[int, Hashable] = {}
         self._pictures: dict[Hashable, Image.Image] = {}
+        self._alike: list[Image.Image] = []  # others of the same pixels, held for their ids
         self._open: dict[Head, Turn] = {}
         self._views: dict[Hashable, View] = {}
 
     @torch.no_grad()
     def answers(self, layouts: Sequence[Layout]) -> Iterator[tuple[list[int], Tensor]]:
         """Numbers of layouts, a batch at a time, with (batch, hidden) states of what the model is about to say."""
+        self._forget()
         heads = [self._head(layout) for layout in layouts]
         others = [tuple(map(self._name, layout.others)) for layout in layouts]
         for window in windows(list(map(Images, heads, others)), self._batch_size):
@@ -61,6 +64,16 @@ class Work:
                 )
                 yield numbers, answers
 
+    def _forget(self) -> None:
+        """Let go of images of earlier calls, but those that are handed on.
+
+        Images are told apart by `id`, which another object may get once one is gone. So only what is held has a name.
+        """
+        handed_on = {head.image for head in self._open} | self._views.keys()
+        self._pictures = {n: one for n, one in self._pictures.items() if n in handed_on}
+        self._names = {id(one): name for name, one in self._pictures.items()}
+        self._alike.clear()
+
     def _head(self, layout: Layout) -> Head:
         return Head(self._name(layout.shared), layout.before, layout.system)
 
@@ -68,8 +81,8 @@ class Work:
         if id(picture) not in self._names:
             name = self._passes.key(picture, self._tenant)
             self._names[id(picture)] = name
-            if picture is not None:
-                self._pictures.setdefault(name, picture)
+            if picture is not None and self._pictures.setdefault(name, picture) is not picture:
+                self._alike.append(picture)
         return self._names[id(picture)]
 
     def _shown(self, names: Iterable[Hashable]) -> dict[Hashable, Image.Image]:

@@ -20,7 +20,7 @@ from pipelines.failpoints import MARK, VARIABLE
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
 from pipelines.rerank import rerank
-from slq.errors import StorageError
+from slq.errors import DataError, StorageError
 from slq.files import file_sha256
 from tests.integration.runs import (
     broken_corpus,
@@ -167,8 +167,27 @@ def test_a_killed_scorer_costs_no_pair_and_doubles_none(recipe: Recipe, clean: R
 
 
 def test_two_workers_find_what_one_finds(recipe: Recipe, clean: Recipe) -> None:
-    rerank(changed(recipe, resources={"rerank_workers": 1}))
+    rerank(changed(recipe, resources={"rerank_workers": 2}))
     assert content(recipe) == content(clean)
+
+
+def test_two_runs_at_once_end_in_one_result(recipe: Recipe, clean: Recipe) -> None:
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            rerank(recipe)
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            problems.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert content(recipe) == content(clean)
+    assert leftovers(recipe) == []
 
 
 def test_a_full_disk_ends_in_words_and_the_same_command_finishes(
@@ -197,5 +216,5 @@ def test_an_empty_query_file_names_what_is_missing(recipe: Recipe, tmp_path: Pat
     queries = tmp_path / "queries.parquet"
     pq.write_table(pa.table({"id": ["other"], "text": ["a fox"]}), queries)
     wrong = changed(recipe, data={"queries": queries})
-    with pytest.raises(Exception, match="the query is not there"):
+    with pytest.raises(DataError, match="the query is not there"):
         rerank(wrong)

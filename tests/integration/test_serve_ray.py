@@ -325,11 +325,11 @@ def test_an_input_that_the_model_raises_for_fails_alone_in_its_pass(
     # below Ray's batching: used outside a replica it leaves the class impossible to send to one
     one_pass = type(service)._embed_batch.__wrapped__
 
-    async def alone(item: Item) -> Any:
-        return (await one_pass(service, [item]))[0]
+    async def alone(asked: tuple[Item, str]) -> Any:
+        return (await one_pass(service, [asked]))[0]
 
     shared = [Item(text=text) for text in ("a cat", "guilty", "a dog")]
-    first, error, last = asyncio.run(one_pass(service, shared))
+    first, error, last = asyncio.run(one_pass(service, [(item, "") for item in shared]))
     assert passes == [3, 1, 1, 1]
     np.testing.assert_allclose([first, last], encoder.encode(["a cat", "a dog"]), atol=1e-5)
     assert isinstance(error, ValueError)

@@ -62,7 +62,8 @@ def test_ranks_stand_for_scores_where_there_are_none(tmp_path: Path) -> None:
             {"query_id": ["q", None], "item_id": ["a", "b"], "score": [1.0, 2.0]},
             "1 nulls in query_id",
         ),
-        ({"query_id": ["q"], "item_id": ["a"], "score": [float("nan")]}, "no numbers"),
+        ({"query_id": ["q"], "item_id": ["a"], "score": [float("nan")]}, "no finite numbers"),
+        ({"query_id": ["q"], "item_id": ["a"], "score": [float("-inf")]}, "no finite numbers"),
         (
             {"query_id": ["q"] * 2, "item_id": ["a"] * 2, "score": [1.0, 0.5]},
             "'a' for query 'q' 2 times",

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
 
 from pipelines import rerank as flow_module
 from pipelines.corpus import Corpus
@@ -23,16 +25,25 @@ from pipelines.rerank import plan, rerank
 from pipelines.reranking import catalogue
 from pipelines.reranking.catalogue import located
 from pipelines.reranking.flow import Flow
-from pipelines.reranking.gather import Gathered, gathered
-from pipelines.reranking.judged import is_held_out
 from pipelines.reranking.plan import POOL, chosen, pairs_of, read_pairs, shared_image
 from pipelines.reranking.runs import read_run
 from pipelines.reranking.score import ScorePairs
-from slq.errors import ArtifactMismatchError, ConfigError, DataError, HardwareError
+from pipelines.reranking.windows import windows_of
+from slq.errors import (
+    ArtifactError,
+    ArtifactMismatchError,
+    ConfigError,
+    DataError,
+    HardwareError,
+    StorageError,
+)
+from slq.files import file_sha256
 from slq.media import decode_image
 from slq.reranker import Reranker
+from slq.reranking.calibration import is_held_out
 from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.schema import Item
+from tests.faulty_store import faulty_store
 from tests.integration.runs import broken_corpus, changed, fingerprints_of_files, write_run
 
 Rows = list[dict[str, Any]]
@@ -65,8 +76,6 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     """Let `rerank` run in this process."""
-    import ray
-
     found: list[Recorder] = []
 
     def from_items(items: Rows, *, override_num_blocks: int) -> Recorder:
@@ -215,11 +224,10 @@ def test_a_run_is_ranked_as_the_reranker_ranks_each_query(
     result = rerank(recipe)
     reranker = Reranker(backbone_of(recipe))
     assert_same(ranked(recipe), by_hand(recipe, reranker))
-    (gather_step, score_step) = recorders[0].steps
-    assert gather_step[1]["batch_size"] is score_step[1]["batch_size"] is None
-    assert gather_step[1]["memory"] > 0  # or Ray Data would fuse the two
-    assert score_step[1]["num_cpus"] == 1
-    assert score_step[1]["num_gpus"] is None
+    ((_, options),) = recorders[0].steps
+    assert options["batch_size"] is None  # a shard is a block, and stays one
+    assert options["num_cpus"] == 1
+    assert options["num_gpus"] is None
     queries = len(ranked(recipe))
     assert (result["queries"], result["candidates"]) == (queries, 6 * queries)
     assert (result["scored"], result["unscored"]) == (4 * queries, 0)
@@ -271,16 +279,19 @@ def test_a_chained_run_re_ranks_what_another_model_ranked(
         rerank={
             "run": Path(recipe.storage.reranking) / "run.parquet",
             "depth": 2,
-            "framing": "mcq",
+            "framing": "true_false",
         },
         storage={"dir": tmp_path / "second"},
     )
     rerank(second)
+    changes = 0
     for query, ranking in ranked(second).items():
+        changes += [item for item, _ in ranking[:2]] != [item for item, _ in first[query][:2]]
         before = [item for item, _ in first[query]]
         assert [item for item, _ in ranking[2:]] == before[2:]
         assert {item for item, _ in ranking[:2]} == set(before[:2])
         assert all((score is not None) == (n < 2) for n, (_, score) in enumerate(ranking))
+    assert changes
 
 
 def test_items_of_an_embedding_data_set_are_those_of_the_corpus(
@@ -376,7 +387,8 @@ def test_too_many_unreadable_candidates_end_the_run_in_words(
 ) -> None:
     worse = broken_corpus(recipe, tmp_path / "corpus.parquet", list(range(12)))
     with pytest.raises(
-        DataError, match=r"pairs \(.*%\) cannot be scored, more than rerank.max_error"
+        DataError,
+        match=r"pairs \(.*%\) cannot be scored, more than rerank.max_error.*--retry-errors",
     ):
         rerank(worse)
     with pytest.raises(DataError, match="cannot be scored"):  # and it does not go on with the rest
@@ -400,8 +412,8 @@ def test_another_question_may_not_go_on_with_what_is_begun(
 def test_a_cluster_without_room_is_refused_before_anything_is_loaded(
     recipe: Recipe, recorders: list[Recorder]
 ) -> None:
-    with pytest.raises(ConfigError, match="rerank_workers is 4, but the cluster has 4 CPUs"):
-        rerank(changed(recipe, resources={"rerank_workers": 4}))
+    with pytest.raises(ConfigError, match="rerank_workers is 5, but the cluster has 4 CPUs"):
+        rerank(changed(recipe, resources={"rerank_workers": 5}))
     with pytest.raises(HardwareError, match="the cluster has 0 GPUs"):
         rerank(changed(recipe, resources={"gpus_per_worker": 1}))
     assert recorders == []
@@ -415,7 +427,123 @@ def test_a_dry_run_counts_and_writes_nothing(recipe: Recipe) -> None:
     assert not Path(recipe.storage.reranking).exists()
 
 
+def test_mended_images_are_scored_again_and_the_other_shards_stay(
+    recipe: Recipe, recorders: list[Recorder], tmp_path: Path
+) -> None:
+    worse = broken_corpus(recipe, tmp_path / "corpus.parquet", [3])
+    worse = changed(worse, rerank={"max_error_share": 0.5})
+    first = rerank(worse)
+    assert first["unscored"] > 0
+    folder = Path(worse.storage.reranking)
+    before = fingerprints_of_files(folder)
+    bad = {path.name for path in (folder / "errors").iterdir()}
+    (tmp_path / "corpus.parquet").write_bytes(recipe.data.path("corpus").read_bytes())
+    with pytest.raises(ArtifactMismatchError, match="items"):
+        rerank(worse)
+    again = rerank(worse, retry_errors=True)
+    assert again["unscored"] == 0
+    assert again["scored"] == first["scored"] + first["unscored"]
+    assert_same(ranked(worse), by_hand(recipe, Reranker(backbone_of(recipe))))
+    after = fingerprints_of_files(folder)
+    kept = [name for name in before if name.startswith("shards/") and Path(name).name not in bad]
+    assert kept
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert len(recorders[-1].tables) == len(bad)
+    assert not list((folder / "errors").iterdir())
+
+
+def test_other_items_or_queries_are_not_taken_for_those_that_were_planned(
+    recipe: Recipe, recorders: list[Recorder], tmp_path: Path
+) -> None:
+    rerank(recipe)
+    other = broken_corpus(recipe, tmp_path / "corpus.parquet", [])
+    with pytest.raises(ArtifactMismatchError, match=r"items: .*corpus.parquet"):
+        rerank(other)
+    queries = tmp_path / "queries.parquet"
+    queries.write_bytes(recipe.data.path("queries").read_bytes())
+    with pytest.raises(ArtifactMismatchError, match=r"queries: .*queries.parquet"):
+        rerank(changed(recipe, data={"queries": queries}))
+
+
+def test_a_run_of_other_items_is_refused_before_a_model_is_loaded(
+    recipe: Recipe, recorders: list[Recorder], tmp_path: Path
+) -> None:
+    table = pq.read_table(recipe.rerank.run)
+    ids = pa.array([f"x{name}" for name in table["item_id"].to_pylist()])
+    pq.write_table(table.set_column(1, "item_id", ids), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="the item is not there; is the run of these queries"):
+        rerank(changed(recipe, rerank={"run": tmp_path / "other.parquet"}))
+    assert recorders == []
+
+
+def test_a_corpus_that_is_gone_for_a_while_costs_no_pair(
+    recipe: Recipe, recorders: list[Recorder], tmp_path: Path
+) -> None:
+    """The file of all images is away when shards are scored: that is no image's fault, and nothing is committed."""
+    here, away = tmp_path / "corpus.parquet", tmp_path / "away.parquet"
+    moved = broken_corpus(recipe, here, [])
+    started = ray.data.from_items
+
+    def losing(items: Rows, *, override_num_blocks: int) -> Recorder:
+        here.rename(away)
+        recorder: Recorder = started(items, override_num_blocks=override_num_blocks)
+        return recorder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray.data, "from_items", losing)
+        with pytest.raises(StorageError, match=r"corpus.parquet cannot be read.*same command"):
+            rerank(moved)
+    assert not list((Path(moved.storage.reranking) / "commits").glob("*.json"))
+    away.rename(here)
+    rerank(moved)
+    assert ranked(moved) == ranked_of(recipe, tmp_path)
+
+
+def ranked_of(recipe: Recipe, tmp_path: Path) -> dict[str, list[tuple[str, float | None]]]:
+    """The ranking of a run of its own."""
+    other = changed(recipe, storage={"dir": tmp_path / "whole"})
+    rerank(other)
+    return ranked(other)
+
+
+def test_an_object_store_that_fails_now_and_then_changes_nothing(
+    recipe: Recipe, recorders: list[Recorder], tmp_path: Path
+) -> None:
+    wanted = ranked_of(recipe, tmp_path)
+    with faulty_store(share=0.2) as store:
+        other = changed(recipe, storage={"rerank_dir": f"s3://{store.bucket}/ranked"})
+        found = rerank(other)
+        assert store.count.total() > store.count["none"]
+        table = pq.read_table(pa.BufferReader(Flow(other, "").ledger().store.read("run.parquet")))
+    assert found["scored"] == sum(score is not None for one in wanted.values() for _, score in one)
+    assert table["item_id"].to_pylist() == [item for one in wanted.values() for item, _ in one]
+
+
+def test_a_shard_of_other_pairs_than_were_planned_is_refused(
+    recipe: Recipe, recorders: list[Recorder]
+) -> None:
+    rerank(recipe)
+    folder = Path(recipe.storage.reranking)
+    path, record = folder / "shards/part-000001.parquet", folder / "commits/000001.json"
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table.slice(0, table.num_rows - 1), table.slice(0, 1)]), path)
+    told = {**json.loads(record.read_text()), "sha256": file_sha256(path)}
+    record.write_text(json.dumps(told))
+    with pytest.raises(ArtifactError, match=r"shard 1 of .* other pairs than were planned"):
+        rerank(recipe)
+
+
 # ---- what the fine stage gained ----
+
+
+def test_judged_queries_without_candidates_are_told_and_not_counted(
+    recipe: Recipe, recorders: list[Recorder]
+) -> None:
+    """As trec_eval does by default; the run holds a third of the queries."""
+    result = rerank(recipe)
+    judged = set(pq.read_table(recipe.data.path("relevance"))["query_id"].to_pylist())
+    assert result["judged"] + result["judged_without_candidates"] == len(judged)
+    assert result["judged_without_candidates"] > 0
 
 
 def test_figures_are_those_of_counting(recipe: Recipe, recorders: list[Recorder]) -> None:
@@ -506,12 +634,7 @@ def test_a_shard_does_not_depend_on_what_was_scored_before_it(
     assert result["cost"]["shards"] > 2
     scorer = json.loads((Path(recipe.storage.reranking) / "run.json").read_text())["scorer"]
     flow = Flow(recipe, scorer)
-    alone = ScorePairs(flow)
-    block = gathered(flow, 1)
-    again = Gathered.from_block(block.to_block())
-    assert again.images == block.images
-    assert again.pairs.equals(block.pairs)
-    rows, _ = alone.scored(again)
+    rows, _ = ScorePairs(flow).scored(1)
     stored = pq.read_table(Path(recipe.storage.reranking) / "shards/part-000001.parquet")
     assert [np.float32(row["margin"]) for row in rows] == stored["margin"].to_pylist()
     assert pq.read_table(Path(recipe.storage.reranking) / POOL).num_rows == result["candidates"]
@@ -536,14 +659,15 @@ def test_a_pair_that_has_killed_its_workers_is_set_aside_and_its_neighbours_are_
     rerank(recipe)
     scorer = json.loads((Path(recipe.storage.reranking) / "run.json").read_text())["scorer"]
     flow = Flow(recipe, scorer)
-    scoring, block = ScorePairs(flow), gathered(flow, 1)
-    calm, _ = scoring.scored(block)
-    victim = block.pairs["pair"][3].as_py()
-    chunks = [[row["pair"] for row in calm][n] for n in next(iter(scoring._chunks(calm)))]
-    number = 0 if victim in chunks else 1
+    scoring = ScorePairs(flow)
+    calm, _ = scoring.scored(1)
+    victim = calm[3]["pair"]
+    blank = [{**row, "problem": None} for row in calm]
+    cuts = windows_of(blank, recipe.rerank.batch_size, 1.0)
+    (number,) = [w.number for w in cuts if victim in [row["pair"] for row in w.rows]]
     deadly = Deadly("rerank 1", f"rerank 1 {number}", f"rerank 1 {number} {victim}")
     scoring._announcer = deadly  # type: ignore[assignment]
-    careful, work = scoring.scored(block)
+    careful, work = scoring.scored(1)
     assert f"rerank 1 {number} {victim}" in deadly.announced_works
     assert [row["pair"] for row in careful if row["problem"]] == [victim]
     assert (work.scored, work.unscored) == (len(calm) - 1, 1)

@@ -697,6 +697,41 @@ def test_embeddings_do_not_share_turns_that_an_enhancement_changes(backbone: Bac
     other.close()
 
 
+class Lazy:
+    """Candidates that are decoded anew each time that they are asked for, as a service's are."""
+
+    def __init__(self, seeds: list[int]) -> None:
+        self._seeds = seeds
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    def __getitem__(self, number: int) -> Image.Image:
+        shown = picture(2, 2, self._seeds[number])
+        return Image.frombytes("RGB", shown.size, shown.tobytes())
+
+
+@pytest.mark.parametrize("context_free", [None, "query", "candidate"])
+@pytest.mark.parametrize("seed", range(6))
+def test_an_image_that_comes_again_is_never_taken_for_another(
+    backbone: Backbone, seed: int, context_free: Any
+) -> None:
+    """Objects of equal pixels go, and new ones get their ids; within a budget they come chunk by chunk."""
+    rng = random.Random(seed)
+    seeds = [rng.randrange(5) for _ in range(14)]
+    reranker = Reranker(
+        backbone, batch_size=2, vision_bytes=2**30, prefix_bytes=2**30, context_free=context_free
+    )
+    lazy: Any = Lazy(seeds)
+    found = reranker.rank(RED, lazy, budget_s=1e9)
+    alone = Reranker(backbone, context_free=context_free)
+    wanted = {
+        n: float(alone.score([(Item(text=RED), Item(image=picture(2, 2, n)))])) for n in range(5)
+    }
+    for one in found:
+        assert one.fine_score == pytest.approx(wanted[seeds[one.index]], abs=1e-5)
+
+
 def test_threads_score_and_embed_at_once_as_one_after_the_other(backbone: Backbone) -> None:
     looking = EnhancementConfig(mode="static", layer=1, positions="all")
     pairs = list(PAIRS.values())
