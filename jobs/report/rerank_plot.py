@@ -73,7 +73,14 @@ def _hits(axes: Axes, systems: Mapping[str, Any]) -> None:
     axes.set_ylim(0, 100)
     axes.set_ylabel("% of queries (95% interval)", color=MUTED)
     axes.set_title(f"{entry['num_queries']:,} queries", loc="left", fontsize=10, color=INK)
-    axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor=LINE, fontsize=9)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        borderpad=0,
+    )
     plain(axes)
 
 
