@@ -7,7 +7,6 @@ crosses tenants.
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from itertools import groupby
 from threading import Lock
 from typing import Any
 
@@ -22,6 +21,7 @@ from slq.kept import Kept
 from slq.media import pixels_sha256
 from slq.prefix import Prefix
 from slq.reranking.layout import Layout, Words
+from slq.reranking.turns import Head, Suffix, Turn, View
 from slq.schema import Item
 
 _TOKENS_AT_ONCE = (1280, 2**16)  # of images, on a CPU and on a GPU
@@ -46,77 +46,6 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         names = [one.name for one in fields(self)]
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """An image as the model sees it.
-
-    Attributes:
-        opening: The tokens that open the user's turn with it, without its pixels.
-        features: What the vision tower made of it.
-    """
-
-    opening: Prompt
-    features: VisionFeatures
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held by all tensors."""
-        light = sum(tensor.nbytes for tensor in self.opening.vision.values())
-        return self.features.num_bytes + light
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What a turn opens with; pairs with equal ones share its keys and values.
-
-    Attributes:
-        image: Key of its image; of none, too.
-        before: Our words that stand before the image.
-        system: Message before the turn.
-    """
-
-    image: Hashable
-    before: tuple[Words, ...] = ()
-    system: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """An open turn.
-
-    Attributes:
-        prefix: Keys and values of some turns.
-        row: Which of them it is.
-    """
-
-    prefix: Prefix
-    row: int
-
-
-def prefix_of_turns(turns: Sequence[Turn]) -> Prefix:
-    """The turns as one batch; neighbours that come from one pass are taken out of it together."""
-    parts = []
-    for _, found in groupby(turns, key=lambda turn: id(turn.prefix)):
-        same = list(found)
-        whole = same[0].prefix
-        rows = torch.tensor([turn.row for turn in same], device=whole.mask.device)
-        parts.append(whole.repeat(len(same)) if len(whole) == 1 else whole.select(rows))
-    return parts[0] if len(parts) == 1 else Prefix.stack(parts)
-
-
-@dataclass(frozen=True, eq=False)
-class Suffix:
-    """What follows an open image, up to the end of the user's turn.
-
-    Attributes:
-        prompt: Its tokens, with the images among them.
-        views: Those images, in order.
-    """
-
-    prompt: Prompt
-    views: tuple[View, ...] = ()
 
 
 class Passes:

@@ -19,8 +19,9 @@ from slq.reranking.context_free import ContextFree, emptied, key
 from slq.reranking.framings import PRESETS, Framing
 from slq.reranking.labels import Labels
 from slq.reranking.layout import lay_out
-from slq.reranking.passes import Counts, Head, Passes, prefix_of_turns
+from slq.reranking.passes import Counts, Passes
 from slq.reranking.profiles import Reading
+from slq.reranking.turns import Head, prefix_of_turns
 from slq.reranking.work import Work
 from slq.schema import Item
 from slq.scoring import entropy, hundredths, label_mass, probability

@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from slq.reranking.layout import Layout
-from slq.reranking.passes import Head, Passes, Turn, View, prefix_of_turns
+from slq.reranking.passes import Passes
 from slq.reranking.planning import Images, batches, windows
+from slq.reranking.turns import Head, Turn, View, prefix_of_turns
 
 
 class Work:

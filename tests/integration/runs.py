@@ -2,13 +2,20 @@
 
 import hashlib
 import io
+import os
 import random
+import signal
 import socket
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -100,3 +107,40 @@ def broken_corpus(recipe: Recipe, path: Path, numbers: list[int]) -> Recipe:
         rows[number]["image"] = b"\x89PNG no image"
     pq.write_table(pa.Table.from_pylist(rows), path)
     return changed(recipe, data={"corpus": str(path)})
+
+
+def actor_processes(name: str) -> list[psutil.Process]:
+    """Live actors of this test session's own Ray: descendants of this process only."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@contextmanager
+def killing_after_a_commit(data_set: Path, actor: str) -> Iterator[None]:
+    """Kill one of the actors of a run, with SIGKILL, once its first shard is committed; fails if the run is faster."""
+    commits, done = data_set / "commits", threading.Event()
+    killed = threading.Event()
+
+    def kill() -> None:
+        while not done.is_set() and not killed.is_set():
+            if commits.is_dir() and list(commits.glob("0*.json")):
+                victims = actor_processes(actor)
+                if victims:
+                    os.kill(victims[0].pid, signal.SIGKILL)
+                    killed.set()
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    try:
+        yield
+        assert killed.is_set(), f"the run ended before its {actor} could be killed"
+    finally:
+        done.set()
+        killer.join()

@@ -1,15 +1,11 @@
 """Real faults under the embedding flow: a full disk, a killed actor, two runs at once. Rows out stay rows in."""
 
-import os
-import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,7 +29,13 @@ from slq.arrow import ITEMS
 from slq.errors import StorageError
 from slq.files import file_sha256
 from slq.index import Hit, VectorIndex, current_version
-from tests.integration.runs import changed, enlarge, read_embeddings, with_untrained_adapter
+from tests.integration.runs import (
+    changed,
+    enlarge,
+    killing_after_a_commit,
+    read_embeddings,
+    with_untrained_adapter,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -117,18 +119,6 @@ def test_a_full_disk_while_publishing_leaves_the_old_index_in_place(
     assert current_version(recipe.storage.index) > before
 
 
-def encoder_processes() -> list[psutil.Process]:
-    """Live encoder actors of this test session's own Ray: descendants of this process only."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "EncodePieces" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def large_corpus(recipe: Recipe, path: Path, copies: int) -> Recipe:
     rows: list[dict[str, Any]] = pq.read_table(recipe.data.path("corpus")).to_pylist()
     many = [{**row, "id": f"{copy}-{row['id']}"} for copy in range(copies) for row in rows]
@@ -139,26 +129,8 @@ def large_corpus(recipe: Recipe, path: Path, copies: int) -> Recipe:
 def test_a_killed_encoder_costs_no_row_and_doubles_none(tiny_run: Recipe, tmp_path: Path) -> None:
     recipe = changed(tiny_run, embed={"shard_rows": 32, "batch_size": 8})
     recipe = with_untrained_adapter(large_corpus(recipe, tmp_path / "many.parquet", 24))
-    commits, killed = folder(recipe) / "commits", threading.Event()
-
-    def kill_after_the_first_commit() -> None:
-        while not killed.is_set():
-            if commits.is_dir() and list(commits.glob("0*.json")):
-                victims = encoder_processes()
-                if victims:
-                    os.kill(victims[0].pid, signal.SIGKILL)
-                    killed.set()
-            time.sleep(0.02)
-
-    killer = threading.Thread(target=kill_after_the_first_commit, daemon=True)
-    killer.start()
-    try:
+    with killing_after_a_commit(folder(recipe), "EncodePieces"):
         embed(recipe)
-        in_time = killed.is_set()
-    finally:
-        killed.set()
-        killer.join()
-    assert in_time, "the run ended before its encoder could be killed"
     rows, _, _ = read_embeddings(recipe.storage.embeddings)
     expected = pq.read_table(recipe.data.path("corpus"), columns=["id"])["id"].to_pylist()
     assert rows["id"].to_pylist() == expected

@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +24,7 @@ from tests.integration.runs import (
     changed,
     enlarge,
     fingerprints_of_files,
+    killing_after_a_commit,
     write_run,
 )
 
@@ -130,39 +128,9 @@ def test_a_killed_driver_goes_on_to_the_same_bits_and_shows_what_was_gained(
     assert "ETA 0 s" in progress[-1]
 
 
-def scorers() -> list[psutil.Process]:
-    """Live scoring actors of this session's own Ray."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "ScorePairs" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_a_killed_scorer_costs_no_pair_and_doubles_none(recipe: Recipe, clean: Recipe) -> None:
-    commits, killed = folder(recipe) / "commits", threading.Event()
-
-    def kill_after_the_first_commit() -> None:
-        while not killed.is_set():
-            if commits.is_dir() and list(commits.glob("0*.json")):
-                victims = scorers()
-                if victims:
-                    os.kill(victims[0].pid, signal.SIGKILL)
-                    killed.set()
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill_after_the_first_commit, daemon=True)
-    killer.start()
-    try:
+    with killing_after_a_commit(folder(recipe), "ScorePairs"):
         rerank(recipe)
-        in_time = killed.is_set()
-    finally:
-        killed.set()
-        killer.join()
-    assert in_time, "the run ended before its scorer could be killed"
     assert content(recipe) == content(clean)
 
 

@@ -20,7 +20,8 @@ from slq.errors import ConfigError, StorageError
 from slq.prefix import Prefix
 from slq.reranking.framings import Framing, framing_by_name
 from slq.reranking.layout import Layout, Words, lay_out
-from slq.reranking.passes import Head, Passes, Suffix, View
+from slq.reranking.passes import Passes
+from slq.reranking.turns import Head, Suffix, View
 from slq.reranking.work import Work
 from slq.schema import Item
 from slq.scoring import entropy, label_mass, margin, probability
