@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from jobs.bench.measure import hardware
 from pipelines.progress import show
+from pipelines.tasks import Countdown
 from slq.backbones import Backbone, load_backbone
 from slq.benchmarks.scenes import ScenesConfig, write_scenes
 from slq.media import decode_image
@@ -83,13 +84,19 @@ def run(arguments: list[str]) -> dict[str, Any]:
         "attacks": len(ATTACKS),
         "rises_of_more_than": PLACES,
     }
-    for framing in options.framing or sorted(FRAMINGS):
+    framings = options.framing or sorted(FRAMINGS)
+    countdown = Countdown("injection query", 2 * options.queries * len(framings))
+    for framing in framings:
         show(f"{framing}: {options.candidates} candidates, {len(ATTACKS)} attacks")
         reranker, numbers = Reranker(backbone, framing=framing), range(options.queries)
-        found[framing] = {
-            "text": shares([in_texts(reranker, images[n], captions) for n in numbers]),
-            "drawn": shares([in_images(reranker, captions[n], images) for n in numbers]),
-        }
+        in_text, in_image = [], []
+        for number in numbers:
+            in_text.append(in_texts(reranker, images[number], captions))
+            countdown.ended()
+            in_image.append(in_images(reranker, captions[number], images))
+            countdown.ended()
+        found[framing] = {"text": shares(in_text), "drawn": shares(in_image)}
+        show(f"  {found[framing]}")
     return found
 
 
