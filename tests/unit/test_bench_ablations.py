@@ -538,7 +538,7 @@ def test_a_dry_run_tells_rows_and_pairs_without_an_adapter(tmp_path: Path) -> No
     arguments = [word for setting in places(tmp_path) for word in ("--set", setting)]
     told = run([*arguments, "--scenes", "4", "--dry-run"])
     rows = {row["row"]: row for row in told["rows"]}
-    assert list(rows) == [row.name for row in rows_of("true_false", 5, 6)]
+    assert list(rows) == [row.name for row in rows_of("mcq", 5, 6)]
     assert told["num_queries"] == 8
     assert (rows["default"]["pairs"], rows["default"]["new"]) == (40, 40 + 8)
     assert (rows["entropy"]["pairs"], rows["entropy"]["new"]) == (40, 0)
@@ -548,7 +548,7 @@ def test_a_dry_run_tells_rows_and_pairs_without_an_adapter(tmp_path: Path) -> No
     names = [row["row"] for row in few["rows"]]
     assert names[:2] == ["coarse", "default"]
     assert set(names[2:]) == {n for n in rows if n.startswith("static-")} | {
-        "mcq",
+        "true_false",
         "rate",
         "yes_no",
     }
