@@ -276,7 +276,7 @@ def test_a_service_over_cut_vectors_embeds_at_the_length_of_its_index(recipe: Re
             self.describe = SimpleNamespace(
                 remote=lambda: given({"fingerprint": "a", "dimension": dimension})
             )
-            self.embed = SimpleNamespace(remote=lambda _: given(list(whole)))
+            self.embed = SimpleNamespace(remote=lambda *_: given(list(whole)))
 
     async def given(value: Any) -> Any:
         return value
@@ -350,6 +350,26 @@ def test_what_is_kept_of_one_tenants_candidates_is_not_anothers(
         assert ranked.fine_score is not None
         passes.append(service._reranker.counts.vision_passes)
     assert passes == [1, 1, 2]
+
+
+@pytest.mark.parametrize("cache", ["vision_cache_bytes", "prefix_cache_bytes"])
+def test_the_image_of_a_query_is_seen_once_to_embed_and_to_score_it(
+    recipe: Recipe, encoder: Encoder, corpus: dict[str, dict[str, Any]], cache: str
+) -> None:
+    keeping = changed(recipe, serve={cache: 2**26})
+    service = BackboneService.func_or_class(keeping.model_dump(mode="json"), pinned(recipe))
+    images = [decode_image(corpus[name]["image"]) for name in ("test-00003", "test-00004")]
+    mixed = [Item(image=images[0]), Item(text=QUERY), Item(image=images[1]), Item(image=images[0])]
+    vectors = service._encode([(item, "a") for item in mixed])
+    np.testing.assert_allclose(vectors, encoder.encode(mixed), atol=1e-5)
+    assert service._reranker.counts.vision_passes == 2
+    asyncio.run(service.rank(mixed[0], [Content(text="a cat"), Content(text=QUERY)], tenant="a"))
+    assert service._reranker.counts.vision_passes == 2
+    service._encode([(mixed[0], "b")])
+    assert service._reranker.counts.vision_passes == 3
+    kept = service.describe()["kept_images"][cache.split("_")[0]]
+    assert kept["hits"] > 0
+    assert 0 < kept["bytes"] <= 2**26
 
 
 @pytest.mark.parametrize(
