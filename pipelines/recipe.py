@@ -1,13 +1,13 @@
 """A recipe: YAML with one section per stage, each the frozen config object of its owner."""
 
 import difflib
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
+from pipelines.serving.config import ServeConfig
 from slq.benchmarks.karpathy import KarpathyConfig
 from slq.benchmarks.mmeb import MmebConfig
 from slq.benchmarks.scenes import ScenesConfig
@@ -233,61 +233,6 @@ class EvalConfig(Section):
     """Depths of hit@k and recall@k."""
     num_threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of each evaluation task; 0 leaves torch's default."""
-
-
-class ServeConfig(Section):
-    """The online service."""
-
-    host: str = "127.0.0.1"
-    """Interface to listen on; 0.0.0.0 exposes the service."""
-    port: Annotated[int, Field(gt=0, lt=65536)] = 8000
-    max_top_k: Annotated[int, Field(gt=0)] = 100
-    """Most results per query."""
-    max_rerank: Annotated[int, Field(gt=0)] = 50
-    """Most candidates that one query may have scored by the fine stage."""
-    max_batch: Annotated[int, Field(gt=0)] = 16
-    """Queries embedded in one forward pass."""
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
-    """How long a query waits for others to share its pass."""
-    num_threads: Annotated[int, Field(ge=0)] = 2
-    """CPU threads of each backbone replica; 0 leaves torch's default."""
-    vision_cache_bytes: Annotated[int, Field(ge=0)] = 0
-    """Memory of each replica, beside the weights, for what the vision tower made of candidates that come again."""
-    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 0
-    """The same for keys and values of their images, which spare the language model's pass over them, too, and take
-    several times as much."""
-    max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 2**20
-    """Largest request body."""
-    max_inputs: Annotated[int, Field(gt=0)] = 256
-    """Most inputs of one embeddings request."""
-    max_queued_requests: Annotated[int, Field(gt=0)] = 128
-    """Requests that may wait for a busy model or index; more are answered 503 at once, to be tried again."""
-    follow_index: bool = False
-    """Go where the index's pointer goes, without a restart: to a new version, or back to an older one."""
-    poll_s: Annotated[float, Field(gt=0)] = 0.5
-    """How often a replica looks for the version that it should answer from, and whether partitions answer."""
-    keep_previous: bool = True
-    """Keep the version before loaded, so that a way back takes no time; its codes take memory."""
-    admin: bool | None = None
-    """Whether `POST /admin/index` moves the service to another version; if null, only where `host` is a loopback
-    address, as nobody is asked for a key."""
-    on_lost_partition: Literal["degrade", "fail"] = "degrade"
-    """Where a partition of the index is lost or late: answer from the rest, marked `degraded`, or not at all (503)."""
-    partition_timeout_s: Annotated[float, Field(gt=0)] = 2.0
-    """How long a partition has for its part of an answer."""
-
-    @property
-    def has_admin(self) -> bool:
-        """Whether versions can be changed over HTTP."""
-        return is_loopback(self.host) if self.admin is None else self.admin
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; of names, only of `localhost`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class ResourcesConfig(Section):

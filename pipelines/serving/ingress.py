@@ -9,8 +9,8 @@ from importlib import resources as package_files
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -26,12 +26,14 @@ from pipelines.messages import (
     SearchRequest,
     SearchResponse,
     embeddings_response,
-    error_body,
 )
 from pipelines.recipe import Recipe
+from pipelines.serving.asked import asked
 from pipelines.serving.calls import answer_of
+from pipelines.serving.config import ServeConfig
 from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
+from pipelines.serving.guard import Guard
 from pipelines.serving.index_service import Found, Sent
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
@@ -40,24 +42,19 @@ from slq.quantization import cut
 from slq.schema import Item
 
 _HEALTH_TIMEOUT_S = 10.0
-_TENANT = ""  # of every request: nobody is asked for a key yet
 app = FastAPI(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
 )
 answer_in_error_shape(app)
 
 
-@app.middleware("http")
-async def _limit_body(request: Request, call_next: Any) -> Any:
+def _settings() -> ServeConfig:
     replica: Any = serve.get_replica_context().servable_object
-    limit = replica.max_body_bytes
-    length = request.headers.get("content-length")
-    if length is None and request.method == "POST":
-        message = "send a content-length; chunked bodies are not accepted"
-        return JSONResponse(error_body(message, "length_required"), 411)
-    if int(length or 0) > limit:
-        return JSONResponse(error_body(f"the body exceeds {limit} bytes", "too_large"), 413)
-    return await call_next(request)
+    settings: ServeConfig = replica.settings
+    return settings
+
+
+app.add_middleware(Guard, settings=_settings)
 
 
 @serve.deployment
@@ -76,7 +73,7 @@ class Ingress:
         self._pinned = pinned
         self._backbone = backbone
         self._index = index
-        self.max_body_bytes = self._recipe.serve.max_body_bytes
+        self.settings = self._recipe.serve
         self._info: dict[str, Any] = {}
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
 
@@ -104,14 +101,14 @@ class Ingress:
         """Vectors of items, as long as those of the index."""
         dimension = (await self._known())["dimension"]
         vectors: list[NDArray[np.float32]] = await answer_of(
-            self._backbone.embed.remote(items, _TENANT)
+            self._backbone.embed.remote(items, asked().tenant)
         )
         return [one if len(one) == dimension else cut(one[None], dimension)[0] for one in vectors]
 
     @app.post("/search")
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:
         """Coarse search, then the fine stage on the best candidates, for which the query needs a text or an image."""
-        accepted = time.perf_counter()
+        accepted = asked().accepted
         info = await self._known()
         self._check_limits(body)
         item, vector = await self._query(body, info["dimension"])
@@ -125,7 +122,7 @@ class Ingress:
             budget_s=None if budget_s is None else budget_s - (searched - accepted),
             explain=body.explain,
             adaptive=self._recipe.rerank.adaptive if body.mode == "auto" else None,
-            tenant=_TENANT,
+            tenant=asked().tenant,
         )
         outcome = await fine.search(item, found, depth)
         scored = time.perf_counter()
@@ -199,7 +196,7 @@ class Ingress:
         if not 0 < count <= limit:
             raise DataError(f"documents has {count} entries; send at least one and at most {limit}")
         item = await asyncio.to_thread(body.item)
-        results = await FineStage(self._backbone, tenant=_TENANT).documents(item, body)
+        results = await FineStage(self._backbone, tenant=asked().tenant).documents(item, body)
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         return RerankResponse(results=results, model=body.model)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipelines.recipe import Recipe, ServeConfig, load_recipe, require_files
+from pipelines.recipe import Recipe, load_recipe, require_files
+from pipelines.serving.config import ServeConfig
 from slq.errors import ConfigError
 from slq.reranking.framings import FRAMINGS, PRESETS
 
