@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from pipelines.contents import Content, Message, SearchQuery, as_content
+from pipelines.serving.config import MODEL_NAME
 from slq.schema import Item
 
 
@@ -23,6 +24,10 @@ class SearchRequest(Message):
         default=None,
         description="milliseconds from when the request is accepted, after which no further pass of the fine stage "
         "begins; coarse search takes its time all the same. With 0 the coarse order is answered",
+    )
+    model: str | None = Field(
+        default=None,
+        description="the adapter whose embedding space is searched; it must be that of the index, as it is by default",
     )
     explain: bool = Field(
         default=False,
@@ -114,6 +119,26 @@ class IndexResponse(Message):
     index_version: str = Field(description="that the service answers from now")
     previous_version: str | None
     seconds: float
+
+
+class AdapterRequest(Message):
+    """Body of POST /admin/adapters."""
+
+    name: Annotated[str, Field(pattern=MODEL_NAME)] = Field(
+        description="the `model` of requests; one that is there is replaced"
+    )
+    folder: str = Field(description="of the adapter, relative to `serve.adapters_dir`")
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"name": "shop", "folder": "variants/shop"}}
+    )
+
+
+class AdapterResponse(Message):
+    """Answer of POST and DELETE /admin/adapters."""
+
+    name: str
+    fingerprint: str
 
 
 class EmbeddingsRequest(Message):

@@ -258,10 +258,6 @@ class ResourcesConfig(Section):
     index_partitions: Annotated[int, Field(gt=0)] = 1
     """Processes that hold the codes of a service's index, each a share of its files; with 1 the whole index is in one.
     All must reach the index folder."""
-    serve_replicas: Annotated[int, Field(gt=0)] = 1
-    """Backbone replicas at the start."""
-    serve_max_replicas: Annotated[int, Field(gt=0)] = 1
-    """Backbone replicas that autoscaling may reach."""
 
 
 VARIANTS = "variants"
@@ -393,6 +389,7 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
     sections = {
         "rerank": recipe.rerank.model_copy(update=rerank),
         "embed": recipe.embed.model_copy(update={"adapters": adapters}),
+        "serve": _with_absolute_adapters(recipe.serve),
         "backbone": _with_absolute_name(recipe.backbone),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),
         "index": recipe.index.model_copy(update={"target": _absolute(recipe.index.target)}),
@@ -408,6 +405,12 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
         ),
     }
     return recipe.model_copy(update=sections)
+
+
+def _with_absolute_adapters(serve: ServeConfig) -> ServeConfig:
+    root = serve.adapters_dir
+    adapters = {name: path.resolve() for name, path in serve.adapters.items()}
+    return serve.model_copy(update={"adapters": adapters, "adapters_dir": root and root.resolve()})
 
 
 def _with_absolute_name(backbone: BackboneConfig) -> BackboneConfig:

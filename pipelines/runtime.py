@@ -10,6 +10,7 @@ import ray
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from pipelines.recipe import ResourcesConfig
+from pipelines.serving import front
 from pipelines.tasks import require_gpus
 from slq.errors import ClusterError, ServiceError
 
@@ -36,6 +37,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     address = resources.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault(front.VARIABLE, front.IMPORT_PATH)
     # Without this Ray hides GPUs from workers that ask for none, and warns that a later version will not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray ends idle processes beyond one per CPU after a second, and to start one that loads torch takes several.

@@ -12,18 +12,14 @@ import socket
 import threading
 import uuid
 from types import FrameType
-from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
 from pipelines.recipe import Recipe
-from pipelines.serving.index_service import MAX_ONGOING, IndexService
-from pipelines.serving.ingress import Ingress
-from pipelines.serving.partition import PartitionService
+from pipelines.serving.app import application
 from pipelines.serving.pinned import Pinned
-from pipelines.serving.replicas import BackboneService
 from pipelines.tasks import require_gpus
 from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.engines import FAISS
@@ -36,59 +32,6 @@ log = logging.getLogger(__name__)
 APP_NAME = "slq"
 _owned: set[str] = set()  # "serve" and "application": what this process started, so may stop
 _started: list[Pinned] = []
-_PARTITION_HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 10}
-
-
-def application(recipe: Recipe, pinned: Pinned) -> Any:
-    """The Serve application graph of a recipe.
-
-    Args:
-        recipe: The resolved recipe.
-        pinned: What every replica checks when it starts, now or later.
-    """
-    plain = recipe.model_dump(mode="json")
-    gpus = recipe.resources.gpus_per_worker
-    queue = {"max_queued_requests": recipe.serve.max_queued_requests}
-    scaling = {
-        "min_replicas": recipe.resources.serve_replicas,
-        "max_replicas": max(recipe.resources.serve_max_replicas, recipe.resources.serve_replicas),
-        "target_ongoing_requests": 8,
-    }
-    backbone = BackboneService.options(  # type: ignore[attr-defined]
-        autoscaling_config=scaling,
-        max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
-        **queue,
-    ).bind(plain, pinned)
-    device = recipe.index.search_device
-    on_gpu = {} if device == CPU else {"num_gpus": recipe.resources.gpus_per_index_worker}
-    # One replica, however many backbones: a file of Milvus Lite or a folder of Qdrant lets only one process in.
-    index = IndexService.options(  # type: ignore[attr-defined]
-        num_replicas=1,
-        max_ongoing_requests=MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0, **on_gpu},
-        **queue,
-    ).bind(plain, pinned, backbone, *_partitions(recipe, pinned))
-    # The ingress only waits for the others. With Serve's default of 5 no more than 5 queries could share a pass, and
-    # the rest would queue in the proxy, where nothing refuses them.
-    ingress = Ingress.options(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})  # type: ignore[attr-defined]
-    return ingress.bind(plain, pinned, backbone, index)
-
-
-def _partitions(recipe: Recipe, pinned: Pinned) -> list[Any]:
-    """One deployment each, so that the router can ask for each of them; none where the index is not shared out."""
-    count = recipe.resources.index_partitions
-    folder = str(recipe.storage.index.resolve())
-    return [
-        PartitionService.options(
-            name=f"Partition{number}",
-            max_ongoing_requests=MAX_ONGOING,
-            max_queued_requests=recipe.serve.max_queued_requests,
-            ray_actor_options={"num_cpus": 0},
-            **_PARTITION_HEALTH,
-        ).bind(folder, number, count, pinned)
-        for number in range(count if count > 1 else 0)
-    ]
 
 
 def check_before_start(recipe: Recipe) -> Pinned:

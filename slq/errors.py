@@ -27,6 +27,10 @@ class MediaError(DataError):
         return type(self), (self.reason, str(self))
 
 
+class UnknownModelError(DataError):
+    """The service has no adapter of the name that a request asks for."""
+
+
 class UnusablePairError(DataError):
     """A training pair turned out to be unusable when it was read; `pair` is its number."""
 
@@ -72,6 +76,10 @@ class ServiceError(SlqError):
 
 class UnavailableError(ServiceError):
     """The service cannot answer now: too many requests wait, or a part of it is down; try again."""
+
+
+class DeadlineError(ServiceError):
+    """A request could not be answered in the time that it has."""
 
 
 class RefusedVersionError(ServiceError):

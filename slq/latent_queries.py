@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slq.backbones.base import Backbone
@@ -86,16 +87,57 @@ class LatentQueries(nn.Module):
 
     def embed(self, backbone: Backbone, prefix: Prefix) -> Tensor:
         """Embeddings of encoded prefixes: (batch, hidden) float32 unit vectors, differentiable in the latents."""
-        states = self.states(backbone, prefix)
+        return self.pool(self.states(backbone, prefix))
+
+    def pool(self, states: Tensor) -> Tensor:
+        """(batch, hidden) float32 unit vectors of (batch, num_latents, hidden) states."""
         return unit_norm(mean_pool(states if self.pooling == "mean" else states[:, -1:]))
 
     def states(self, backbone: Backbone, prefix: Prefix) -> Tensor:
         """(batch, num_latents, hidden) states at the latents after the final norm, in the backbone's dtype."""
-        latents = self.latents.expand(len(prefix), -1, -1)
-        if self.text_latents is not None:
-            latents = torch.where(prefix.shows_image[:, None, None], latents, self.text_latents)
-        return backbone.follow(prefix, latents.to(backbone.dtype))
+        return backbone.follow(prefix, self.appended(prefix.shows_image).to(backbone.dtype))
+
+    def appended(self, shows_image: Tensor) -> Tensor:
+        """(batch, num_latents, hidden) float32: what stands behind each prompt.
+
+        Args:
+            shows_image: (batch,) bool, whether a prompt holds an image.
+        """
+        latents = self.latents.expand(len(shows_image), -1, -1)
+        if self.text_latents is None:
+            return latents
+        return torch.where(shows_image[:, None, None], latents, self.text_latents)
 
     def embed_items(self, backbone: Backbone, items: Sequence[Item]) -> Tensor:
         """Embeddings of items, (batch, hidden) float32."""
         return self.embed(backbone, backbone.prefix(backbone.prompts(items)))
+
+
+@torch.no_grad()
+def embed_each(backbone: Backbone, prefix: Prefix, adapters: Sequence[LatentQueries]) -> Tensor:
+    """Embeddings of encoded prefixes in one pass, each row by an adapter of its own.
+
+    Shorter adapters are filled up with zeros behind their latents, which see those and are not seen by them.
+
+    Args:
+        backbone: Which all adapters belong to.
+        prefix: Of any items.
+        adapters: One a row; the same one may occur several times.
+
+    Returns:
+        (batch, hidden) float32 unit vectors, as `LatentQueries.embed` gives them.
+    """
+    if all(adapter is adapters[0] for adapter in adapters):
+        return adapters[0].embed(backbone, prefix)
+    longest = max(adapter.num_latents for adapter in adapters)
+    rows = [
+        F.pad(adapter.appended(shown)[0], (0, 0, 0, longest - adapter.num_latents))
+        for adapter, shown in zip(adapters, prefix.shows_image[:, None], strict=True)
+    ]
+    states = backbone.follow(prefix, torch.stack(rows).to(backbone.dtype))
+    return torch.cat(
+        [
+            adapter.pool(row[None, : adapter.num_latents])
+            for adapter, row in zip(adapters, states, strict=True)
+        ]
+    )

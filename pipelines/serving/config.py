@@ -1,11 +1,15 @@
 """Settings of the online service, the section `serve` of a recipe."""
 
 import ipaddress
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slq.config import Section
+
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Of adapters in requests."""
 
 
 class AccessConfig(Section):
@@ -20,6 +24,46 @@ class TelemetryConfig(Section):
     """What the service tells of itself."""
 
 
+class Scaling(Section):
+    """How many replicas a deployment has, and how much each of them takes on."""
+
+    min_replicas: Annotated[int, Field(gt=0)] = 1
+    """At the start, and when nothing is asked. With one, whoever asks while it is replaced waits; two lose no time."""
+    max_replicas: Annotated[int, Field(gt=0)] = 1
+    """That autoscaling may reach."""
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8
+    """Calls in each replica, waiting or running, that autoscaling aims at."""
+    max_ongoing_requests: Annotated[int, Field(gt=0)] = 32
+    """Calls that one replica takes at once; further ones wait with whoever calls, see `serve.max_queued_requests`."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    """How long more replicas must have been called for before they are started."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long fewer must have sufficed before some are drained and stopped."""
+    look_back_s: Annotated[float, Field(gt=0)] = 10.0
+    """Over which calls are averaged; longer ones sway the number of replicas less."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Scaling":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, less than min_replicas, which is {self.min_replicas}; raise it"
+            )
+        return self
+
+
+class ScalingConfig(Section):
+    """Replicas of each deployment of the service."""
+
+    ingress: Scaling = Scaling(target_ongoing_requests=64, max_ongoing_requests=1024)
+    """HTTP: it only waits for the others. More of them use more cores for parsing and encoding bodies."""
+    backbone: Scaling = Scaling()
+    """Embeds and scores: each replica has the weights and `resources.gpus_per_worker` GPUs."""
+    index: Scaling = Scaling(target_ongoing_requests=16, max_ongoing_requests=64)
+    """Searches, or asks the partitions. An engine that lets only one process in has one replica all the same."""
+    partition: Scaling = Scaling(target_ongoing_requests=16, max_ongoing_requests=64)
+    """Of each partition, where `resources.index_partitions` is more than one."""
+
+
 class ServeConfig(Section):
     """The online service."""
 
@@ -32,8 +76,8 @@ class ServeConfig(Section):
     """Most candidates that one query may have scored by the fine stage."""
     max_batch: Annotated[int, Field(gt=0)] = 16
     """Queries embedded in one forward pass."""
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
-    """How long a query waits for others to share its pass."""
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long a query waits for others to share its pass. With 0 those share one that came while the last one ran."""
     num_threads: Annotated[int, Field(ge=0)] = 2
     """CPU threads of each backbone replica; 0 leaves torch's default."""
     vision_cache_bytes: Annotated[int, Field(ge=0)] = 0
@@ -45,8 +89,25 @@ class ServeConfig(Section):
     """Largest request body."""
     max_inputs: Annotated[int, Field(gt=0)] = 256
     """Most inputs of one embeddings request."""
-    max_queued_requests: Annotated[int, Field(gt=0)] = 128
-    """Requests that may wait for a busy model or index; more are answered 503 at once, to be tried again."""
+    max_queued_requests: Annotated[int, Field(gt=0)] = 32
+    """Calls of one ingress replica that may wait for a busy model or index; more are answered 503 at once, to be tried
+    again. With `scaling.backbone.max_ongoing_requests` it bounds how long an answer may take."""
+    max_in_flight: Annotated[int, Field(gt=0)] = 512
+    """Requests that one ingress replica has in hand, whatever they wait for; more are answered 503 at once."""
+    max_in_flight_bytes: Annotated[int, Field(gt=0)] = 512 * 2**20
+    """The same for their bodies together; one without a length counts as `max_body_bytes`."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """After which a request is given up with 504, whatever it waits for."""
+    patience_s: Annotated[float, Field(gt=0)] = 10.0
+    """How long a replica may be silent before the same is asked of another one, once; a dead one is replaced at once.
+    More than a pass takes under load, or load grows by what is asked twice."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Replicas of each deployment."""
+    adapters: dict[Annotated[str, Field(pattern=MODEL_NAME)], Path] = Field(default_factory=dict)
+    """Further adapters of the same backbone, chosen by the `model` of a request: name -> folder. The service's own is
+    `slq`."""
+    adapters_dir: Path | None = None
+    """Folder below which `POST /admin/adapters` finds further ones while the service runs; the run folder if null."""
     follow_index: bool = False
     """Go where the index's pointer goes, without a restart: to a new version, or back to an older one."""
     poll_s: Annotated[float, Field(gt=0)] = 0.5

@@ -5,7 +5,7 @@ not at the one that it was started with. Until the first move there is no such f
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,20 @@ class Course:
         previous: That it answered from before; None where it never moved.
         follows: Whether it goes where the index's pointer goes.
         refused: The last version that it should have moved to and did not; it is not tried again by itself.
+        adapters: What changed since the start: folder and fingerprint of adapters by name, None where one was removed.
     """
 
     version: str
     previous: str | None = None
     follows: bool = False
     refused: Refusal | None = None
+    adapters: dict[str, tuple[str, str] | None] = field(default_factory=dict)
 
     def moved(self, version: str, *, follows: bool) -> "Course":
         """After a move to a version that proved good."""
         if version == self.version:
             return replace(self, follows=follows)
-        return Course(version, self.version, follows)
+        return replace(self, version=version, previous=self.version, follows=follows, refused=None)
 
     def refusing(self, version: str, reason: str) -> "Course":
         """After a version proved bad; one that others answer from already is not refused for them."""
@@ -66,7 +68,9 @@ class Course:
     def from_json(cls, values: dict[str, Any]) -> "Course":
         """What `asdict` gave."""
         refused = values["refused"]
-        return cls(**{**values, "refused": None if refused is None else Refusal(**refused)})
+        adapters = {name: one and tuple(one) for name, one in values["adapters"].items()}
+        known = {"refused": None if refused is None else Refusal(**refused), "adapters": adapters}
+        return cls(**{**values, **known})
 
 
 class Record:

@@ -14,10 +14,12 @@ from slq.errors import (
     ArtifactError,
     ArtifactMismatchError,
     DataError,
+    DeadlineError,
     MediaError,
     RefusedVersionError,
     StorageError,
     UnavailableError,
+    UnknownModelError,
 )
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ _KNOWN = (
     StorageError,
     ArtifactError,
     UnavailableError,
+    DeadlineError,
     RayTaskError,
 )
 
@@ -45,6 +48,10 @@ def answer_in_error_shape(app: FastAPI) -> None:
 def _status_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ArtifactMismatchError):
         return 409, "fingerprint_mismatch"
+    if isinstance(error, UnknownModelError):
+        return 404, "model_not_found"
+    if isinstance(error, DeadlineError):
+        return 504, "timeout"
     if isinstance(error, UnavailableError | StorageError | ArtifactError):
         return 503, "service_unavailable"
     if isinstance(error, RefusedVersionError):

@@ -14,7 +14,7 @@ from pipelines.messages import (
     RerankResult,
     SearchResult,
 )
-from pipelines.serving.calls import answer_of
+from pipelines.serving.calls import ask
 from pipelines.serving.candidates import Stored
 from pipelines.serving.index_service import Found
 from slq.reranker import Ranked
@@ -47,6 +47,7 @@ class FineStage:
         explain: Whether to tell what the model was about to say.
         adaptive: How many fewer hits are scored where coarse scores leave little to decide.
         tenant: Whose request it is.
+        patience_s: How long a replica may be silent before another is asked.
     """
 
     backbone: DeploymentHandle
@@ -54,6 +55,7 @@ class FineStage:
     explain: bool = False
     adaptive: AdaptiveDepth | None = None
     tenant: str = ""
+    patience_s: float | None = None
 
     async def search(self, query: Item | None, found: Found, depth: int) -> Outcome:
         """The hits in the order of the fine stage.
@@ -103,15 +105,16 @@ class FineStage:
     async def _ranked(
         self, query: Item, candidates: Sequence[Stored | Content], coarse: list[float] | None
     ) -> list[Ranked]:
-        call = self.backbone.rank.remote(
+        ranked: list[Ranked] = await ask(
+            self.backbone.rank,
             query,
             list(candidates),
             coarse,
             budget_s=self.budget_s,
             details=self.explain,
             tenant=self.tenant,
+            patience_s=self.patience_s,
         )
-        ranked: list[Ranked] = await answer_of(call)
         return ranked
 
     def _told(self, result: SearchResult, one: Ranked) -> SearchResult:

@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.recipe import Recipe
-from pipelines.serving.calls import answer_of, cause_of
+from pipelines.serving.calls import ask, cause_of
 from pipelines.serving.fleet import Answer, Fleet
 from pipelines.serving.following import Follower
 from pipelines.serving.pinned import Pinned
@@ -29,8 +29,6 @@ from slq.index import Hit, SearchIndex, VectorIndex
 from slq.index.shares import merged
 
 log = logging.getLogger(__name__)
-MAX_ONGOING = 64
-"""Searches that run at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +41,8 @@ class Found:
         version: That they come from.
         shards_ok: Partitions whose items are among those that were compared.
         shards_total: All partitions; 1 where one replica holds the whole index.
+        fingerprint: Of the embedding space of the version.
+        moved_to: Of that of the version that answers by now.
     """
 
     hits: list[Hit]
@@ -50,6 +50,19 @@ class Found:
     version: str
     shards_ok: int
     shards_total: int
+    fingerprint: str
+    moved_to: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """No answer: the service has gone to another embedding space.
+
+    Attributes:
+        fingerprint: Of that.
+    """
+
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +121,12 @@ class IndexSearch:
             keep_previous=self._serve.keep_previous,
             follow=self._serve.follow_index,
         )
-        self._threads = ThreadPoolExecutor(MAX_ONGOING)
+        self._threads = ThreadPoolExecutor(self._serve.scaling.index.max_ongoing_requests)
 
     def _load(self, version: str) -> SearchIndex:
         """Every file is checked against its sha256, those of partitions too."""
         index = self._place.open(version, device=self._device, has_codes=not len(self._fleet))
-        self._pinned.require(index.fingerprint, found_in=f"index {self._place} version {version}")
+        self._pinned.require_of(version, index.fingerprint, found_in=f"index {self._place}")
         return index
 
     async def _admit(self, index: SearchIndex) -> None:
@@ -129,7 +142,7 @@ class IndexSearch:
                 "service again to serve it"
             )
         try:
-            await answer_of(self._backbone.require_canary.remote(index.version))
+            await ask(self._backbone.require_canary, index.version, index.fingerprint)
         except RayTaskError as error:
             raise cause_of(error) from None
 
@@ -157,13 +170,29 @@ class IndexSearch:
         assert index is not None  # the follower never lets go of it
         return index
 
-    async def search(self, vector: NDArray[np.float32], top_k: int) -> Found:
+    async def search(
+        self, vector: NDArray[np.float32], top_k: int, fingerprint: str | None = None
+    ) -> "Found | Moved":
         """Hits of one query vector, with their stored columns.
+
+        Args:
+            vector: (dimension,) float32, of unit norm.
+            top_k: Hits at most.
+            fingerprint: Of the vector's embedding space; None takes it for that of the version that answers.
+
+        Returns:
+            `Moved` where no version of that embedding space is here any more.
 
         Raises:
             UnavailableError: Too many partitions are lost.
         """
         index, loop = self._current(), asyncio.get_running_loop()
+        if fingerprint not in (None, index.fingerprint):
+            held = [self._shelf.get(version) for version in sorted(self._shelf.held)]
+            older = [one for one in held if one is not None and one.fingerprint == fingerprint]
+            if not older:
+                return Moved(index.fingerprint)
+            index = older[-1]
         return await loop.run_in_executor(self._threads, self._search, loop, index, vector, top_k)
 
     def _search(
@@ -188,7 +217,15 @@ class IndexSearch:
             (hits,) = index.search(vector[None, :], top_k, scan=scan)
         else:
             (hits,) = index.search(vector[None, :], top_k)
-        return Found(hits, index.columns_of(hits), index.version, len(answered), count)
+        return Found(
+            hits,
+            index.columns_of(hits),
+            index.version,
+            len(answered),
+            count,
+            index.fingerprint,
+            self._current().fingerprint,
+        )
 
     def _require_enough(self, num_ok: int, count: int) -> None:
         if num_ok == 0 or (num_ok < count and self._serve.on_lost_partition == "fail"):
@@ -239,18 +276,29 @@ class IndexSearch:
         item = await asyncio.to_thread(self._current().item, item_id)
         return None if item is None else item["uri"]
 
-    def check_health(self) -> None:
-        """Ray Serve replaces a replica that cannot go where the service is.
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica that cannot search, or cannot go where the service is.
 
         Raises:
             ServiceError: It cannot.
         """
+        await self._require_searches()
         course = self._record.read()
         if course.version != self._follower.version and self._follower.problem is not None:
             raise ServiceError(
                 f"the service is at index version {course.version}, and this replica cannot go there: "
                 f"{self._follower.problem}"
             )
+
+    async def _require_searches(self) -> None:
+        """Search for some direction; that partitions are lost is told by `/readyz`, and mended by their own health."""
+        direction = np.eye(1, self._dimension, dtype=np.float32)[0]
+        try:
+            found = await self.search(direction, 1)
+        except UnavailableError:
+            return
+        if isinstance(found, Found) and len(self._current()) and not found.hits:
+            raise ServiceError("a search of the index finds nothing any more")
 
 
 @serve.deployment
@@ -261,8 +309,8 @@ class IndexService(IndexSearch):
         super().__init__(*arguments)
         self._task = asyncio.get_running_loop().create_task(self.keep_up())
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """See `IndexSearch.check_health`; a replica that follows no more is replaced too."""
-        super().check_health()
+        await super().check_health()
         if self._task.done():
             raise ServiceError("this replica does not follow its service any more")

@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 from pipelines.contents import vector_of
 from pipelines.messages import (
+    AdapterRequest,
+    AdapterResponse,
     EmbeddingsRequest,
     IndexRequest,
     IndexResponse,
@@ -29,19 +31,25 @@ from pipelines.messages import (
 )
 from pipelines.recipe import Recipe
 from pipelines.serving.asked import asked
-from pipelines.serving.calls import answer_of
+from pipelines.serving.calls import ask
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
+from pipelines.serving.gate import Gate
 from pipelines.serving.guard import Guard
-from pipelines.serving.index_service import Found, Sent
+from pipelines.serving.index_service import Sent
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
-from slq.errors import DataError, UnavailableError
-from slq.quantization import cut
+from pipelines.serving.retriever import Retriever
+from slq.errors import (
+    DataError,
+    UnavailableError,
+)
 from slq.schema import Item
 
 _HEALTH_TIMEOUT_S = 10.0
+_MOVES = 3  # to other embedding spaces that a query follows while it is answered
+FINGERPRINT = "x-slq-fingerprint"
 app = FastAPI(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
 )
@@ -54,7 +62,8 @@ def _settings() -> ServeConfig:
     return settings
 
 
-app.add_middleware(Guard, settings=_settings)
+app.add_middleware(Gate, settings=_settings)
+app.add_middleware(Guard, settings=_settings)  # the last one added is the first that is asked
 
 
 @serve.deployment
@@ -70,51 +79,25 @@ class Ingress:
         index: DeploymentHandle,
     ) -> None:
         self._recipe = Recipe.model_validate(recipe)
-        self._pinned = pinned
         self._backbone = backbone
         self._index = index
         self.settings = self._recipe.serve
-        self._info: dict[str, Any] = {}
+        patience_s = self.settings.patience_s
+        self._retriever = Retriever(pinned, backbone, index, patience_s)
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
-
-    async def _describe(self) -> dict[str, Any]:
-        """Ask both deployments; embedding space and dimension are pinned, so searches reuse what is said of them."""
-        calls = (
-            answer_of(self._backbone.describe.remote()),
-            answer_of(self._index.describe.remote()),
-        )
-        try:
-            model, index = await asyncio.wait_for(asyncio.gather(*calls), _HEALTH_TIMEOUT_S)
-        except TimeoutError:
-            raise UnavailableError(
-                f"model or index did not answer within {_HEALTH_TIMEOUT_S:g} s"
-            ) from None
-        self._pinned.require(model["fingerprint"], found_in="the loaded model")
-        self._pinned.require(index["fingerprint"], found_in="the loaded index")
-        self._info = {**model, **index}
-        return self._info
-
-    async def _known(self) -> dict[str, Any]:
-        return self._info or await self._describe()
-
-    async def _embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
-        """Vectors of items, as long as those of the index."""
-        dimension = (await self._known())["dimension"]
-        vectors: list[NDArray[np.float32]] = await answer_of(
-            self._backbone.embed.remote(items, asked().tenant)
-        )
-        return [one if len(one) == dimension else cut(one[None], dimension)[0] for one in vectors]
 
     @app.post("/search")
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:
         """Coarse search, then the fine stage on the best candidates, for which the query needs a text or an image."""
         accepted = asked().accepted
-        info = await self._known()
+        info = await self._retriever.known()
         self._check_limits(body)
+        if body.model is not None:
+            await self._retriever.require_searched(body.model)
         item, vector = await self._query(body, info["dimension"])
         embedded = time.perf_counter()
         depth = self._depth(body) if item is not None else 0
-        found: Found = await answer_of(self._index.search.remote(vector, max(body.top_k, depth)))
+        found = await self._retriever.search(item, vector, max(body.top_k, depth))
         searched = time.perf_counter()
         budget_s = None if body.budget_ms is None else body.budget_ms / 1000
         fine = FineStage(
@@ -123,10 +106,11 @@ class Ingress:
             explain=body.explain,
             adaptive=self._recipe.rerank.adaptive if body.mode == "auto" else None,
             tenant=asked().tenant,
+            patience_s=self.settings.patience_s,
         )
         outcome = await fine.search(item, found, depth)
         scored = time.perf_counter()
-        response.headers["x-slq-fingerprint"] = info["fingerprint"]
+        response.headers[FINGERPRINT] = found.fingerprint
         reasons = outcome.reasons
         if found.shards_ok < found.shards_total:
             reasons = ["partitions", *reasons]
@@ -143,13 +127,13 @@ class Ingress:
             shards_ok=found.shards_ok,
             shards_total=found.shards_total,
             index_version=found.version,
-            fingerprint=info["fingerprint"],
+            fingerprint=found.fingerprint,
         )
 
     async def _query(
         self, body: SearchRequest, dimension: int
-    ) -> tuple[Item | None, NDArray[np.float32]]:
-        """The query's text and image, if it has any, and its (dimension,) vector."""
+    ) -> tuple[Item | None, NDArray[np.float32] | None]:
+        """The query's text and image, if it has any, and its own (dimension,) vector, if it has that."""
         vector = vector_of(body.query, dimension)
         if vector is not None and not (body.query.text or body.query.image):
             if body.mode == "fine":
@@ -157,8 +141,7 @@ class Ingress:
                     "the fine stage needs the query's text or image, not only its embedding"
                 )
             return None, vector
-        item = await asyncio.to_thread(body.query.item)
-        return item, vector if vector is not None else (await self._embed([item]))[0]
+        return await asyncio.to_thread(body.query.item), vector
 
     def _depth(self, body: SearchRequest) -> int:
         """How many candidates the fine stage may score."""
@@ -174,7 +157,7 @@ class Ingress:
     @app.post("/v1/embeddings")
     async def embeddings(self, body: EmbeddingsRequest, response: Response) -> dict[str, Any]:
         """Embeddings in OpenAI's shape."""
-        info = await self._known()
+        info = await self._retriever.known()
         if body.dimensions not in (None, info["dimension"]):
             raise DataError(f"dimensions must be {info['dimension']} for this adapter")
         limit = self._recipe.serve.max_inputs
@@ -183,30 +166,41 @@ class Ingress:
                 f"input has {body.num_inputs} entries; send at least one text or image and at most {limit}"
             )
         items = await asyncio.to_thread(body.items)
-        vectors = await self._embed(items)
-        response.headers["x-slq-fingerprint"] = info["fingerprint"]
+        made = await self._retriever.embed(items, body.model)
+        response.headers[FINGERPRINT] = made.fingerprint
         words = sum(len((item.text or "").split()) for item in items)
-        return await asyncio.to_thread(embeddings_response, vectors, body, words)
+        return await asyncio.to_thread(embeddings_response, made.vectors, body, words)
 
     @app.post("/v1/rerank", response_model_exclude_none=True)
     async def rerank(self, body: RerankRequest, response: Response) -> RerankResponse:
         """Documents by how well they match a query, in the shape of Jina and Cohere."""
-        info = await self._known()
+        fingerprint = await self._retriever.fingerprint_of(body.model)
         count, limit = len(body.documents), self._recipe.serve.max_rerank
         if not 0 < count <= limit:
             raise DataError(f"documents has {count} entries; send at least one and at most {limit}")
         item = await asyncio.to_thread(body.item)
-        results = await FineStage(self._backbone, tenant=asked().tenant).documents(item, body)
-        response.headers["x-slq-fingerprint"] = info["fingerprint"]
+        results = await FineStage(
+            self._backbone, tenant=asked().tenant, patience_s=self.settings.patience_s
+        ).documents(item, body)
+        response.headers[FINGERPRINT] = fingerprint
         return RerankResponse(results=results, model=body.model)
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        """The served adapter, in OpenAI's shape."""
-        info = await self._known()
+        """The served adapters, in OpenAI's shape."""
+        info = await self._retriever.describe()
         return {
             "object": "list",
-            "data": [{"id": "slq", "object": "model", "owned_by": info["backbone"]}],
+            "data": [
+                {
+                    "id": name,
+                    "object": "model",
+                    "owned_by": info["backbone"],
+                    "fingerprint": fingerprint,
+                    "searches": fingerprint == info["fingerprint"],
+                }
+                for name, fingerprint in info["models"].items()
+            ],
         }
 
     @app.get("/info")
@@ -215,7 +209,7 @@ class Ingress:
 
         What is wrong with a version or a partition is told only where versions can be changed: the words name paths.
         """
-        info = await self._describe()
+        info = await self._retriever.describe()
         if not self._recipe.serve.has_admin:
             info["refused_reason"] = None
             for partition in info["partitions"]:
@@ -224,30 +218,60 @@ class Ingress:
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
-        """Answers when model and index answer now and belong together, and the index as far as it must."""
-        info = await self._describe()
+        """Answers as long as this process does: what restarts it should ask here."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz(self) -> dict[str, str]:
+        """Answers when model and index answer now and belong together, and the index as far as it must.
+
+        What sends requests here should ask.
+        """
+        info = await self._retriever.describe()
         alive, count = info["shards_ok"], info["shards_total"]
         if alive == 0 or (alive < count and self._recipe.serve.on_lost_partition == "fail"):
             raise UnavailableError(f"{alive} of {count} partitions of the index answer")
         return {"status": "ok"}
 
+    def _require_admin(self) -> None:
+        if not self._recipe.serve.has_admin:
+            raise HTTPException(403, "this service does not let itself be changed (serve.admin)")
+
     @app.post("/admin/index")
     async def move(self, body: IndexRequest) -> IndexResponse:
         """Answer from another index version from now on, without a pause; it is loaded and checked before."""
-        if not self._recipe.serve.has_admin:
-            raise HTTPException(403, "this service does not let versions be changed (serve.admin)")
+        self._require_admin()
         started = time.perf_counter()
-        sent: Sent = await answer_of(self._index.send.remote(body.version))
+        sent: Sent = await ask(self._index.send, body.version)
         return IndexResponse(
             index_version=sent.version,
             previous_version=sent.previous,
             seconds=time.perf_counter() - started,
         )
 
+    @app.post("/admin/adapters")
+    async def add_adapter(self, body: AdapterRequest) -> AdapterResponse:
+        """Serve a further adapter from now on, or another one under a name; it is loaded and checked before."""
+        self._require_admin()
+        fingerprint = await ask(self._backbone.add_adapter, body.name, body.folder)
+        await self._retriever.describe()
+        return AdapterResponse(name=body.name, fingerprint=fingerprint)
+
+    @app.delete("/admin/adapters/{name}")
+    async def remove_adapter(self, name: str) -> AdapterResponse:
+        """Serve an adapter no longer."""
+        self._require_admin()
+        fingerprint = await self._retriever.fingerprint_of(name)
+        if fingerprint == (await self._retriever.known())["fingerprint"]:
+            raise DataError(f"the index that answers was built with adapter {name!r}; it stays")
+        await ask(self._backbone.remove_adapter, name)
+        await self._retriever.describe()
+        return AdapterResponse(name=name, fingerprint=fingerprint)
+
     @app.get("/items/{item_id:path}/image")
     async def image(self, item_id: str) -> Response:
         """The image of an indexed item."""
-        uri = await answer_of(self._index.uri_of.remote(item_id))
+        uri = await ask(self._index.uri_of, item_id, patience_s=self.settings.patience_s)
         return await asyncio.to_thread(picture_of, item_id, uri)
 
     @app.get("/")

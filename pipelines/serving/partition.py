@@ -58,9 +58,7 @@ class Partition:
 
     def _load(self, version: str) -> IndexShare:
         share = IndexShare(self._folder, version, self._number, self._count)
-        self._pinned.require(
-            share.fingerprint, found_in=f"index {self._folder} version {share.version}"
-        )
+        self._pinned.require_of(version, share.fingerprint, found_in=f"index {self._folder}")
         return share
 
     def scan(

@@ -11,7 +11,7 @@ class Pinned:
     """What a service was started with.
 
     Attributes:
-        fingerprint: Of the embedding space; it never changes.
+        fingerprint: Of the embedding space of the own adapter.
         index_version: The version that was current when the service started.
         course_file: Where the service writes down the version that it moved to; None if it never moves.
     """
@@ -38,6 +38,17 @@ class Pinned:
             found_in=found_in,
             remedy="rebuild it with `slq embed` and `slq index`, then start the service again",
         )
+
+    def require_of(self, version: str, found: str, *, found_in: str) -> None:
+        """Refuse another embedding space in the version that the service was started with.
+
+        Later versions may have another one, if the service has an adapter for it: it is asked before it goes there.
+
+        Raises:
+            ArtifactMismatchError: The fingerprints differ; both are named.
+        """
+        if version == self.index_version:
+            self.require(found, found_in=f"{found_in} version {version}")
 
     def record(self, *, follows: bool = False) -> Record:
         """Where the service is.

@@ -5,26 +5,37 @@ scale up, finds the same, or refuses to start.
 """
 
 import asyncio
+import contextvars
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from ray import serve
 
 from pipelines.contents import Content
 from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
+from pipelines.serving.adapters import OWN, Adapters, Embedded
 from pipelines.serving.candidates import Candidates, Stored
 from pipelines.serving.pinned import Pinned
 from slq.encoder import batches_by_length
-from slq.errors import DataError, ServiceError
+from slq.engines import FAISS
+from slq.errors import ArtifactMismatchError, DataError, ServiceError, UnknownModelError
+from slq.index.versions import read_manifest
+from slq.latent_queries import LatentQueries, embed_each
 from slq.reranker import Ranked
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
+_FRESH_S = 2.0  # how long a pass that went well speaks for a replica
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -50,6 +61,21 @@ def each_alone(
         return [result for item in items for result in each_alone(run, [item])]
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An item that shall be embedded.
+
+    Attributes:
+        item: What.
+        tenant: Whose it is.
+        adapter: By which; the rest of the model is the same for all.
+    """
+
+    item: Item
+    tenant: str
+    adapter: Any
+
+
 @serve.deployment
 class BackboneService:
     """The resident backbone: embeds queries, scores candidates.
@@ -69,52 +95,96 @@ class BackboneService:
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
-        self._require_canary(pinned.version_now())
+        section = self._recipe.serve
+        root = section.adapters_dir or self._recipe.storage.dir
+        self._adapters = Adapters(self._encoder, section.adapters, root, pinned.record())
+        version = pinned.version_now()
+        self._require_canary(version, self._fingerprint_of(version))
         self._reranker = reranker_of(
             self._recipe,
             scoring_backbone(self._recipe, self._encoder),
             vision_bytes=self._recipe.serve.vision_cache_bytes,
             prefix_bytes=self._recipe.serve.prefix_cache_bytes,
         )
+        # A thread to embed and one to score: whoever searches waits for no fine stage, and of those that score the one
+        # that came first ends first, where all at once would end late together.
+        self._embeds, self._scores = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._embedded_at = -math.inf
         batch = self._recipe.serve
         self._embed_batch.set_max_batch_size(batch.max_batch)
         self._embed_batch.set_batch_wait_timeout_s(batch.batch_wait_s)
 
-    def _require_canary(self, version: str) -> None:
-        place, fingerprint = self._recipe.index_place, self._encoder.fingerprint
-        place.require_canary(version, fingerprint, self._encoder)
+    def _fingerprint_of(self, version: str) -> str:
+        """Of the embedding space of an index version; another engine has one version, and that is the own one."""
+        place = self._recipe.index_place
+        if place.kind != FAISS:
+            return self._encoder.fingerprint
+        return read_manifest(Path(place.target), version).fingerprint
 
-    async def require_canary(self, version: str) -> None:
+    def _require_canary(self, version: str, fingerprint: str) -> None:
+        try:
+            encoder = self._adapters.encoder(fingerprint)
+        except UnknownModelError:
+            known = ", ".join(f"{name} ({one})" for name, one in self._adapters.models().items())
+            raise ArtifactMismatchError(
+                f"index version {version} was built with fingerprint {fingerprint}, but this service has {known}; add "
+                "the adapter of that version (`POST /admin/adapters`), or start the service again"
+            ) from None
+        self._recipe.index_place.require_canary(version, fingerprint, encoder)
+
+    async def require_canary(self, version: str, fingerprint: str) -> None:
         """Check that the model embeds the items of an index version as it holds them.
+
+        Args:
+            version: Of the index.
+            fingerprint: Of its embedding space, for which there must be an adapter.
 
         Raises:
             ArtifactError: Its canary is damaged.
-            ArtifactMismatchError: The model gives other vectors.
+            ArtifactMismatchError: There is no such adapter, or the model gives other vectors with it.
         """
-        await asyncio.to_thread(self._require_canary, version)
+        await asyncio.to_thread(self._require_canary, version, fingerprint)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
-    async def _embed_batch(
-        self, asked: list[tuple[Item, str]]
-    ) -> list[NDArray[np.float32] | Exception]:
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+    async def _embed_batch(self, wanted: list[Wanted]) -> list[NDArray[np.float32] | Exception]:
         """Exceptions travel as data: a raised one would fail every request in the pass."""
-        return await asyncio.to_thread(each_alone, self._encode, asked)
+        return await self._turn(self._embeds, each_alone, self._encode, wanted)
 
-    def _encode(self, asked: list[tuple[Item, str]]) -> NDArray[np.float32]:
-        """(n, dimension) float32 of items and their tenants.
+    async def _turn(
+        self, threads: ThreadPoolExecutor, run: Callable[..., _Out], *what: Any
+    ) -> _Out:
+        """What a call gives that has a thread to itself, in the context of whoever asks."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(threads, context.run, run, *what)
+
+    def _encode(self, wanted: list[Wanted]) -> NDArray[np.float32]:
+        """(n, dimension) float32: one pass of the frozen model over the items, whichever adapters they are for.
 
         An image that is kept for the fine stage is not seen again, and the reverse.
         """
-        items = [item for item, _ in asked]
-        if not self._shares_images:
-            return self._encoder.encode(items)
-        vectors = np.empty((len(items), self._encoder.dimension), dtype=np.float32)
-        for tenant in {tenant for _, tenant in asked}:
-            mine = [number for number, (_, whose) in enumerate(asked) if whose == tenant]
-            for chunk in batches_by_length([items[number] for number in mine], len(mine)):
+        if not isinstance(self._encoder.adapter, LatentQueries):
+            return self._encoder.encode([one.item for one in wanted])
+        vectors = np.empty((len(wanted), self._encoder.dimension), dtype=np.float32)
+        tenants = {one.tenant for one in wanted} if self._shares_images else {None}
+        for tenant in tenants:
+            mine = [n for n, one in enumerate(wanted) if tenant in (None, one.tenant)]
+            for chunk in batches_by_length([wanted[number].item for number in mine], len(mine)):
                 numbers = [mine[place] for place in chunk]
-                prefix = self._reranker.prefix([items[n] for n in numbers], tenant=tenant)
-                vectors[numbers] = self._encoder.encode_prefix(prefix).cpu().numpy()
+                vectors[numbers] = self._embedded([wanted[number] for number in numbers], tenant)
+        return vectors
+
+    def _embedded(self, wanted: list[Wanted], tenant: str | None) -> NDArray[np.float32]:
+        """(n, dimension) float32 of items of one modality, and of one tenant where images are kept."""
+        backbone, items = self._encoder.backbone, [one.item for one in wanted]
+        with torch.no_grad():
+            prefix = (
+                backbone.prefix(backbone.prompts(items))
+                if tenant is None
+                else self._reranker.prefix(items, tenant=tenant)
+            )
+            found = embed_each(backbone, prefix, [one.adapter for one in wanted])
+        vectors: NDArray[np.float32] = found.cpu().numpy()
         return vectors
 
     @property
@@ -127,23 +197,28 @@ class BackboneService:
             and self._reranker.opens_as_embedded
         )
 
-    async def embed(self, items: list[Item], tenant: str = "") -> list[NDArray[np.float32]]:
-        """The (dimension,) float32 unit vector of each item; concurrent calls share forward passes.
+    async def embed(self, items: list[Item], tenant: str = "", model: str = OWN) -> Embedded:
+        """The vector of each item; concurrent calls share forward passes, whichever adapters they are for.
 
         Args:
             items: What is embedded.
             tenant: Whose they are; what is kept of one tenant's images another does not find.
+            model: The name of an adapter, or the fingerprint of its embedding space.
 
         Raises:
             DataError: The model cannot take one of the items.
+            UnknownModelError: There is no such adapter.
         """
-        results = await asyncio.gather(*[self._embed_batch((item, tenant)) for item in items])
+        encoder = self._adapters.encoder(model)
+        calls = [self._embed_batch(Wanted(item, tenant, encoder.adapter)) for item in items]
+        results = await asyncio.gather(*calls)
         for result in results:
             if isinstance(result, ValueError):  # processors refuse shapes of images this way
                 raise DataError(f"the model cannot take this input: {result}")
             if isinstance(result, Exception):
                 raise result
-        return results
+        self._embedded_at = time.monotonic()
+        return Embedded(results, encoder.fingerprint)
 
     async def rank(
         self,
@@ -173,13 +248,14 @@ class BackboneService:
                 tenant=tenant,
             )
 
-        return await asyncio.to_thread(run)
+        return await self._turn(self._scores, run)
 
     def describe(self) -> dict[str, Any]:
         """What `/info` says about the model."""
         encoder = self._encoder
         return {
             "fingerprint": encoder.fingerprint,
+            "models": self._adapters.models(),
             "dimension": encoder.dimension,
             "backbone": encoder.backbone.name,
             "profile": self._reranker.profile.name,
@@ -190,7 +266,18 @@ class BackboneService:
             },
         }
 
-    def check_health(self) -> None:
-        """Ray Serve replaces a replica whose model cannot embed a word any more."""
-        if not np.isfinite(self._encoder.encode(["health"])).all():
+    async def add_adapter(self, name: str, folder: str) -> str:
+        """Serve a further adapter; see `Adapters.add`."""
+        return await asyncio.to_thread(self._adapters.add, name, folder)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Serve an adapter no longer; see `Adapters.remove`."""
+        await asyncio.to_thread(self._adapters.remove, name)
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica whose model cannot embed a word any more, or in time."""
+        if time.monotonic() - self._embedded_at < _FRESH_S:
+            return  # it has just embedded something
+        found = await self.embed([Item(text="health")])
+        if not np.isfinite(found.vectors).all():
             raise ServiceError("the backbone gives vectors that are not finite")

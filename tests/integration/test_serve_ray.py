@@ -39,11 +39,12 @@ from pipelines.serve import (
     start,
     stop,
 )
-from pipelines.serving.calls import answer_of
+from pipelines.serving.adapters import Embedded
+from pipelines.serving.calls import ask
 from pipelines.serving.index_service import IndexSearch
 from pipelines.serving.ingress import Ingress
 from pipelines.serving.pinned import Pinned
-from pipelines.serving.replicas import BackboneService, each_alone
+from pipelines.serving.replicas import BackboneService, Wanted, each_alone
 from slq.arrow import ITEMS, vector_column
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
@@ -242,7 +243,13 @@ class Recorder:
 
     async def remote(self) -> dict[str, Any]:
         self.asked += 1
-        return {"fingerprint": self.fingerprint, "shards_ok": 1, "shards_total": 2}
+        models = {"slq": self.fingerprint}
+        return {
+            "fingerprint": self.fingerprint,
+            "models": models,
+            "shards_ok": 1,
+            "shards_total": 2,
+        }
 
 
 def test_health_asks_model_and_index_every_time_and_refuses_a_foreign_one(recipe: Recipe) -> None:
@@ -252,16 +259,16 @@ def test_health_asks_model_and_index_every_time_and_refuses_a_foreign_one(recipe
         face = Ingress.func_or_class.__bases__[0]  # below what makes an ASGI app of it
         ingress = face(plain, Pinned("a", "v000001"), model, vectors)
         for _ in range(3):
-            assert await ingress.healthz() == {"status": "ok"}
+            assert await ingress.readyz() == {"status": "ok"}
         assert (model.asked, vectors.asked) == (3, 3)
         strict = changed(recipe, serve={"on_lost_partition": "fail"}).model_dump(mode="json")
         with pytest.raises(UnavailableError, match="1 of 2 partitions of the index answer"):
-            await face(strict, Pinned("a", "v000001"), model, vectors).healthz()
+            await face(strict, Pinned("a", "v000001"), model, vectors).readyz()
         model.fingerprint = "b"
         with pytest.raises(
             ArtifactMismatchError, match="fingerprint a, but the loaded model has b"
         ):
-            await ingress.healthz()
+            await ingress.readyz()
 
     asyncio.run(scenario())
 
@@ -274,9 +281,11 @@ def test_a_service_over_cut_vectors_embeds_at_the_length_of_its_index(recipe: Re
 
         def __init__(self, dimension: int) -> None:
             self.describe = SimpleNamespace(
-                remote=lambda: given({"fingerprint": "a", "dimension": dimension})
+                remote=lambda: given(
+                    {"fingerprint": "a", "models": {"slq": "a"}, "dimension": dimension}
+                )
             )
-            self.embed = SimpleNamespace(remote=lambda *_: given(list(whole)))
+            self.embed = SimpleNamespace(remote=lambda *_: given(Embedded(list(whole), "a")))
 
     async def given(value: Any) -> Any:
         return value
@@ -284,17 +293,19 @@ def test_a_service_over_cut_vectors_embeds_at_the_length_of_its_index(recipe: Re
     face = Ingress.func_or_class.__bases__[0]
     parts = Answers(64), Answers(24)  # the model and the index
     ingress = face(recipe.model_dump(mode="json"), Pinned("a", "v000001"), *parts)
-    found = np.stack(asyncio.run(ingress._embed([Item(text="x"), Item(text="y")])))
+    made = asyncio.run(ingress._retriever.embed([Item(text="x"), Item(text="y")], "slq"))
+    found = np.stack(made.vectors)
     expected = whole[:, :24] / np.linalg.norm(whole[:, :24], axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_overload_leaves_our_routes_as_an_error_of_ours() -> None:
-    async def full() -> None:
-        raise BackPressureError(3, 3)
+    class Full:
+        async def remote(self) -> None:
+            raise BackPressureError(3, 3)
 
     with pytest.raises(UnavailableError, match="too many requests are waiting"):
-        asyncio.run(answer_of(full()))
+        asyncio.run(ask(Full()))
 
 
 def test_only_the_guilty_item_of_a_pass_fails() -> None:
@@ -309,27 +320,32 @@ def test_only_the_guilty_item_of_a_pass_fails() -> None:
     assert isinstance(guilty, ValueError)
 
 
+def wanted(service: Any, item: Item, tenant: str = "") -> Wanted:
+    """What the own adapter of a service shall embed."""
+    return Wanted(item, tenant, service._encoder.adapter)
+
+
 def test_an_input_that_the_model_raises_for_fails_alone_in_its_pass(
     recipe: Recipe, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = []
 
-    def encode(items: list[Item]) -> Any:
-        passes.append(len(items))
-        if any(item.text == "guilty" for item in items):
+    def embedded(wanted: list[Wanted], _: str | None) -> Any:
+        passes.append(len(wanted))
+        if any(one.item.text == "guilty" for one in wanted):
             raise ValueError("absolute aspect ratio must be smaller than 200")
-        return encoder.encode(items)
+        return encoder.encode([one.item for one in wanted])
 
     service = BackboneService.func_or_class(recipe.model_dump(mode="json"), pinned(recipe))
-    monkeypatch.setattr(service._encoder, "encode", encode)
+    monkeypatch.setattr(service, "_embedded", embedded)
     # below Ray's batching: used outside a replica it leaves the class impossible to send to one
     one_pass = type(service)._embed_batch.__wrapped__
 
-    async def alone(asked: tuple[Item, str]) -> Any:
-        return (await one_pass(service, [asked]))[0]
+    async def alone(wanted: Wanted) -> Any:
+        return (await one_pass(service, [wanted]))[0]
 
     shared = [Item(text=text) for text in ("a cat", "guilty", "a dog")]
-    first, error, last = asyncio.run(one_pass(service, [(item, "") for item in shared]))
+    first, error, last = asyncio.run(one_pass(service, [wanted(service, item) for item in shared]))
     assert passes == [3, 1, 1, 1]
     np.testing.assert_allclose([first, last], encoder.encode(["a cat", "a dog"]), atol=1e-5)
     assert isinstance(error, ValueError)
@@ -360,12 +376,12 @@ def test_the_image_of_a_query_is_seen_once_to_embed_and_to_score_it(
     service = BackboneService.func_or_class(keeping.model_dump(mode="json"), pinned(recipe))
     images = [decode_image(corpus[name]["image"]) for name in ("test-00003", "test-00004")]
     mixed = [Item(image=images[0]), Item(text=QUERY), Item(image=images[1]), Item(image=images[0])]
-    vectors = service._encode([(item, "a") for item in mixed])
+    vectors = service._encode([wanted(service, item, "a") for item in mixed])
     np.testing.assert_allclose(vectors, encoder.encode(mixed), atol=1e-5)
     assert service._reranker.counts.vision_passes == 2
     asyncio.run(service.rank(mixed[0], [Content(text="a cat"), Content(text=QUERY)], tenant="a"))
     assert service._reranker.counts.vision_passes == 2
-    service._encode([(mixed[0], "b")])
+    service._encode([wanted(service, mixed[0], "b")])
     assert service._reranker.counts.vision_passes == 3
     kept = service.describe()["kept_images"][cache.split("_")[0]]
     assert kept["hits"] > 0
@@ -441,7 +457,7 @@ def test_stopping_leaves_a_serve_that_was_there_before(recipe: Recipe) -> None:
     try:
         serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
         url = start(recipe)
-        assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
+        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
         with pytest.raises(ServiceError, match="already runs on this cluster"):
             start(recipe)
         assert set(serve.status().applications) == {"neighbour", APP_NAME}
@@ -455,7 +471,8 @@ def test_stopping_leaves_a_serve_that_was_there_before(recipe: Recipe) -> None:
 
 
 def test_health_and_info_say_what_is_served(service: httpx.Client, recipe: Recipe) -> None:
-    assert service.get("/healthz").json() == {"status": "ok"}
+    for path in ("/healthz", "/readyz"):
+        assert service.get(path).json() == {"status": "ok"}
     info = service.get("/info").json()
     adapter = load_adapter_config(recipe.storage.adapter)
     assert info["fingerprint"] == adapter.fingerprint
@@ -776,7 +793,7 @@ def test_another_endpoint_on_a_cluster_that_serves_already_is_refused(
     with pytest.raises(ServiceError, match=rf":{recipe.serve.port} .*:{other};") as caught:
         start(changed(recipe, serve={"port": other}))
     assert "already listens" in str(caught.value)
-    assert service.get("/healthz").status_code == 200
+    assert service.get("/readyz").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -925,4 +942,4 @@ def test_overload_is_refused_at_once_with_a_time_to_retry(service: httpx.Client)
     for answer in refused:
         assert "too many requests" in refusal(answer, 503)
         assert int(answer.headers["retry-after"]) > 0
-    assert service.get("/healthz").status_code == 200
+    assert service.get("/readyz").status_code == 200

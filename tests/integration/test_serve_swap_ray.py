@@ -307,7 +307,7 @@ def test_a_killed_partition_is_told_until_it_is_back_at_the_version_that_the_ser
             found, whole = hits_of(answer), truth[B][number]
             assert [hit for hit in found if hit in whole] == [hit for hit in whole if hit in found]
             assert len(found) == TOP_K
-    assert service.get("/healthz").status_code == 200
+    assert service.get("/readyz").status_code == 200
 
 
 def test_a_stopped_partition_is_told_and_not_waited_for(
@@ -378,7 +378,7 @@ def test_by_policy_a_lost_partition_is_a_503_with_a_time_to_retry(
             assert answer.status_code == 503, answer.text
             assert "1 of 2 partitions of the index answer" in answer.json()["error"]["message"]
             assert int(answer.headers["retry-after"]) > 0
-            assert client.get("/healthz").status_code == 503
+            assert client.get("/readyz").status_code == 503
             deadline = time.monotonic() + 60
             while ask(client, queries[0]).status_code != 200:
                 assert time.monotonic() < deadline

@@ -13,7 +13,7 @@ from PIL import Image
 from slq.backbones.base import Backbone, PromptSettings
 from slq.encoder import Encoder, as_item
 from slq.errors import DataError, MediaError
-from slq.latent_queries import LatentQueries
+from slq.latent_queries import LatentQueries, embed_each
 from slq.schema import Item
 from tests.families import BUILDERS, HIDDEN, picture
 from tests.naive import chat_inputs, family_of, naive_embedding, naive_hidden
@@ -213,3 +213,26 @@ def test_an_instruction_stands_between_the_content_and_the_closing(
 def test_an_empty_batch_is_refused(build: Callable[..., Backbone]) -> None:
     with pytest.raises(DataError, match="empty batch"):
         build().prompts([])
+
+
+def test_rows_of_many_adapters_share_a_pass_and_equal_each_adapters_own(
+    build: Callable[..., Backbone],
+) -> None:
+    backbone = build()
+    adapters = [
+        LatentQueries(5, backbone.hidden_size, seed=1),
+        LatentQueries(2, backbone.hidden_size, seed=2, pooling="last"),
+        LatentQueries(3, backbone.hidden_size, seed=3, sets="separate"),
+    ]
+    with torch.no_grad():
+        assert adapters[2].text_latents is not None
+        adapters[2].text_latents.mul_(-1)  # or the two sets would be alike
+    items = [Item(text="a cat"), Item(image=picture(3, 2)), Item(text="a longer text of dogs")] * 2
+    numbers = [0, 1, 2, 2, 0, 1]
+    prefix = backbone.prefix(backbone.prompts(items))
+    mixed = embed_each(backbone, prefix, [adapters[n] for n in numbers]).numpy()
+    for row, (number, item) in enumerate(zip(numbers, items, strict=True)):
+        with torch.no_grad():
+            alone = adapters[number].embed_items(backbone, [item]).numpy()
+        assert_close(mixed[row : row + 1], alone)
+    assert len({tuple(row.round(3)) for row in mixed}) == len(items)

@@ -66,7 +66,7 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
 
 def found(rows: list[dict[str, Any]]) -> Found:
     hits = [Hit(f"i{n}", 0.9 - n / 10) for n in range(len(rows))]
-    return Found(hits, rows, "v000001", 1, 1)
+    return Found(hits, rows, "v000001", 1, 1, "3f2a", "3f2a")
 
 
 class Handle:

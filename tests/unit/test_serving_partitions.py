@@ -16,7 +16,7 @@ import pipelines.serving.fleet
 import pipelines.serving.partition
 from pipelines.recipe import Recipe
 from pipelines.serving.fleet import Fleet
-from pipelines.serving.index_service import Found, IndexSearch
+from pipelines.serving.index_service import Found, IndexSearch, Moved
 from pipelines.serving.partition import Partition
 from pipelines.serving.pinned import Pinned
 from pipelines.serving.shelf import Shelf
@@ -83,11 +83,14 @@ class Model:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.error: Exception | None = None
+        self.spaces = {"3f2a"}
 
-    async def require_canary(self, version: str) -> None:
+    async def require_canary(self, version: str, fingerprint: str) -> None:
         self.asked.append(version)
         if self.error is not None:
             raise self.error
+        if fingerprint not in self.spaces:
+            raise ArtifactMismatchError(f"no adapter has fingerprint {fingerprint}")
 
 
 @pytest.fixture
@@ -535,7 +538,7 @@ def test_a_bit_that_is_wrong_anywhere_keeps_the_service_where_it_is(
 @pytest.mark.parametrize(
     ("fingerprint", "dimension", "message"),
     [
-        ("91bc", 32, "fingerprint 3f2a, but index .* version v000002 has 91bc"),
+        ("91bc", 32, "no adapter has fingerprint 91bc"),
         ("3f2a", 16, "its vectors have 16 values, and those of this service 32"),
     ],
 )
@@ -557,6 +560,31 @@ def test_a_version_of_another_embedding_space_is_refused(
         with pytest.raises(RefusedVersionError, match=message):
             await service.router.send("current")
         assert [one.hits for one in await service.search()] == expected(recipe, A)
+
+    run(scenario, service.router)
+
+
+@pytest.mark.parametrize("num_partitions", [0, 2])
+def test_a_service_with_the_adapter_of_a_version_goes_there_and_ends_what_it_began(
+    recipe: Recipe, num_partitions: int
+) -> None:
+    """Whoever embedded for the version before is answered from it, and told where the service is by now."""
+    service = Service(recipe, num_partitions)
+    service.model.spaces.add("91bc")
+    write_version(recipe.storage.index, Content([Given(table())], 32, "91bc"), IndexConfig())
+    query = QUERIES[0]
+
+    async def scenario() -> None:
+        before = await service.router.search(query, 10, "3f2a")
+        assert (before.version, before.fingerprint, before.moved_to) == (A, "3f2a", "3f2a")
+        await service.router.send("current")
+        late = await service.router.search(query, 10, "3f2a")
+        assert (late.version, late.fingerprint, late.moved_to) == (A, "3f2a", "91bc")
+        assert late.hits == before.hits
+        new = await service.router.search(query, 10, "91bc")
+        assert (new.version, new.fingerprint, new.moved_to) == (B, "91bc", "91bc")
+        assert (await service.router.search(query, 10)).version == B
+        assert await service.router.search(query, 10, "0000") == Moved("91bc")
 
     run(scenario, service.router)
 
@@ -650,11 +678,11 @@ def test_a_replica_that_cannot_go_where_the_service_is_is_not_healthy(recipe: Re
         await there.router.send("current")
         await here.router._follower.tick()
         with pytest.raises(ServiceError, match=rf"at index version {B}, and this replica cannot"):
-            here.router.check_health()
-        there.router.check_health()
+            await here.router.check_health()
+        await there.router.check_health()
         here.model.error = None
         await here.router._follower.tick()
-        here.router.check_health()
+        await here.router.check_health()
         assert [one.version for one in await here.search()] == [B] * len(QUERIES)
 
     run(scenario)

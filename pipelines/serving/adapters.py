@@ -1,0 +1,181 @@
+"""The adapters of a service: one frozen model embeds for all of them, and they come and go while it answers.
+
+Which there are stands in the recipe and, for what changed since, in the record that all replicas of the service read.
+An adapter is some 40 KB, so each replica holds all of them that were asked for.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.serving.course import Course, Record
+from slq.artifacts import load_adapter, load_adapter_config, require_same_fingerprint
+from slq.encoder import Encoder
+from slq.errors import ArtifactError, ArtifactMismatchError, DataError, UnknownModelError
+from slq.latent_queries import LatentQueries
+
+log = logging.getLogger(__name__)
+OWN = "slq"
+"""The name of the adapter that a service was started with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What an adapter made of items.
+
+    Attributes:
+        vectors: (dimension,) float32 of unit norm, in the order of the items.
+        fingerprint: Of their embedding space.
+    """
+
+    vectors: list[NDArray[np.float32]]
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an adapter lies, and what was found there when it was added; None of one that the recipe names."""
+
+    folder: str
+    fingerprint: str | None = None
+
+
+class Adapters:
+    """Encoders by the names of their adapters, on one frozen backbone.
+
+    Args:
+        own: The encoder that the service was started with.
+        given: Further adapters of the recipe: name -> folder.
+        root: The folder below which adapters may be added later.
+        record: What changed since the start.
+    """
+
+    def __init__(self, own: Encoder, given: dict[str, Path], root: Path, record: Record) -> None:
+        self._own = own
+        self._given = {name: _Place(str(path)) for name, path in given.items()}
+        self._root = root.resolve()
+        self._record = record
+        self._loaded: dict[str, tuple[_Place, Encoder]] = {}
+        for name, place in self._places().items():
+            self._bring(name, place)
+
+    def _places(self) -> dict[str, _Place]:
+        changes = self._record.read().adapters
+        kept = {name: place for name, place in self._given.items() if name not in changes}
+        return kept | {name: _Place(*one) for name, one in changes.items() if one is not None}
+
+    def encoder(self, model: str) -> Encoder:
+        """The encoder of a model.
+
+        Args:
+            model: The name of an adapter, or the fingerprint of its embedding space.
+
+        Raises:
+            UnknownModelError: There is none.
+            ArtifactError: Its folder is gone or damaged.
+            ArtifactMismatchError: Its folder holds an adapter of another model by now.
+        """
+        if model in (OWN, self._own.fingerprint):
+            return self._own
+        places = self._places()
+        self._loaded = {name: one for name, one in self._loaded.items() if name in places}
+        if model in places:
+            return self._bring(model, places[model])
+        for name, place in places.items():
+            if self._bring(name, place).fingerprint == model:
+                return self._loaded[name][1]
+        raise UnknownModelError(
+            f"there is no model {model!r}; this service has {', '.join([OWN, *sorted(places)])}"
+        )
+
+    def _bring(self, name: str, place: _Place) -> Encoder:
+        held, encoder = self._loaded.get(name, (None, None))
+        if encoder is None or held != place:
+            encoder = self._load(Path(place.folder))
+            if place.fingerprint not in (None, encoder.fingerprint):
+                raise ArtifactMismatchError(
+                    f"adapter {place.folder} was added with fingerprint {place.fingerprint} and has "
+                    f"{encoder.fingerprint} by now; add it again"
+                )
+            self._loaded[name] = place, encoder
+            log.info("adapter %r of %s is served", name, place.folder)
+        return encoder
+
+    def _load(self, folder: Path) -> Encoder:
+        config, backbone = load_adapter_config(folder), self._own.backbone
+        if config.slq_type != "SLQ" or not isinstance(self._own.adapter, LatentQueries):
+            raise DataError(
+                f"adapter {folder} cannot be added: only latent queries share a model, and a service of LoRA or of a "
+                "fine-tuned model has that one alone"
+            )
+        encoder = Encoder(backbone, load_adapter(folder, backbone))
+        require_same_fingerprint(
+            config.fingerprint,
+            encoder.fingerprint,
+            expected_in=f"adapter {folder}",
+            found_in="the model of this service with it",
+            remedy="its prompt or its settings differ from those of the service's own adapter",
+        )
+        return encoder
+
+    def models(self) -> dict[str, str]:
+        """Fingerprints by name; those that cannot be loaded are missing."""
+        found = {OWN: self._own.fingerprint}
+        for name, place in self._places().items():
+            try:
+                found[name] = self._bring(name, place).fingerprint
+            except (ArtifactError, DataError) as error:
+                log.warning("adapter %r cannot be served: %s", name, error)
+        return found
+
+    def add(self, name: str, folder: str) -> str:
+        """Serve a further adapter, or another one under a name; gives its fingerprint.
+
+        Args:
+            name: What requests call it.
+            folder: Relative to the root.
+
+        Raises:
+            DataError: The name is that of the own adapter, or the folder lies elsewhere.
+            ArtifactError: The folder holds no adapter.
+            ArtifactMismatchError: It belongs to another model.
+        """
+        self._require_other(name)
+        path = (self._root / folder).resolve()
+        if not path.is_relative_to(self._root):
+            raise DataError(f"folder {folder!r} does not lie below the service's adapters_dir")
+        if not path.is_dir():
+            raise DataError(f"there is no folder {folder!r} in the service's adapters_dir")
+        encoder = self._load(path)
+        place = _Place(str(path), encoder.fingerprint)
+        self._change(name, (str(path), encoder.fingerprint))
+        self._loaded[name] = place, encoder
+        return encoder.fingerprint
+
+    def remove(self, name: str) -> None:
+        """Serve an adapter no longer.
+
+        Raises:
+            DataError: It is the own one.
+            UnknownModelError: There is none of this name.
+        """
+        self._require_other(name)
+        if name not in self._places():
+            raise UnknownModelError(f"there is no model {name!r} to remove")
+        self._change(name, None)
+        self._loaded.pop(name, None)
+
+    def _change(self, name: str, value: tuple[str, str] | None) -> None:
+        def changed(course: Course) -> Course:
+            return replace(course, adapters={**course.adapters, name: value})
+
+        self._record.change(changed)
+
+    def _require_other(self, name: str) -> None:
+        if name == OWN:
+            raise DataError(
+                f"{OWN!r} is the adapter that the service was started with; give another name"
+            )

@@ -1,0 +1,84 @@
+"""The deployments of the service and how they hang together: ingress -> backbone and index -> partitions."""
+
+from typing import Any
+
+from pipelines.recipe import Recipe
+from pipelines.serving.config import Scaling
+from pipelines.serving.index_service import IndexService
+from pipelines.serving.ingress import Ingress
+from pipelines.serving.partition import PartitionService
+from pipelines.serving.pinned import Pinned
+from pipelines.serving.replicas import BackboneService
+from slq.engines import FAISS
+from slq.index.config import CPU
+
+_DRAIN_S = 8.0  # so that a service that is told to stop has answered and gone within ten seconds
+_HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 10}
+"""A replica that is stopped or hangs is found within 12 s; a busy one has time for a pass in between."""
+
+
+def application(recipe: Recipe, pinned: Pinned) -> Any:
+    """The Serve application graph of a recipe.
+
+    Args:
+        recipe: The resolved recipe.
+        pinned: What every replica checks when it starts, now or later.
+    """
+    plain = recipe.model_dump(mode="json")
+    scaling, queued = recipe.serve.scaling, recipe.serve.max_queued_requests
+    gpus = recipe.resources.gpus_per_worker
+    backbone = BackboneService.options(  # type: ignore[attr-defined]
+        **_options(scaling.backbone, queued),
+        ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
+    ).bind(plain, pinned)
+    device = recipe.index.search_device
+    on_gpu = {} if device == CPU else {"num_gpus": recipe.resources.gpus_per_index_worker}
+    index = IndexService.options(  # type: ignore[attr-defined]
+        **_options(_of_index(recipe), queued), ray_actor_options={"num_cpus": 0, **on_gpu}
+    ).bind(plain, pinned, backbone, *_partitions(recipe, pinned))
+    # What waits for an ingress replica waits in a proxy, so the ingress itself takes all there is and refuses.
+    ingress = Ingress.options(  # type: ignore[attr-defined]
+        **_options(scaling.ingress, recipe.serve.max_in_flight), ray_actor_options={"num_cpus": 0}
+    )
+    return ingress.bind(plain, pinned, backbone, index)
+
+
+def _options(scaling: Scaling, max_queued: int) -> dict[str, Any]:
+    """Options that all deployments have."""
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "look_back_period_s": scaling.look_back_s,
+            "metrics_interval_s": min(scaling.look_back_s, 2.0),
+        },
+        "max_ongoing_requests": scaling.max_ongoing_requests,
+        "max_queued_requests": max_queued,
+        "graceful_shutdown_timeout_s": _DRAIN_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        **_HEALTH,
+    }
+
+
+def _of_index(recipe: Recipe) -> Scaling:
+    """One replica of an engine of others: a file of Milvus Lite or a folder of Qdrant lets only one process in."""
+    scaling = recipe.serve.scaling.index
+    if recipe.index.engine == FAISS:
+        return scaling
+    return scaling.model_copy(update={"min_replicas": 1, "max_replicas": 1})
+
+
+def _partitions(recipe: Recipe, pinned: Pinned) -> list[Any]:
+    """One deployment each, so that the router can ask for each of them; none where the index is not shared out."""
+    count = recipe.resources.index_partitions
+    folder = str(recipe.storage.index.resolve())
+    options = _options(recipe.serve.scaling.partition, recipe.serve.max_queued_requests)
+    return [
+        PartitionService.options(
+            name=f"Partition{number}", **options, ray_actor_options={"num_cpus": 0}
+        ).bind(folder, number, count, pinned)
+        for number in range(count if count > 1 else 0)
+    ]

@@ -1,0 +1,90 @@
+"""What an ingress replica takes on: so many requests and bytes at once, each for so long, and no more.
+
+More than that is refused at once, before a body is read, so that what waits neither fills the memory nor grows old.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipelines.messages import error_body
+from pipelines.serving.config import ServeConfig
+
+RETRY_AFTER_S = 1
+_ALWAYS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Whoever watches a service learns of it most where it is full."""
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: What it stands before.
+        settings: Gives the section `serve`.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Callable[[], ServeConfig]) -> None:
+        self._app = app
+        self._settings = settings
+        self._num = 0
+        self._num_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request in its time, or refuse it."""
+        if scope["type"] != "http" or scope["path"] in _ALWAYS:
+            await self._app(scope, receive, send)
+            return
+        settings = self._settings()
+        size = _size_of(scope, settings.max_body_bytes)
+        if self._is_full(settings, size):
+            await _refuse(503, "too many requests are in hand; try again later")(
+                scope, receive, send
+            )
+            return
+        self._num, self._num_bytes = self._num + 1, self._num_bytes + size
+        try:
+            await self._in_time(settings.timeout_s, scope, receive, send)
+        finally:
+            self._num, self._num_bytes = self._num - 1, self._num_bytes - size
+
+    def _is_full(self, settings: ServeConfig, size: int) -> bool:
+        """A body that is larger than all that may be in hand is taken alone."""
+        if self._num >= settings.max_in_flight:
+            return True
+        return self._num > 0 and self._num_bytes + size > settings.max_in_flight_bytes
+
+    async def _in_time(self, limit_s: float, scope: Scope, receive: Receive, send: Send) -> None:
+        is_begun = False
+
+        async def told(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._app(scope, receive, told)
+        except TimeoutError:
+            if is_begun:
+                raise
+            message = f"no answer within {limit_s:g} s (serve.timeout_s); ask for less, or try again later"
+            await _refuse(504, message)(scope, receive, send)
+
+
+def _size_of(scope: Scope, most: int) -> int:
+    """Bytes of a body as far as they are known; the most there may be where they are not."""
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "")
+    if length.isascii() and length.isdigit():
+        return min(int(length), most)
+    return most if "transfer-encoding" in headers else 0
+
+
+def _refuse(status: int, message: str) -> JSONResponse:
+    kind = "timeout" if status == 504 else "service_unavailable"
+    return JSONResponse(
+        error_body(message, kind), status, headers={"retry-after": str(RETRY_AFTER_S)}
+    )
