@@ -60,7 +60,9 @@ class Adapters:
         self._record = record
         self._loaded: dict[str, tuple[_Place, Encoder]] = {}
         for name, place in self._places().items():
-            self._bring(name, place)
+            if place.fingerprint is None:  # what the recipe names must be there
+                self._bring(name, place)
+        self.models()
 
     def _places(self) -> dict[str, _Place]:
         changes = self._record.read().adapters
@@ -84,8 +86,8 @@ class Adapters:
         self._loaded = {name: one for name, one in self._loaded.items() if name in places}
         if model in places:
             return self._bring(model, places[model])
-        for name, place in places.items():
-            if self._bring(name, place).fingerprint == model:
+        for name, fingerprint in self.models().items():
+            if fingerprint == model:
                 return self._loaded[name][1]
         raise UnknownModelError(
             f"there is no model {model!r}; this service has {', '.join([OWN, *sorted(places)])}"
@@ -139,8 +141,7 @@ class Adapters:
             folder: Relative to the root.
 
         Raises:
-            DataError: The name is that of the own adapter, or the folder lies elsewhere.
-            ArtifactError: The folder holds no adapter.
+            DataError: The name is that of the own adapter, or the folder lies elsewhere or holds no adapter.
             ArtifactMismatchError: It belongs to another model.
         """
         self._require_other(name)
@@ -149,7 +150,12 @@ class Adapters:
             raise DataError(f"folder {folder!r} does not lie below the service's adapters_dir")
         if not path.is_dir():
             raise DataError(f"there is no folder {folder!r} in the service's adapters_dir")
-        encoder = self._load(path)
+        try:
+            encoder = self._load(path)
+        except ArtifactMismatchError:
+            raise
+        except ArtifactError as error:
+            raise DataError(str(error)) from None
         place = _Place(str(path), encoder.fingerprint)
         self._change(name, (str(path), encoder.fingerprint))
         self._loaded[name] = place, encoder

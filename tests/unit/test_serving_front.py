@@ -1,0 +1,159 @@
+"""What stands in the proxies: another replica is asked where one dies, and a proxy's own words get our shape."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipelines.serving import front
+from pipelines.serving.front import Front, middlewares
+
+BODY = [b"first ", b"and last"]
+Messages = list[dict[str, Any]]
+
+
+def plain(status: int, text: bytes) -> Messages:
+    """What a proxy of Ray Serve says itself."""
+    headers = [[b"content-type", b"text/plain; charset=utf-8"], [b"x-request-id", b"r-1"]]
+    return [
+        {"type": "http.response.start", "status": status, "headers": headers},
+        {"type": "http.response.body", "body": text},
+    ]
+
+
+def of_ours(status: int, said: dict[str, Any]) -> Messages:
+    payload = json.dumps(said).encode()
+    headers = [(b"content-type", b"application/json")]
+    return [
+        {"type": "http.response.start", "status": status, "headers": headers},
+        {"type": "http.response.body", "body": payload},
+    ]
+
+
+class Proxy:
+    """An application that reads the body as a replica would, and answers what it is told, one after the other."""
+
+    def __init__(self, *answers: Messages) -> None:
+        self.answers = list(answers)
+        self.bodies: list[bytes] = []
+        self.paths: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.paths.append(scope["path"])
+        scope["path"] = "cut by the proxy"
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                break
+        self.bodies.append(body)
+        for message in self.answers.pop(0):
+            await send(message)
+
+
+def receiving(parts: list[bytes], *, leaves: bool = False) -> Callable[[], Any]:
+    """A client that sends a body in parts, once."""
+    messages: Messages = [
+        {"type": "http.request", "body": part, "more_body": n + 1 < len(parts)}
+        for n, part in enumerate(parts)
+    ]
+    if leaves:
+        messages[-1] = {"type": "http.disconnect"}
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    return receive
+
+
+def asked(proxy: Proxy, parts: list[bytes] = BODY, *, leaves: bool = False) -> Messages:
+    """What a client gets."""
+    sent: Messages = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/search", "method": "POST", "headers": []}
+    asyncio.run(Front(proxy)(scope, receiving(parts, leaves=leaves), send))
+    return sent
+
+
+def test_an_answer_goes_on_as_it_is() -> None:
+    answer = of_ours(200, {"results": []})
+    proxy = Proxy(answer)
+    assert asked(proxy) == answer
+    assert proxy.bodies == [b"first and last"]
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_where_a_replica_dies_another_one_gets_the_same_request(deaths: int) -> None:
+    answer = of_ours(200, {"results": []})
+    proxy = Proxy(*[plain(500, b"Internal Server Error")] * deaths, answer)
+    assert asked(proxy) == answer
+    assert proxy.bodies == [b"first and last"] * (deaths + 1)
+    assert proxy.paths == ["/search"] * (deaths + 1)
+
+
+def test_where_they_all_die_the_client_is_told_to_come_again() -> None:
+    proxy = Proxy(*[plain(500, b"The actor at 10.0.0.9 died")] * 9)
+    start, body = asked(proxy)
+    assert len(proxy.bodies) == 3
+    assert start["status"] == 503
+    headers = dict(start["headers"])
+    assert headers[b"retry-after"] == b"1"
+    assert headers[b"x-request-id"] == b"r-1"
+    assert int(headers[b"content-length"]) == len(body["body"])
+    error = json.loads(body["body"])["error"]
+    assert error["type"] == "service_unavailable"
+    assert "10.0.0.9" not in error["message"]
+
+
+def test_what_no_replica_takes_is_not_tried_again_and_gets_our_shape() -> None:
+    proxy = Proxy(plain(503, b"Request dropped due to backpressure"))
+    start, body = asked(proxy)
+    assert len(proxy.bodies) == 1
+    assert (start["status"], dict(start["headers"])[b"retry-after"]) == (503, b"1")
+    assert "too many requests" in json.loads(body["body"])["error"]["message"]
+
+
+@pytest.mark.parametrize("status", [500, 503, 404])
+def test_our_own_errors_are_the_clients(status: int) -> None:
+    answer = of_ours(status, {"error": {"message": "x"}})
+    proxy = Proxy(answer)
+    assert asked(proxy) == answer
+    assert len(proxy.bodies) == 1
+
+
+def test_a_plain_text_that_is_no_failure_goes_on() -> None:
+    answer = plain(200, b"success")
+    assert asked(Proxy(answer)) == answer
+
+
+def test_a_body_that_is_too_long_to_keep_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_KEPT_BYTES", 8)
+    proxy = Proxy(plain(500, b"died"), of_ours(200, {}))
+    start, _ = asked(proxy)
+    assert start["status"] == 503
+    assert proxy.bodies == [b"first and last"]
+
+
+def test_whoever_is_gone_is_not_answered_again() -> None:
+    proxy = Proxy(plain(500, b"died"), of_ours(200, {}))
+    asked(proxy, [b"first ", b""], leaves=True)
+    assert len(proxy.bodies) == 1
+
+
+def test_rays_proxies_load_it() -> None:
+    """By the name that the commands put into the environment, and as Ray checks it."""
+    from ray.serve._private.http_util import validate_http_proxy_callback_return
+    from ray.serve._private.utils import call_function_from_import_path
+
+    found = call_function_from_import_path(front.IMPORT_PATH)
+    (one,) = validate_http_proxy_callback_return(found)
+    assert one.cls is Front is middlewares()[0].cls
+    from ray.serve._private import constants
+
+    assert hasattr(constants, front.VARIABLE)
