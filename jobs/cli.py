@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from jobs.console import AsJson, DryRun, Overrides, RecipePath, err, friendly_errors, out, run_stage
+from jobs.console import (
+    AsJson,
+    DryRun,
+    Overrides,
+    RecipePath,
+    err,
+    friendly_errors,
+    out,
+    print_serve_config,
+    run_stage,
+)
 from jobs.results import results_table
 from pipelines.progress import duration
 from pipelines.recipe import Recipe
@@ -296,10 +306,24 @@ def evaluate(
 
 
 @app.command(epilog="Example: slq serve jobs/recipes/demo.yaml --set serve.port=8080")
-def serve(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def serve(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    config: Annotated[
+        bool,
+        typer.Option(
+            "--config",
+            help="print the same service as a Serve config (`serve deploy`, serveConfigV2 of a RayService) and stop",
+        ),
+    ] = False,
+) -> None:
     """Serve search, embeddings and a gallery page on Ray Serve until interrupted."""
     from pipelines.serve import serve_until_stopped
 
+    if config:
+        print_serve_config(recipe, overrides)
+        return
     run_stage(recipe, overrides, dry_run=dry_run, as_json=False, stage=serve_until_stopped)
 
 

@@ -87,6 +87,16 @@ def run_stage(
         out.print(f"[green]done[/] {result}" if place else "[green]done[/]", soft_wrap=True)
 
 
+def print_serve_config(recipe_path: Path, overrides: list[str] | None) -> None:
+    """Print the service of a recipe as a Serve config, in YAML."""
+    from pipelines.serving.app import BuildArguments, serve_config
+
+    with friendly_errors():
+        recipe = load_recipe(recipe_path, overrides)
+        given = BuildArguments(recipe=recipe_path.resolve(), overrides=overrides or [])
+        print(yaml.safe_dump(serve_config(recipe, given), sort_keys=False, width=1000), end="")
+
+
 def connected(recipe: Recipe, stage: Callable[[Recipe], Any]) -> Any:
     """Run a flow inside Ray, with missing data files generated first."""
     from pipelines.runtime import connect

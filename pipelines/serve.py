@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import threading
-import uuid
 from types import FrameType
 
 import ray
@@ -18,18 +17,12 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from pipelines.recipe import Recipe
-from pipelines.serving.app import application
+from pipelines.serving.app import APP_NAME, application
+from pipelines.serving.checks import pinned_to
 from pipelines.serving.pinned import Pinned
-from pipelines.tasks import require_gpus
-from slq.artifacts import load_adapter_config, require_same_fingerprint
-from slq.engines import FAISS
-from slq.errors import ConfigError, ServiceError
-from slq.index import VectorIndex
-from slq.index.config import CPU
-from slq.index.shares import num_partitions
+from slq.errors import ServiceError
 
 log = logging.getLogger(__name__)
-APP_NAME = "slq"
 _owned: set[str] = set()  # "serve" and "application": what this process started, so may stop
 _started: list[Pinned] = []
 
@@ -38,28 +31,10 @@ def check_before_start(recipe: Recipe) -> Pinned:
     """Refuse to start what could not answer; gives what the service will be pinned to.
 
     Raises:
-        ArtifactError: Adapter or index is missing or damaged.
-        ConfigError: A GPU is named for the index, whose replica gets one from Ray.
-        HardwareError: A GPU is asked for the index, and the cluster has none.
-        ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
+        SlqError: As `pinned_to` raises.
         ServiceError: The port is in use, or a service on this cluster is in the way.
     """
-    _require_engine(recipe)
-    _require_search_device(recipe)
-    adapter = load_adapter_config(recipe.storage.adapter)
-    course_file = recipe.storage.dir.resolve() / "serve" / f"{uuid.uuid4().hex[:12]}.json"
-    # Closed again: what only one process can open is the replica's.
-    with recipe.index_place.open(has_codes=False) as index:
-        if isinstance(index, VectorIndex):
-            _warn_of_empty_partitions(recipe, index)
-        found = Pinned(index.fingerprint, index.version, course_file)
-    require_same_fingerprint(
-        found.fingerprint,
-        adapter.fingerprint,
-        expected_in=f"index {recipe.index_place}",
-        found_in=f"adapter {recipe.storage.adapter}",
-        remedy="rebuild it with `slq embed` and `slq index`",
-    )
+    found = pinned_to(recipe)
     host, port = recipe.serve.host, recipe.serve.port
     running = running_endpoint()
     if running is None:
@@ -74,47 +49,6 @@ def check_before_start(recipe: Recipe) -> Pinned:
             f"an application {APP_NAME!r} already runs on this cluster at {host}:{port}; stop it first"
         )
     return found
-
-
-def _require_engine(recipe: Recipe) -> None:
-    """Partitions and versions are those of an index of faiss."""
-    if recipe.index.engine == FAISS:
-        return
-    for key, is_set in {
-        "resources.index_partitions": recipe.resources.index_partitions > 1,
-        "serve.follow_index": recipe.serve.follow_index,
-    }.items():
-        if is_set:
-            raise ConfigError(
-                f"{key} is for an index of faiss, and index.engine is {recipe.index.engine}, which has its own; leave "
-                "it out"
-            )
-
-
-def _require_search_device(recipe: Recipe) -> None:
-    device = recipe.index.search_device
-    if device not in (CPU, "cuda"):
-        raise ConfigError(
-            f"index.search_device is {device}, but the service's index works on the GPU that Ray gives it; set "
-            "index.search_device=cuda"
-        )
-    if device != CPU:
-        gpus, way_out = recipe.resources.gpus_per_index_worker, "set index.search_device=cpu"
-        require_gpus("resources.gpus_per_index_worker", gpus, way_out)
-        if recipe.resources.index_partitions > 1:
-            raise ConfigError(
-                "a GPU holds a whole index: with index.search_device=cuda set resources.index_partitions=1"
-            )
-
-
-def _warn_of_empty_partitions(recipe: Recipe, index: VectorIndex) -> None:
-    count, files = recipe.resources.index_partitions, num_partitions(index.manifest)
-    if files < count:
-        log.warning(
-            "index version %s has its codes in %d files, so that %d of %d partitions hold nothing; lower "
-            "resources.index_partitions, or build it with a smaller index.partition_bytes",
-            *(index.version, files, count - files, count),
-        )
 
 
 def running_endpoint() -> tuple[str, int] | None:

@@ -1,8 +1,12 @@
 """The deployments of the service and how they hang together: ingress -> backbone and index -> partitions."""
 
+from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import Recipe
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.serving.checks import pinned_to
 from pipelines.serving.config import Scaling
 from pipelines.serving.index_service import IndexService
 from pipelines.serving.ingress import Ingress
@@ -12,6 +16,8 @@ from pipelines.serving.replicas import BackboneService
 from slq.engines import FAISS
 from slq.index.config import CPU
 
+APP_NAME = "slq"
+IMPORT_PATH = "pipelines.serving.app:build"
 _DRAIN_S = 8.0  # so that a service that is told to stop has answered and gone within ten seconds
 _HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 10}
 """A replica that is stopped or hangs is found within 12 s; a busy one has time for a pass in between."""
@@ -27,20 +33,73 @@ def application(recipe: Recipe, pinned: Pinned) -> Any:
     plain = recipe.model_dump(mode="json")
     scaling, queued = recipe.serve.scaling, recipe.serve.max_queued_requests
     gpus = recipe.resources.gpus_per_worker
+    on_model = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus}
+    partitions = _partitions(recipe, pinned)
+    if recipe.serve.is_together:
+        whole = Ingress.options(  # type: ignore[attr-defined]
+            **_options(scaling.backbone, queued), ray_actor_options=on_model
+        )
+        return whole.bind(plain, pinned, None, None, *partitions)
     backbone = BackboneService.options(  # type: ignore[attr-defined]
-        **_options(scaling.backbone, queued),
-        ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
+        **_options(scaling.backbone, queued), ray_actor_options=on_model
     ).bind(plain, pinned)
     device = recipe.index.search_device
     on_gpu = {} if device == CPU else {"num_gpus": recipe.resources.gpus_per_index_worker}
     index = IndexService.options(  # type: ignore[attr-defined]
         **_options(_of_index(recipe), queued), ray_actor_options={"num_cpus": 0, **on_gpu}
-    ).bind(plain, pinned, backbone, *_partitions(recipe, pinned))
+    ).bind(plain, pinned, backbone, *partitions)
     # What waits for an ingress replica waits in a proxy, so the ingress itself takes all there is and refuses.
     ingress = Ingress.options(  # type: ignore[attr-defined]
         **_options(scaling.ingress, recipe.serve.max_in_flight), ray_actor_options={"num_cpus": 0}
     )
     return ingress.bind(plain, pinned, backbone, index)
+
+
+class BuildArguments(BaseModel):
+    """Arguments of the application in a Serve config."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: Path
+    """Of the cluster's machines, all of which reach the run folder that it names."""
+    overrides: list[str] = []
+    """`section.key=value`, as of `--set`."""
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """The application graph for a Serve config (`import_path`), as `serve deploy` and KubeRay's RayService build it.
+
+    Args:
+        arguments: As of `BuildArguments`.
+
+    Raises:
+        SlqError: What is served could not answer; see `pinned_to`.
+    """
+    given = BuildArguments.model_validate(arguments)
+    recipe = load_recipe(given.recipe, given.overrides)
+    return application(recipe, pinned_to(recipe))
+
+
+def serve_config(recipe: Recipe, arguments: BuildArguments) -> dict[str, Any]:
+    """The Serve config of a recipe's service (`serve deploy`, or `serveConfigV2` of a RayService).
+
+    Args:
+        recipe: The resolved recipe.
+        arguments: That it was read from.
+    """
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": recipe.serve.host, "port": recipe.serve.port},
+        "applications": [
+            {
+                "name": APP_NAME,
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": arguments.model_dump(mode="json"),
+                "runtime_env": {},
+            }
+        ],
+    }
 
 
 def _options(scaling: Scaling, max_queued: int) -> dict[str, Any]:

@@ -101,6 +101,9 @@ class ServeConfig(Section):
     patience_s: Annotated[float, Field(gt=0)] = 10.0
     """How long a replica may be silent before the same is asked of another one, once; a dead one is replaced at once.
     More than a pass takes under load, or load grows by what is asked twice."""
+    is_together: bool = False
+    """Have ingress, model and index in one process, whose replicas scale as `scaling.backbone` says: each query spares
+    two calls between processes, and each replica holds the index, too. Partitions stay processes of their own."""
     scaling: ScalingConfig = ScalingConfig()
     """Replicas of each deployment."""
     adapters: dict[Annotated[str, Field(pattern=MODEL_NAME)], Path] = Field(default_factory=dict)

@@ -37,9 +37,11 @@ from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
 from pipelines.serving.gate import Gate
 from pipelines.serving.guard import Guard
-from pipelines.serving.index_service import Sent
+from pipelines.serving.here import Here
+from pipelines.serving.index_service import IndexService, Sent
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.replicas import BackboneService
 from pipelines.serving.retriever import Retriever
 from slq.errors import (
     DataError,
@@ -47,8 +49,6 @@ from slq.errors import (
 )
 from slq.schema import Item
 
-_HEALTH_TIMEOUT_S = 10.0
-_MOVES = 3  # to other embedding spaces that a query follows while it is answered
 FINGERPRINT = "x-slq-fingerprint"
 app = FastAPI(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
@@ -69,22 +69,42 @@ app.add_middleware(Guard, settings=_settings)  # the last one added is the first
 @serve.deployment
 @serve.ingress(app)
 class Ingress:
-    """The HTTP face; it holds no model and no vectors."""
+    """The HTTP face; it holds no model and no vectors, but where the service is together in one process.
+
+    Args:
+        recipe: The resolved recipe as plain values.
+        pinned: What the service was started with.
+        backbone: Embeds and scores; None where model and index are here.
+        index: Searches; None where they are here.
+        partitions: Of the index that is here.
+    """
 
     def __init__(
         self,
         recipe: dict[str, Any],
         pinned: Pinned,
-        backbone: DeploymentHandle,
-        index: DeploymentHandle,
+        backbone: DeploymentHandle | None,
+        index: DeploymentHandle | None,
+        *partitions: DeploymentHandle,
     ) -> None:
         self._recipe = Recipe.model_validate(recipe)
-        self._backbone = backbone
-        self._index = index
+        self._parts: list[Any] = []  # those that are in this process
+        if backbone is None or index is None:
+            model = BackboneService.func_or_class(recipe, pinned)  # type: ignore[attr-defined]
+            vectors = IndexService.func_or_class(recipe, pinned, Here(model), *partitions)  # type: ignore[attr-defined]
+            self._parts = [model, vectors]
+            backbone, index = Here(model), Here(vectors)
+        self._backbone: Any = backbone
+        self._index: Any = index
         self.settings = self._recipe.serve
         patience_s = self.settings.patience_s
-        self._retriever = Retriever(pinned, backbone, index, patience_s)
+        self._retriever = Retriever(pinned, self._backbone, self._index, patience_s)
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica of which a part that is in it is not healthy."""
+        for part in self._parts:
+            await part.check_health()
 
     @app.post("/search")
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:
