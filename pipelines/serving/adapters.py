@@ -5,6 +5,7 @@ An adapter is some 40 KB, so each replica holds all of them that were asked for.
 """
 
 import logging
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Adapters:
         self._root = root.resolve()
         self._record = record
         self._loaded: dict[str, tuple[_Place, Encoder]] = {}
+        self._lock = threading.RLock()  # requests come on the event loop, and changes in threads
         for name, place in self._places().items():
             if place.fingerprint is None:  # what the recipe names must be there
                 self._bring(name, place)
@@ -82,13 +84,14 @@ class Adapters:
         """
         if model in (OWN, self._own.fingerprint):
             return self._own
-        places = self._places()
-        self._loaded = {name: one for name, one in self._loaded.items() if name in places}
-        if model in places:
-            return self._bring(model, places[model])
-        for name, fingerprint in self.models().items():
-            if fingerprint == model:
-                return self._loaded[name][1]
+        with self._lock:
+            places = self._places()
+            self._loaded = {name: one for name, one in self._loaded.items() if name in places}
+            if model in places:
+                return self._bring(model, places[model])
+            for name, fingerprint in self.models().items():
+                if fingerprint == model:
+                    return self._loaded[name][1]
         raise UnknownModelError(
             f"there is no model {model!r}; this service has {', '.join([OWN, *sorted(places)])}"
         )
@@ -126,11 +129,12 @@ class Adapters:
     def models(self) -> dict[str, str]:
         """Fingerprints by name; those that cannot be loaded are missing."""
         found = {OWN: self._own.fingerprint}
-        for name, place in self._places().items():
-            try:
-                found[name] = self._bring(name, place).fingerprint
-            except (ArtifactError, DataError) as error:
-                log.warning("adapter %r cannot be served: %s", name, error)
+        with self._lock:
+            for name, place in self._places().items():
+                try:
+                    found[name] = self._bring(name, place).fingerprint
+                except (ArtifactError, DataError) as error:
+                    log.warning("adapter %r cannot be served: %s", name, error)
         return found
 
     def add(self, name: str, folder: str) -> str:
@@ -157,8 +161,9 @@ class Adapters:
         except ArtifactError as error:
             raise DataError(str(error)) from None
         place = _Place(str(path), encoder.fingerprint)
-        self._change(name, (str(path), encoder.fingerprint))
-        self._loaded[name] = place, encoder
+        with self._lock:
+            self._change(name, (str(path), encoder.fingerprint))
+            self._loaded[name] = place, encoder
         return encoder.fingerprint
 
     def remove(self, name: str) -> None:
@@ -171,8 +176,9 @@ class Adapters:
         self._require_other(name)
         if name not in self._places():
             raise UnknownModelError(f"there is no model {name!r} to remove")
-        self._change(name, None)
-        self._loaded.pop(name, None)
+        with self._lock:
+            self._change(name, None)
+            self._loaded.pop(name, None)
 
     def _change(self, name: str, value: tuple[str, str] | None) -> None:
         def changed(course: Course) -> Course:

@@ -91,6 +91,7 @@ class BackboneService:
 
     def __init__(self, recipe: dict[str, Any], pinned: Pinned) -> None:
         self._recipe = Recipe.model_validate(recipe)
+        self._pinned = pinned
         use_processors(self._recipe.serve.num_threads)
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
@@ -271,8 +272,20 @@ class BackboneService:
         return await asyncio.to_thread(self._adapters.add, name, folder)
 
     async def remove_adapter(self, name: str) -> None:
-        """Serve an adapter no longer; see `Adapters.remove`."""
-        await asyncio.to_thread(self._adapters.remove, name)
+        """Serve an adapter no longer; see `Adapters.remove`.
+
+        Raises:
+            DataError: The index version that the service is on was built with it.
+        """
+        await asyncio.to_thread(self._remove_adapter, name)
+
+    def _remove_adapter(self, name: str) -> None:
+        version = self._pinned.version_now()
+        if self._adapters.models().get(name) == self._fingerprint_of(version):
+            raise DataError(
+                f"index version {version}, which answers, was built with adapter {name!r}; it stays"
+            )
+        self._adapters.remove(name)
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose model cannot embed a word any more, or in time."""
