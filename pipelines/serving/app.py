@@ -19,8 +19,8 @@ from slq.index.config import CPU
 APP_NAME = "slq"
 IMPORT_PATH = "pipelines.serving.app:build"
 _DRAIN_S = 8.0  # so that a service that is told to stop has answered and gone within ten seconds
-_HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 10}
-"""A replica that is stopped or hangs is found within 12 s; a busy one has time for a pass in between."""
+_HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 4}
+"""Ray replaces a replica after three failures in a row (2.60), so one that hangs is gone within some 15 s."""
 
 
 def application(recipe: Recipe, pinned: Pinned) -> Any:

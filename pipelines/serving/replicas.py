@@ -110,7 +110,7 @@ class BackboneService:
         # A thread to embed and one to score: whoever searches waits for no fine stage, and of those that score the one
         # that came first ends first, where all at once would end late together.
         self._embeds, self._scores = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._embedded_at = -math.inf
+        self._embedded_at = self._pass_began = -math.inf
         batch = self._recipe.serve
         self._embed_batch.set_max_batch_size(batch.max_batch)
         self._embed_batch.set_batch_wait_timeout_s(batch.batch_wait_s)
@@ -149,7 +149,14 @@ class BackboneService:
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
     async def _embed_batch(self, wanted: list[Wanted]) -> list[NDArray[np.float32] | Exception]:
         """Exceptions travel as data: a raised one would fail every request in the pass."""
-        return await self._turn(self._embeds, each_alone, self._encode, wanted)
+        return await self._turn(self._embeds, self._timed_pass, wanted)
+
+    def _timed_pass(self, wanted: list[Wanted]) -> list[NDArray[np.float32] | Exception]:
+        self._pass_began = time.monotonic()
+        try:
+            return each_alone(self._encode, wanted)
+        finally:
+            self._pass_began = -math.inf
 
     async def _turn(
         self, threads: ThreadPoolExecutor, run: Callable[..., _Out], *what: Any
@@ -288,9 +295,16 @@ class BackboneService:
         self._adapters.remove(name)
 
     async def check_health(self) -> None:
-        """Ray Serve replaces a replica whose model cannot embed a word any more, or in time."""
-        if time.monotonic() - self._embedded_at < _FRESH_S:
-            return  # it has just embedded something
+        """Ray Serve replaces a replica whose model cannot embed a word any more.
+
+        One that embeds at this moment, or just did, need not prove it: a long pass is no sickness, unless no request
+        would wait for it.
+        """
+        now = time.monotonic()
+        if now - self._embedded_at < _FRESH_S:
+            return
+        if now - self._pass_began < self._recipe.serve.timeout_s:
+            return
         found = await self.embed([Item(text="health")])
         if not np.isfinite(found.vectors).all():
             raise ServiceError("the backbone gives vectors that are not finite")
