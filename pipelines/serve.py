@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from pipelines.recipe import Recipe
+from pipelines.serving.access import keys_of, require_keys
 from pipelines.serving.index_service import MAX_ONGOING, IndexService
 from pipelines.serving.ingress import Ingress
 from pipelines.serving.partition import PartitionService
@@ -47,6 +48,8 @@ def application(recipe: Recipe, pinned: Pinned) -> Any:
         pinned: What every replica checks when it starts, now or later.
     """
     plain = recipe.model_dump(mode="json")
+    if keys_of(recipe.serve) is not None:  # a machine that lacks them must not answer without
+        plain["serve"]["access"]["required"] = True
     gpus = recipe.resources.gpus_per_worker
     queue = {"max_queued_requests": recipe.serve.max_queued_requests}
     scaling = {
@@ -96,11 +99,13 @@ def check_before_start(recipe: Recipe) -> Pinned:
 
     Raises:
         ArtifactError: Adapter or index is missing or damaged.
-        ConfigError: A GPU is named for the index, whose replica gets one from Ray.
+        ConfigError: A GPU is named for the index, whose replica gets one from Ray; or the service would be open to
+            other machines without API keys.
         HardwareError: A GPU is asked for the index, and the cluster has none.
         ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
         ServiceError: The port is in use, or a service on this cluster is in the way.
     """
+    require_keys(recipe.serve)
     _require_engine(recipe)
     _require_search_device(recipe)
     adapter = load_adapter_config(recipe.storage.adapter)

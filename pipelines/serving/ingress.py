@@ -9,14 +9,14 @@ from importlib import resources as package_files
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Response
+from fastapi import Response
 from fastapi.responses import HTMLResponse
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
-from pipelines.contents import vector_of
+from pipelines.contents import Content, Readable, as_content, items_of, vector_of
+from pipelines.links import Links
 from pipelines.messages import (
     EmbeddingsRequest,
     IndexRequest,
@@ -28,33 +28,34 @@ from pipelines.messages import (
     embeddings_response,
 )
 from pipelines.recipe import Recipe
-from pipelines.serving.asked import asked
+from pipelines.serving.access import Access, require_admin
+from pipelines.serving.asked import ADMIN, asked
 from pipelines.serving.calls import answer_of
-from pipelines.serving.config import ServeConfig
+from pipelines.serving.described import ADMINISTERED, ASKED, FOUND, TOLD, DescribedApp
 from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
-from pipelines.serving.guard import Guard
+from pipelines.serving.guard import Guard, Guarded
 from pipelines.serving.index_service import Found, Sent
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.rates import charge
 from slq.errors import DataError, UnavailableError
 from slq.quantization import cut
 from slq.schema import Item
 
 _HEALTH_TIMEOUT_S = 10.0
-app = FastAPI(
+app = DescribedApp(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
 )
 answer_in_error_shape(app)
 
 
-def _settings() -> ServeConfig:
-    replica: Any = serve.get_replica_context().servable_object
-    settings: ServeConfig = replica.settings
-    return settings
+def _replica() -> Guarded:
+    replica: Guarded = serve.get_replica_context().servable_object
+    return replica
 
 
-app.add_middleware(Guard, settings=_settings)
+app.add_middleware(Guard, guarded=_replica)
 
 
 @serve.deployment
@@ -74,6 +75,8 @@ class Ingress:
         self._backbone = backbone
         self._index = index
         self.settings = self._recipe.serve
+        self.access = Access(self.settings)
+        self._links = Links(self.settings.links)
         self._info: dict[str, Any] = {}
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
 
@@ -105,7 +108,7 @@ class Ingress:
         )
         return [one if len(one) == dimension else cut(one[None], dimension)[0] for one in vectors]
 
-    @app.post("/search")
+    @app.post("/search", responses=ASKED)
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:
         """Coarse search, then the fine stage on the best candidates, for which the query needs a text or an image."""
         accepted = asked().accepted
@@ -157,8 +160,14 @@ class Ingress:
                     "the fine stage needs the query's text or image, not only its embedding"
                 )
             return None, vector
-        item = await asyncio.to_thread(body.query.item)
+        (readable,) = await self._readable([body.query])
+        item = await asyncio.to_thread(readable.item)
         return item, vector if vector is not None else (await self._embed([item]))[0]
+
+    async def _readable(self, contents: list[Content]) -> list[Readable]:
+        """Contents with the images that they name by URL, if this service fetches any; each counts as a request."""
+        charge(1 + sum(content.link is not None for content in contents))
+        return await self._links.readable(contents)
 
     def _depth(self, body: SearchRequest) -> int:
         """How many candidates the fine stage may score."""
@@ -171,7 +180,7 @@ class Ingress:
         if (body.rerank_k or 0) > limits.max_rerank:
             raise DataError(f"rerank_k is {body.rerank_k}; at most {limits.max_rerank} is allowed")
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", responses=ASKED)
     async def embeddings(self, body: EmbeddingsRequest, response: Response) -> dict[str, Any]:
         """Embeddings in OpenAI's shape."""
         info = await self._known()
@@ -182,25 +191,30 @@ class Ingress:
             raise DataError(
                 f"input has {body.num_inputs} entries; send at least one text or image and at most {limit}"
             )
-        items = await asyncio.to_thread(body.items)
+        charge(body.num_inputs)
+        readable = await self._readable(body.contents())
+        items = await asyncio.to_thread(items_of, readable)
         vectors = await self._embed(items)
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         words = sum(len((item.text or "").split()) for item in items)
         return await asyncio.to_thread(embeddings_response, vectors, body, words)
 
-    @app.post("/v1/rerank", response_model_exclude_none=True)
+    @app.post("/v1/rerank", response_model_exclude_none=True, responses=ASKED)
     async def rerank(self, body: RerankRequest, response: Response) -> RerankResponse:
         """Documents by how well they match a query, in the shape of Jina and Cohere."""
         info = await self._known()
         count, limit = len(body.documents), self._recipe.serve.max_rerank
         if not 0 < count <= limit:
             raise DataError(f"documents has {count} entries; send at least one and at most {limit}")
-        item = await asyncio.to_thread(body.item)
-        results = await FineStage(self._backbone, tenant=asked().tenant).documents(item, body)
+        charge(count)
+        query, *documents = await self._readable([as_content(body.query), *body.contents()])
+        item = await asyncio.to_thread(query.item)
+        fine = FineStage(self._backbone, tenant=asked().tenant)
+        results = await fine.documents(item, body, documents)
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         return RerankResponse(results=results, model=body.model)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=TOLD)
     async def models(self) -> dict[str, Any]:
         """The served adapter, in OpenAI's shape."""
         info = await self._known()
@@ -209,20 +223,20 @@ class Ingress:
             "data": [{"id": "slq", "object": "model", "owned_by": info["backbone"]}],
         }
 
-    @app.get("/info")
+    @app.get("/info", responses=TOLD)
     async def info(self) -> dict[str, Any]:
         """Fingerprint, dimension; the index version that answers, its size and partitions, and versions beside it.
 
-        What is wrong with a version or a partition is told only where versions can be changed: the words name paths.
+        What is wrong with a version or a partition is told only to whoever may change versions: the words name paths.
         """
         info = await self._describe()
-        if not self._recipe.serve.has_admin:
+        if ADMIN not in asked().scopes:
             info["refused_reason"] = None
             for partition in info["partitions"]:
                 partition["problem"] = None
         return info
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses=TOLD)
     async def healthz(self) -> dict[str, str]:
         """Answers when model and index answer now and belong together, and the index as far as it must."""
         info = await self._describe()
@@ -231,11 +245,10 @@ class Ingress:
             raise UnavailableError(f"{alive} of {count} partitions of the index answer")
         return {"status": "ok"}
 
-    @app.post("/admin/index")
+    @app.post("/admin/index", responses=ADMINISTERED)
     async def move(self, body: IndexRequest) -> IndexResponse:
         """Answer from another index version from now on, without a pause; it is loaded and checked before."""
-        if not self._recipe.serve.has_admin:
-            raise HTTPException(403, "this service does not let versions be changed (serve.admin)")
+        require_admin()
         started = time.perf_counter()
         sent: Sent = await answer_of(self._index.send.remote(body.version))
         return IndexResponse(
@@ -244,7 +257,7 @@ class Ingress:
             seconds=time.perf_counter() - started,
         )
 
-    @app.get("/items/{item_id:path}/image")
+    @app.get("/items/{item_id:path}/image", responses=FOUND, response_class=Response)
     async def image(self, item_id: str) -> Response:
         """The image of an indexed item."""
         uri = await answer_of(self._index.uri_of.remote(item_id))

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from pipelines.contents import Content
+from pipelines.contents import Readable
 from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
-from pipelines.serving.candidates import Candidates, Stored
+from pipelines.serving.candidates import Candidates
 from pipelines.serving.pinned import Pinned
 from slq.encoder import batches_by_length
 from slq.errors import DataError, ServiceError
@@ -148,7 +148,7 @@ class BackboneService:
     async def rank(
         self,
         query: Item,
-        candidates: list[Stored | Content],
+        candidates: list[Readable],
         coarse_scores: list[float] | None = None,
         *,
         budget_s: float | None = None,
