@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from jobs.console import AsJson, DryRun, Overrides, RecipePath, err, friendly_errors, out, run_stage
+from jobs.keys import app as keys_app
 from jobs.results import results_table
 from pipelines.progress import duration
 from pipelines.recipe import Recipe
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Turn a frozen multimodal LLM into a retriever, and serve it.",
     epilog="Start with: slq demo",
 )
+app.add_typer(keys_app)
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 

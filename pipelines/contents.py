@@ -8,7 +8,7 @@ from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from slq.errors import DataError, MediaError
 from slq.media import decode_image, sanitise_text
@@ -111,7 +111,7 @@ def _clean(text: str | None) -> str | None:
 class SearchQuery(Content):
     """What to search for; an `embedding` replaces text and image."""
 
-    embedding: Annotated[list[float], FailFast()] | None = None
+    embedding: Annotated[list[float], Field(fail_fast=True)] | None = None
 
 
 def as_content(value: str | Content) -> Content:

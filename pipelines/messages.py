@@ -3,7 +3,7 @@
 import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.contents import Content, Message, SearchQuery, Text, as_content
 
@@ -118,7 +118,7 @@ class IndexResponse(Message):
 class EmbeddingsRequest(Message):
     """Body of POST /v1/embeddings, in OpenAI's shape; an input may also hold an image."""
 
-    input: Text | Content | Annotated[list[Text | Content], FailFast()]
+    input: Text | Content | Annotated[list[Text | Content], Field(fail_fast=True)]
     model: Text = "slq"
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -160,7 +160,7 @@ class RerankRequest(Message):
     """Body of POST /v1/rerank, in the shape of Jina and Cohere; query and documents may also be or hold images."""
 
     query: Text | Content
-    documents: Annotated[list[Text | Content], FailFast()]
+    documents: Annotated[list[Text | Content], Field(fail_fast=True)]
     model: Text = "slq"
     top_n: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="results that are answered; all by default"

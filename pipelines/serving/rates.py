@@ -62,6 +62,7 @@ class Rates:
 
     def enter(self, key: ApiKey) -> float:
         """Let a request of a key in; gives 0, or in how many seconds it may come again."""
+        _NOW.set(None)
         if key.requests_per_s is None:
             return 0.0
         bucket = self._buckets.get(key)
