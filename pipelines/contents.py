@@ -98,9 +98,23 @@ class FetchedContent:
         return Item(text=_clean(self.text), image=decode_image(self.image))
 
 
-def items_of(contents: Sequence[Readable]) -> list[Item]:
-    """All read; errors as `Readable.item`."""
-    return [content.item() for content in contents]
+def items_of(contents: Sequence[Readable], max_pixels: int) -> list[Item]:
+    """All read, one after the other, as long as their images are not too large together.
+
+    Raises:
+        DataError: One cannot be read, or they have more than `max_pixels`.
+    """
+    items, pixels = [], 0
+    for content in contents:
+        item = content.item()
+        pixels += 0 if item.image is None else item.image.width * item.image.height
+        if pixels > max_pixels:
+            raise MediaError(
+                "too_many_pixels",
+                f"the images of the request have more than {max_pixels} pixels together, which is the limit",
+            )
+        items.append(item)
+    return items
 
 
 def _clean(text: str | None) -> str | None:

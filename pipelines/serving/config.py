@@ -84,6 +84,8 @@ class ServeConfig(Section):
     """Largest request body."""
     max_inputs: Annotated[int, Field(gt=0)] = 256
     """Most inputs of one embeddings request."""
+    max_pixels: Annotated[int, Field(gt=0)] = 100_000_000
+    """Most pixels of all its images together; each takes three bytes once it is decoded, however small its file is."""
     max_queued_requests: Annotated[int, Field(gt=0)] = 128
     """Requests that may wait for a busy model or index; more are answered 503 at once, to be tried again."""
     follow_index: bool = False

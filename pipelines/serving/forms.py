@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -15,6 +16,9 @@ from pipelines.serving.refusal import RequestRefusedError
 
 BODY, IMAGE, INPUT = "body", "image", "input"
 _MAX_FIELDS = 64
+_BOUNDARY_FORM = re.compile(
+    rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]"
+)  # RFC 2046, 5.1.1
 _OF_QUERY = ("text", IMAGE, "embedding")
 _WORDS = ("text", "mode", "model", "user", "encoding_format")  # never read as JSON: "1" is a text
 
@@ -28,11 +32,10 @@ async def as_json(scope: Scope, path: str, body: bytes, settings: ServeConfig) -
         RequestRefusedError: The form is malformed, or tells a field twice.
     """
     make = {"/search": search_body, "/v1/embeddings": embeddings_body}.get(path)
-    headers = Headers(scope=scope)
-    kind = parse_options_header(headers.get("content-type"))[0].strip().lower()
-    if make is None or kind != b"multipart/form-data":
+    kind, options = parse_options_header(Headers(scope=scope).get("content-type"))
+    if make is None or kind.strip().lower() != b"multipart/form-data":
         return body
-    form = await _parsed(headers, body, max_files=settings.max_inputs)
+    form = await _parsed(options.get(b"boundary", b""), body, max_files=settings.max_inputs)
     try:
         data = json.dumps(await make(form)).encode()
     except RecursionError:
@@ -50,12 +53,17 @@ async def as_json(scope: Scope, path: str, body: bytes, settings: ServeConfig) -
     return data
 
 
-async def _parsed(headers: Headers, body: bytes, *, max_files: int) -> FormData:
+async def _parsed(boundary: bytes, body: bytes, *, max_files: int) -> FormData:
+    """The parts; texts are in UTF-8, whatever charset was named: some decoders of Python take time without bound."""
+    if not _BOUNDARY_FORM.fullmatch(boundary):
+        raise RequestRefusedError(400, "the form's boundary is missing or malformed")
+    kind = b'multipart/form-data; boundary="' + boundary + b'"'
+
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     parser = MultiPartParser(
-        headers,
+        Headers(raw=[(b"content-type", kind)]),
         stream(),
         max_files=max_files,
         max_fields=max(_MAX_FIELDS, max_files),

@@ -193,7 +193,7 @@ class Ingress:
             )
         charge(body.num_inputs)
         readable = await self._readable(body.contents())
-        items = await asyncio.to_thread(items_of, readable)
+        items = await asyncio.to_thread(items_of, readable, self.settings.max_pixels)
         vectors = await self._embed(items)
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         words = sum(len((item.text or "").split()) for item in items)
