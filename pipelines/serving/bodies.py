@@ -1,6 +1,7 @@
 """Reads a request's body within limits of size and time, and hands it on as it came."""
 
 import asyncio
+import re
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -8,6 +9,9 @@ from starlette.types import Message, Receive
 
 from pipelines.serving.refusal import RequestRefusedError
 
+_MAX_VALUES = 100_000
+# Possessive: nothing is kept to go back to, however long a string is.
+_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _MAX_HEADERS, _MAX_HEADER_BYTES = 100, 32 * 2**10
 
 
@@ -81,6 +85,20 @@ async def read_body(receive: Receive, limits: BodyLimits) -> bytes:
             "timeout",
             headers={"connection": "close"},
         ) from None
+
+
+def check_values(text: bytes) -> None:
+    """Refuse JSON of so many values that reading it would keep all other requests waiting for seconds.
+
+    Raises:
+        RequestRefusedError: 400.
+    """
+    if _num_values(text) > _MAX_VALUES and _num_values(_JSON_STRING.sub(b"", text)) > _MAX_VALUES:
+        raise RequestRefusedError(400, f"the body holds more than {_MAX_VALUES} values")
+
+
+def _num_values(text: bytes) -> int:
+    return sum(text.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

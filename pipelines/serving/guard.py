@@ -12,6 +12,7 @@ from pipelines.serving.bodies import (
     BodyLimits,
     ClientGoneError,
     check_headers,
+    check_values,
     read_body,
     replayed,
 )
@@ -85,4 +86,5 @@ class Guard:
         limits = BodyLimits(settings.max_body_bytes, settings.access.body_timeout_s)
         body = await read_body(receive, limits)
         body = await as_json(scope, path, body, settings)
+        check_values(body)
         return replayed(body, receive)

@@ -263,7 +263,7 @@ class Ingress:
         uri = await answer_of(self._index.uri_of.remote(item_id))
         return await asyncio.to_thread(picture_of, item_id, uri)
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page(self) -> HTMLResponse:
         """A small gallery to try searches in."""
         return HTMLResponse(self._page)

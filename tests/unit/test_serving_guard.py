@@ -17,6 +17,7 @@ from pipelines.serving.bodies import BodyLimits, ClientGoneError, read_body
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.ingress import app
 from pipelines.serving.refusal import RequestRefusedError
+from slq.media import decode_image
 from tests.unit.front import DIMENSION, Front, bomb, png, refusal
 
 MAX_BYTES = 200_000
@@ -259,6 +260,31 @@ def test_no_json_makes_more_than_a_short_400(front: Front, path: str, kind: str)
     assert peak < 30 * 2**20
 
 
+@pytest.mark.parametrize("shape", ["[],", "{},", "1,", "[", '{"a":'])
+@pytest.mark.parametrize("place", ["json", "body", "field"])
+def test_more_values_than_can_be_read_at_once_are_not_read(
+    front: Front, monkeypatch: pytest.MonkeyPatch, shape: str, place: str
+) -> None:
+    monkeypatch.setattr(front.ingress, "settings", ServeConfig())
+    many = '{"query": {"text": "\\"x"}, "filter": [' + shape * 100_001
+    if place == "json":
+        answer = front.client.post("/search", content=many.encode(), headers=JSON)
+    elif place == "body":
+        answer = form(front, "/search", {"image": ("x.png", png())}, body=many)
+    else:
+        answer = form(front, "/search", {"image": ("x.png", png())}, embedding=many)
+    assert "more than 100000 values" in refusal(answer, 400)["message"]
+
+
+def test_texts_may_hold_as_many_marks_as_they_like(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front.ingress, "settings", ServeConfig())
+    text = '[{,"\\' * 19_000
+    body = {"input": [text, text]}
+    assert front.client.post("/v1/embeddings", json=body).status_code == 200
+
+
 def test_half_a_character_is_answered_as_a_question_mark(front: Front) -> None:
     body = '{"query": "\\ud800x", "documents": ["\\udfff\\ud83d\\ude00"], "model": "\\ud800", "return_documents": true}'
     answer = front.client.post("/v1/rerank", content=body, headers=JSON)
@@ -412,7 +438,7 @@ def test_several_images_are_embedded_in_their_order(front: Front) -> None:
         ({"body": '{"top_k": 1}', "top_k": "2"}, "tells 'top_k' twice"),
         ({"body": '{"filter": ' + "[" * 900 + "]" * 900 + "}"}, ""),
         ({"text": ["x", "y"]}, "tells 'text' twice"),
-        ({f"field{n}": "x" for n in range(70)}, "Too many fields"),
+        ({f"field{n}": "x" for n in range(70)}, "more than 64 parts"),
         ({f"field{n}": "x" for n in range(40)}, "fields are too many"),
     ],
 )
@@ -424,13 +450,27 @@ def test_a_form_that_cannot_be_answered_is_a_400(
     assert front.backbone.tenants == []
 
 
+def test_a_form_that_is_cut_off_is_refused_at_every_place(front: Front) -> None:
+    """Else half a picture, or a query without its text, would be answered as if it were meant."""
+    request = front.client.build_request(
+        "POST", "/search", files={"image": ("x.png", png())}, data={"text": "a cat"}
+    )
+    body, kind = request.read(), request.headers["content-type"]
+    end = len(body.rstrip())
+    for length in [*range(0, end, 7), *range(end - 8, end)]:
+        answer = front.client.post("/search", content=body[:length], headers={"content-type": kind})
+        assert refusal(answer, 400)
+    whole = front.client.post("/search", content=body[:end], headers={"content-type": kind})
+    assert whole.status_code == 200
+
+
 def test_files_have_one_name_only(front: Front) -> None:
     answer = form(front, "/search", {"text": ("x.txt", b"a cat")})
-    assert "text must be no file" in refusal(answer, 400)["message"]
+    assert "text must be a text in UTF-8 and no file" in refusal(answer, 400)["message"]
     two = [("image", ("a.png", png())), ("image", ("b.png", png()))]
     assert "twice" in refusal(form(front, "/search", two), 400)["message"]
-    many = [("image", ("a.png", png()))] * 9
-    assert "Too many files" in refusal(form(front, "/v1/embeddings", many), 400)["message"]
+    many = [("image", ("a.png", png()))] * 65
+    assert "more than 64 parts" in refusal(form(front, "/v1/embeddings", many), 400)["message"]
     large = form(front, "/search", {"image": ("x.png", b"x" * MAX_BYTES)})
     assert refusal(large, 413)
     html = form(front, "/search", {"image": ("x.png", b"<html>", "image/png")})
@@ -519,14 +559,13 @@ def test_many_small_files_do_not_become_many_large_images(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = 0
-    load = PngImageFile.load
 
-    def counted(image: PngImageFile) -> Any:
+    def counted(data: bytes) -> Any:
         nonlocal decoded
         decoded += 1
-        return load(image)
+        return decode_image(data)
 
-    monkeypatch.setattr(PngImageFile, "load", counted)
+    monkeypatch.setattr("pipelines.contents.decode_image", counted)
     monkeypatch.setattr(front.ingress, "settings", ServeConfig(max_pixels=1_000_000, max_inputs=8))
     image = base64.b64encode(png(size=(700, 700))).decode()
     body = {"input": [{"image": image}] * 8}
