@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.datastructures import Headers
 from typer.testing import CliRunner
 
 from jobs.cli import app as slq
+from jobs.searching import KEY_VARIABLE, Question, search_url
 from pipelines.recipe import Recipe
 from pipelines.serve import check_before_start
 from pipelines.serving import access as access_module
@@ -528,6 +530,34 @@ def test_documents_count_as_requests(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 # ---- secrecy ----
+
+
+def test_the_search_command_sends_the_key_that_the_environment_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.headers.get("authorization"))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"results": []}')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.delenv(KEY_VARIABLE, raising=False)
+        search_url(url, Question("a cat"), top_k=1, mode="auto")
+        monkeypatch.setenv(KEY_VARIABLE, "slq_key")
+        search_url(url, Question("a cat"), top_k=1, mode="auto")
+        server.shutdown()
+        thread.join()
+    assert seen == [None, "Bearer slq_key"]
 
 
 def test_a_key_is_in_no_log_no_error_and_no_info(
