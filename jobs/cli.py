@@ -18,6 +18,7 @@ from jobs.console import (
     print_serve_config,
     run_stage,
 )
+from jobs.keys import app as keys_app
 from jobs.results import results_table
 from pipelines.progress import duration
 from pipelines.recipe import Recipe
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Turn a frozen multimodal LLM into a retriever, and serve it.",
     epilog="Start with: slq demo",
 )
+app.add_typer(keys_app)
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 

@@ -1,6 +1,7 @@
 """One search, over HTTP or in an index."""
 
 import base64
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from rich.table import Table
 from pipelines.recipe import Recipe, load_recipe
 from slq.engines import IndexPlace
 from slq.errors import ConfigError, ServiceError
+
+KEY_VARIABLE = "SLQ_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -124,17 +127,18 @@ def _bytes_of(image: Path | None) -> bytes | None:
 
 
 def search_url(url: str, question: Question, *, top_k: int, mode: str) -> dict[str, Any]:
-    """POST /search on a running service.
+    """POST /search on a running service, with the API key that the environment holds, if any.
 
     Raises:
         ServiceError: It cannot be reached, or it refused the query; its own message is passed on.
     """
-    data = _bytes_of(question.image)
+    data, key = _bytes_of(question.image), os.environ.get(KEY_VARIABLE)
     query = {"text": question.text, "image": base64.b64encode(data).decode() if data else None}
     try:
         reply = httpx.post(
             f"{url.rstrip('/')}/search",
             json={"query": query, "top_k": top_k, "mode": mode},
+            headers={"authorization": f"Bearer {key}"} if key else None,
             timeout=60,
         )
     except httpx.HTTPError as error:

@@ -2,14 +2,28 @@
 
 import base64
 import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from slq.errors import DataError, MediaError
 from slq.media import decode_image, sanitise_text
 from slq.schema import Item
+
+_MAX_FIELDS = 32
+
+
+def _well_formed(text: str) -> str:
+    """Half a character outside the basic plane, which JSON can tell, cannot be answered in UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+Text = Annotated[str, AfterValidator(_well_formed)]
+"""A text of a request, without lone surrogates."""
 
 
 class Message(BaseModel):
@@ -17,12 +31,39 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, values: Any) -> Any:
+        """A million unknown fields would be a million errors to tell."""
+        if isinstance(values, dict) and len(values) > _MAX_FIELDS:
+            raise ValueError(f"{len(values)} fields are too many")
+        return values
+
+
+class Readable(Protocol):
+    """What is not read yet."""
+
+    def item(self) -> Item:
+        """The item.
+
+        Raises:
+            DataError: It cannot be read; the message is for strangers, so it names no place.
+        """
+
 
 class Content(Message):
     """A text, an image, or both."""
 
-    text: str | None = None
-    image: str | None = Field(default=None, description="data:image/...;base64,... or plain base64")
+    text: Text | None = None
+    image: Text | None = Field(
+        default=None,
+        description="data:image/...;base64,... or plain base64; a URL where serve.links.enabled is set",
+    )
+
+    @property
+    def link(self) -> str | None:
+        """The URL that the image is named by, if it is."""
+        return self.image if self.image and is_link(self.image) else None
 
     def item(self) -> Item:
         """The decoded item.
@@ -34,6 +75,48 @@ class Content(Message):
         return Item(text=_clean(self.text), image=image)
 
 
+@dataclass(frozen=True, slots=True)
+class FetchedContent:
+    """A content whose image was named by a URL.
+
+    Attributes:
+        text: Its text, if it has one.
+        image: What the URL gave, as it came, or why it gave nothing.
+    """
+
+    text: str | None
+    image: bytes | DataError
+
+    def item(self) -> Item:
+        """The decoded item.
+
+        Raises:
+            DataError: The image was not fetched, or cannot be used.
+        """
+        if isinstance(self.image, DataError):
+            raise self.image
+        return Item(text=_clean(self.text), image=decode_image(self.image))
+
+
+def items_of(contents: Sequence[Readable], max_pixels: int) -> list[Item]:
+    """All read, one after the other, as long as their images are not too large together.
+
+    Raises:
+        DataError: One cannot be read, or they have more than `max_pixels`.
+    """
+    items, pixels = [], 0
+    for content in contents:
+        item = content.item()
+        pixels += 0 if item.image is None else item.image.width * item.image.height
+        if pixels > max_pixels:
+            raise MediaError(
+                "too_many_pixels",
+                f"the images of the request have more than {max_pixels} pixels together, which is the limit",
+            )
+        items.append(item)
+    return items
+
+
 def _clean(text: str | None) -> str | None:
     """Refuse texts that the encoder would refuse, before they share a batch with other requests."""
     return sanitise_text(text, ()) if text and text.strip() else text
@@ -42,12 +125,18 @@ def _clean(text: str | None) -> str | None:
 class SearchQuery(Content):
     """What to search for; an `embedding` replaces text and image."""
 
-    embedding: list[float] | None = None
+    embedding: Annotated[list[float], Field(fail_fast=True)] | None = None
 
 
 def as_content(value: str | Content) -> Content:
     """A text as the content that it is."""
     return Content(text=value) if isinstance(value, str) else value
+
+
+def is_link(image: str) -> bool:
+    """Whether an image is named by a URL, rather than sent."""
+    scheme, colon, _ = image[:32].partition(":")
+    return bool(colon) and scheme.lower() != "data"
 
 
 def decode_base64(text: str) -> bytes:
@@ -61,7 +150,7 @@ def decode_base64(text: str) -> bytes:
         header, _, payload = text.partition(",")
         if ";base64" not in header:
             raise MediaError("bad_data_uri", "the image's data URI must be base64")
-    elif "://" in text[:12]:
+    elif is_link(text):
         raise MediaError("url_refused", "image URLs are not fetched; send the bytes as a data URI")
     try:
         return base64.b64decode(payload, validate=True)

@@ -3,11 +3,10 @@
 import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.contents import Content, Message, SearchQuery, as_content
+from pipelines.contents import Content, Message, SearchQuery, Text, as_content
 from pipelines.serving.config import MODEL_NAME
-from slq.schema import Item
 
 
 class SearchRequest(Message):
@@ -144,11 +143,11 @@ class AdapterResponse(Message):
 class EmbeddingsRequest(Message):
     """Body of POST /v1/embeddings, in OpenAI's shape; an input may also hold an image."""
 
-    input: str | Content | list[str | Content]
-    model: str = "slq"
+    input: Text | Content | Annotated[list[Text | Content], Field(fail_fast=True)]
+    model: Text = "slq"
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
-    user: str | None = None
+    user: Text | None = None
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"input": ["a red apple"], "model": "slq"}}
@@ -159,10 +158,10 @@ class EmbeddingsRequest(Message):
         """How many vectors are asked for; nothing is decoded to know it."""
         return len(self.input) if isinstance(self.input, list) else 1
 
-    def items(self) -> list[Item]:
-        """The decoded inputs."""
+    def contents(self) -> list[Content]:
+        """The inputs; none is decoded."""
         inputs = self.input if isinstance(self.input, list) else [self.input]
-        return [as_content(value).item() for value in inputs]
+        return [as_content(value) for value in inputs]
 
 
 def embeddings_response(
@@ -185,9 +184,9 @@ def embeddings_response(
 class RerankRequest(Message):
     """Body of POST /v1/rerank, in the shape of Jina and Cohere; query and documents may also be or hold images."""
 
-    query: str | Content
-    documents: list[str | Content]
-    model: str = "slq"
+    query: Text | Content
+    documents: Annotated[list[Text | Content], Field(fail_fast=True)]
+    model: Text = "slq"
     top_n: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="results that are answered; all by default"
     )
@@ -202,14 +201,6 @@ class RerankRequest(Message):
             }
         }
     )
-
-    def item(self) -> Item:
-        """The decoded query.
-
-        Raises:
-            DataError: It cannot be used.
-        """
-        return as_content(self.query).item()
 
     def contents(self) -> list[Content]:
         """The documents; none is decoded."""
@@ -234,6 +225,25 @@ class RerankResponse(Message):
     model: str
 
 
-def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
     """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+    error: ErrorDetail
+
+
+_MAX_MESSAGE_CHARS = 2000
+
+
+def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape; a message that repeats what a client sent stays short, and is told as UTF-8."""
+    told = message[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode("utf-8")
+    return {"error": {"message": told, "type": kind, "param": None, "code": code}}

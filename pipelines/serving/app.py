@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.recipe import Recipe, load_recipe
+from pipelines.serving.access import keys_of
 from pipelines.serving.checks import pinned_to
 from pipelines.serving.config import Scaling
 from pipelines.serving.index_service import IndexService
@@ -31,6 +32,8 @@ def application(recipe: Recipe, pinned: Pinned) -> Any:
         pinned: What every replica checks when it starts, now or later.
     """
     plain = recipe.model_dump(mode="json")
+    if keys_of(recipe.serve) is not None:  # a machine that lacks them must not answer without
+        plain["serve"]["access"]["required"] = True
     scaling, queued = recipe.serve.scaling, recipe.serve.max_queued_requests
     gpus = recipe.resources.gpus_per_worker
     on_model = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus}

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
+from pipelines.contents import Readable
 from pipelines.corpus import fetch_image
 from slq.errors import DataError, StorageError
 from slq.media import decode_image
@@ -12,17 +13,6 @@ from slq.schema import Item
 
 log = logging.getLogger(__name__)
 _GONE = "its image cannot be read any more"
-
-
-class Readable(Protocol):
-    """A candidate that is not read yet."""
-
-    def item(self) -> Item:
-        """The candidate.
-
-        Raises:
-            DataError: It cannot be read; the message is for strangers, so it names no place.
-        """
 
 
 @dataclass(frozen=True, slots=True)

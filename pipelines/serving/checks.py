@@ -4,6 +4,7 @@ import logging
 import uuid
 
 from pipelines.recipe import Recipe
+from pipelines.serving.access import require_keys
 from pipelines.serving.pinned import Pinned
 from pipelines.tasks import require_gpus
 from slq.artifacts import load_adapter_config, require_same_fingerprint
@@ -21,10 +22,12 @@ def pinned_to(recipe: Recipe) -> Pinned:
 
     Raises:
         ArtifactError: Adapter or index is missing or damaged.
-        ConfigError: A GPU is named for the index, whose replica gets one from Ray.
+        ConfigError: A GPU is named for the index, whose replica gets one from Ray; or the service would be open to
+            other machines without API keys.
         HardwareError: A GPU is asked for the index, and the cluster has none.
         ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
     """
+    require_keys(recipe.serve)
     _require_engine(recipe)
     _require_search_device(recipe)
     adapter = load_adapter_config(recipe.storage.adapter)

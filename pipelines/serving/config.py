@@ -10,14 +10,51 @@ from slq.config import Section
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Of adapters in requests."""
+Openness = Literal["open", "key", "off"]
 
 
 class AccessConfig(Section):
-    """Who may ask, and how much."""
+    """Who may ask, and how much.
+
+    Keys are in `keys_file`, or in the environment variable `SLQ_API_KEYS` of the machines, in the same form. With
+    neither, nobody is asked for a key.
+    """
+
+    keys_file: Path | None = None
+    """JSON file of hashed keys, made with `slq keys add`; it is read again when it changes."""
+    required: bool = False
+    """Refuse to start without keys, on a loopback address too."""
+    open: bool = False
+    """Let everyone ask, without a key, on an address that other machines can reach."""
+    metrics: Openness = "open"
+    """Who may read `/metrics`: everyone, whoever has a key, or nobody (404)."""
+    docs: Openness = "open"
+    """Who may read `/docs`, `/redoc` and `/openapi.json`."""
+    rate_shares: Annotated[int, Field(gt=0)] = 1
+    """Ingress replicas among which each key's rate and burst are divided: each counts for itself."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long a client may take to send a body; then it is cut off (408)."""
 
 
 class LinksConfig(Section):
-    """Whether images may be named by URL."""
+    """Whether images may be named by URL; the service then fetches from the internet what strangers name."""
+
+    enabled: bool = False
+    """Fetch them; otherwise a URL is an error."""
+    schemes: tuple[Literal["https", "http"], ...] = ("https",)
+    """Of URLs and of where they redirect to."""
+    ports: tuple[Annotated[int, Field(gt=0, lt=65536)], ...] = (80, 443)
+    """Ports that may be asked."""
+    hosts: tuple[str, ...] = ()
+    """The only hosts that may be asked, by name, or by `.example.com` with all below it; any public one if empty."""
+    max_bytes: Annotated[int, Field(gt=0)] = 20 * 2**20
+    """Largest image."""
+    max_links: Annotated[int, Field(gt=0)] = 8
+    """Most URLs in one request; they are fetched at the same time."""
+    timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    """How long an image may take from first to last, with name lookup and redirects."""
+    max_redirects: Annotated[int, Field(ge=0)] = 3
+    """Redirects that are followed; each place is checked as the first."""
 
 
 class TelemetryConfig(Section):
@@ -89,6 +126,8 @@ class ServeConfig(Section):
     """Largest request body."""
     max_inputs: Annotated[int, Field(gt=0)] = 256
     """Most inputs of one embeddings request."""
+    max_pixels: Annotated[int, Field(gt=0)] = 100_000_000
+    """Most pixels of all its images together; each takes three bytes once it is decoded, however small its file is."""
     max_queued_requests: Annotated[int, Field(gt=0)] = 32
     """Calls of one ingress replica that may wait for a busy model or index; more are answered 503 at once, to be tried
     again. With `scaling.backbone.max_ongoing_requests` it bounds how long an answer may take."""
@@ -118,8 +157,8 @@ class ServeConfig(Section):
     keep_previous: bool = True
     """Keep the version before loaded, so that a way back takes no time; its codes take memory."""
     admin: bool | None = None
-    """Whether `POST /admin/index` moves the service to another version; if null, only where `host` is a loopback
-    address, as nobody is asked for a key."""
+    """Whether `POST /admin/index` moves the service to another version; if null, whoever has a key of scope `admin`
+    may, and where nobody is asked for a key, only if `host` is a loopback address."""
     on_lost_partition: Literal["degrade", "fail"] = "degrade"
     """Where a partition of the index is lost or late: answer from the rest, marked `degraded`, or not at all (503)."""
     partition_timeout_s: Annotated[float, Field(gt=0)] = 2.0
@@ -133,7 +172,7 @@ class ServeConfig(Section):
 
     @property
     def has_admin(self) -> bool:
-        """Whether versions can be changed over HTTP."""
+        """Whether versions can be changed over HTTP where nobody is asked for a key."""
         return is_loopback(self.host) if self.admin is None else self.admin
 
 

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from pipelines.messages import error_body
 from pipelines.serving.calls import cause_of
+from pipelines.serving.refusal import RequestRefusedError
 from slq.errors import (
     ArtifactError,
     ArtifactMismatchError,
@@ -43,6 +44,7 @@ def answer_in_error_shape(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
     app.add_exception_handler(HTTPException, _on_no_route)
+    app.add_exception_handler(RequestRefusedError, _on_refusal)
 
 
 def _status_of(error: BaseException) -> tuple[int, str]:
@@ -73,6 +75,11 @@ async def on_error(_: Request, error: Exception) -> JSONResponse:
         message = "storage that the service needs cannot be used now; try again later"
     headers = {"retry-after": str(_RETRY_AFTER_S)} if status == 503 else None
     return JSONResponse(error_body(message, kind), status, headers=headers)
+
+
+async def _on_refusal(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestRefusedError)
+    return error.answer()
 
 
 async def _on_bad_request(_: Request, error: Exception) -> JSONResponse:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.contents import Content, as_content
+from pipelines.contents import Readable, as_content
 from pipelines.messages import (
     DegradedReason,
     Explanation,
@@ -85,12 +85,19 @@ class FineStage:
         num_scored = sum(one.reading is not None for one in ranked)
         return Outcome(placed + results[depth:], num_scored, _reasons(ranked))
 
-    async def documents(self, query: Item, body: RerankRequest) -> list[RerankResult]:
+    async def documents(
+        self, query: Item, body: RerankRequest, documents: Sequence[Readable]
+    ) -> list[RerankResult]:
         """The documents of a request, the best first.
 
         One with a problem has no coarse place that it could keep, so it comes after those that were scored.
+
+        Args:
+            query: What they are held against.
+            body: The request.
+            documents: Its documents, as they can be read in another process.
         """
-        ranked = await self._ranked(query, body.contents(), None)
+        ranked = await self._ranked(query, documents, None)
         ranked.sort(key=lambda one: one.reading is None)
         return [
             RerankResult(
@@ -103,7 +110,7 @@ class FineStage:
         ]
 
     async def _ranked(
-        self, query: Item, candidates: Sequence[Stored | Content], coarse: list[float] | None
+        self, query: Item, candidates: Sequence[Readable], coarse: list[float] | None
     ) -> list[Ranked]:
         ranked: list[Ranked] = await ask(
             self.backbone.rank,

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.messages import error_body
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.guard import Guarded
 
 RETRY_AFTER_S = 1
 _ALWAYS = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -23,12 +24,12 @@ class Gate:
 
     Args:
         app: What it stands before.
-        settings: Gives the section `serve`.
+        guarded: Gives the settings; asked at each request, as Ray Serve freezes an app before it has them.
     """
 
-    def __init__(self, app: ASGIApp, settings: Callable[[], ServeConfig]) -> None:
+    def __init__(self, app: ASGIApp, guarded: Callable[[], Guarded]) -> None:
         self._app = app
-        self._settings = settings
+        self._guarded = guarded
         self._num = 0
         self._num_bytes = 0
 
@@ -37,7 +38,7 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in _ALWAYS:
             await self._app(scope, receive, send)
             return
-        settings = self._settings()
+        settings = self._guarded().settings
         size = _size_of(scope, settings.max_body_bytes)
         if self._is_full(settings, size):
             await _refuse(503, "too many requests are in hand; try again later")(

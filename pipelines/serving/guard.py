@@ -1,28 +1,31 @@
-"""What stands before every route: who asks, and how much a body may hold."""
+"""What stands before every route: who asks, and how much a body may hold and take."""
 
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.messages import error_body
+from pipelines.serving.access import REQUEST_ID, Access, request_id_of
 from pipelines.serving.asked import Asked, answering
+from pipelines.serving.bodies import (
+    BodyLimits,
+    ClientGoneError,
+    check_headers,
+    check_values,
+    read_body,
+    replayed,
+)
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.forms import as_json
+from pipelines.serving.refusal import RequestRefusedError
 
-REQUEST_ID = "x-request-id"
 
+class Guarded(Protocol):
+    """What a guard stands before: the replica of an ingress."""
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a request does not reach its route."""
-
-    status: int
-    message: str
-    kind: str
+    settings: ServeConfig
+    access: Access
 
 
 class Guard:
@@ -30,40 +33,58 @@ class Guard:
 
     Args:
         app: What it stands before.
-        settings: Gives the section `serve`; asked at each request, as Ray Serve freezes an app before it has one.
+        guarded: Gives settings and keys; asked at each request, as Ray Serve freezes an app before it has them.
     """
 
-    def __init__(self, app: ASGIApp, settings: Callable[[], ServeConfig]) -> None:
+    def __init__(self, app: ASGIApp, guarded: Callable[[], Guarded]) -> None:
         self._app = app
-        self._settings = settings
+        self._guarded = guarded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
+        if scope["type"] == "websocket":  # no route has one, so none gets past the keys this way
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request = Asked(request_id=headers.get(REQUEST_ID) or uuid.uuid4().hex)
-        answering(request)
+        request_id = request_id_of(headers)
+        answering(Asked(request_id=request_id, scopes=frozenset()))
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = request.request_id
+                answer = MutableHeaders(scope=message)
+                answer[REQUEST_ID] = request_id
+                answer["x-content-type-options"] = "nosniff"
             await send(message)
 
-        refusal = _body_refusal(scope["method"], headers, self._settings().max_body_bytes)
-        answer: Any = self._app
-        if refusal is not None:
-            answer = JSONResponse(error_body(refusal.message, refusal.kind), refusal.status)
-        await answer(scope, receive, told)
+        try:
+            inner = await self._admitted(scope, receive, request_id)
+        except RequestRefusedError as refusal:
+            await refusal.answer()(scope, receive, told)
+        except ClientGoneError:
+            return
+        else:
+            await self._app(scope, inner, told)
 
+    async def _admitted(self, scope: Scope, receive: Receive, request_id: str) -> Receive:
+        """What the app receives of a request that may pass.
 
-def _body_refusal(method: str, headers: Headers, limit: int) -> Refusal | None:
-    length = headers.get("content-length")
-    if length is None and method == "POST":
-        return Refusal(
-            411, "send a content-length; chunked bodies are not accepted", "length_required"
-        )
-    if int(length or 0) > limit:
-        return Refusal(413, f"the body exceeds {limit} bytes", "too_large")
-    return None
+        Raises:
+            RequestRefusedError: It may not.
+            ClientGoneError: Its client went away.
+        """
+        headers, guarded = Headers(scope=scope), self._guarded()
+        settings = guarded.settings
+        check_headers(headers, settings.max_body_bytes)
+        path = scope["path"]
+        answering(guarded.access.admit(path, headers, request_id))
+        has_length = "content-length" in headers or "transfer-encoding" in headers
+        if not has_length and scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return receive  # no body (RFC 9112, section 6.3)
+        limits = BodyLimits(settings.max_body_bytes, settings.access.body_timeout_s)
+        body = await read_body(receive, limits)
+        body = await as_json(scope, path, body, settings)
+        check_values(body)
+        return replayed(body, receive)

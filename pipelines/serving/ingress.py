@@ -9,14 +9,14 @@ from importlib import resources as package_files
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Response
+from fastapi import Response
 from fastapi.responses import HTMLResponse
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
-from pipelines.contents import vector_of
+from pipelines.contents import Content, Readable, as_content, items_of, vector_of
+from pipelines.links import Links
 from pipelines.messages import (
     AdapterRequest,
     AdapterResponse,
@@ -30,40 +30,38 @@ from pipelines.messages import (
     embeddings_response,
 )
 from pipelines.recipe import Recipe
-from pipelines.serving.asked import asked
+from pipelines.serving.access import Access, require_admin
+from pipelines.serving.asked import ADMIN, asked
 from pipelines.serving.calls import ask
-from pipelines.serving.config import ServeConfig
+from pipelines.serving.described import ADMINISTERED, ASKED, FOUND, TOLD, DescribedApp
 from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
 from pipelines.serving.gate import Gate
-from pipelines.serving.guard import Guard
+from pipelines.serving.guard import Guard, Guarded
 from pipelines.serving.here import Here
 from pipelines.serving.index_service import IndexService, Sent
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.rates import charge
 from pipelines.serving.replicas import BackboneService
 from pipelines.serving.retriever import Retriever
-from slq.errors import (
-    DataError,
-    UnavailableError,
-)
+from slq.errors import DataError, UnavailableError
 from slq.schema import Item
 
 FINGERPRINT = "x-slq-fingerprint"
-app = FastAPI(
+app = DescribedApp(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
 )
 answer_in_error_shape(app)
 
 
-def _settings() -> ServeConfig:
-    replica: Any = serve.get_replica_context().servable_object
-    settings: ServeConfig = replica.settings
-    return settings
+def _replica() -> Guarded:
+    replica: Guarded = serve.get_replica_context().servable_object
+    return replica
 
 
-app.add_middleware(Gate, settings=_settings)
-app.add_middleware(Guard, settings=_settings)  # the last one added is the first that is asked
+app.add_middleware(Guard, guarded=_replica)
+app.add_middleware(Gate, guarded=_replica)  # the last one added is the first that is asked
 
 
 @serve.deployment
@@ -99,6 +97,8 @@ class Ingress:
         self.settings = self._recipe.serve
         patience_s = self.settings.patience_s
         self._retriever = Retriever(pinned, self._backbone, self._index, patience_s)
+        self.access = Access(self.settings)
+        self._links = Links(self.settings.links)
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
 
     async def check_health(self) -> None:
@@ -106,7 +106,7 @@ class Ingress:
         for part in self._parts:
             await part.check_health()
 
-    @app.post("/search")
+    @app.post("/search", responses=ASKED)
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:
         """Coarse search, then the fine stage on the best candidates, for which the query needs a text or an image."""
         accepted = asked().accepted
@@ -161,7 +161,13 @@ class Ingress:
                     "the fine stage needs the query's text or image, not only its embedding"
                 )
             return None, vector
-        return await asyncio.to_thread(body.query.item), vector
+        (readable,) = await self._readable([body.query])
+        return await asyncio.to_thread(readable.item), vector
+
+    async def _readable(self, contents: list[Content]) -> list[Readable]:
+        """Contents with the images that they name by URL, if this service fetches any; each counts as a request."""
+        charge(1 + sum(content.link is not None for content in contents))
+        return await self._links.readable(contents)
 
     def _depth(self, body: SearchRequest) -> int:
         """How many candidates the fine stage may score."""
@@ -174,7 +180,7 @@ class Ingress:
         if (body.rerank_k or 0) > limits.max_rerank:
             raise DataError(f"rerank_k is {body.rerank_k}; at most {limits.max_rerank} is allowed")
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", responses=ASKED)
     async def embeddings(self, body: EmbeddingsRequest, response: Response) -> dict[str, Any]:
         """Embeddings in OpenAI's shape."""
         info = await self._retriever.known()
@@ -185,27 +191,30 @@ class Ingress:
             raise DataError(
                 f"input has {body.num_inputs} entries; send at least one text or image and at most {limit}"
             )
-        items = await asyncio.to_thread(body.items)
+        charge(body.num_inputs)
+        readable = await self._readable(body.contents())
+        items = await asyncio.to_thread(items_of, readable, self.settings.max_pixels)
         made = await self._retriever.embed(items, body.model)
         response.headers[FINGERPRINT] = made.fingerprint
         words = sum(len((item.text or "").split()) for item in items)
         return await asyncio.to_thread(embeddings_response, made.vectors, body, words)
 
-    @app.post("/v1/rerank", response_model_exclude_none=True)
+    @app.post("/v1/rerank", response_model_exclude_none=True, responses=ASKED)
     async def rerank(self, body: RerankRequest, response: Response) -> RerankResponse:
         """Documents by how well they match a query, in the shape of Jina and Cohere."""
         fingerprint = await self._retriever.fingerprint_of(body.model)
         count, limit = len(body.documents), self._recipe.serve.max_rerank
         if not 0 < count <= limit:
             raise DataError(f"documents has {count} entries; send at least one and at most {limit}")
-        item = await asyncio.to_thread(body.item)
-        results = await FineStage(
-            self._backbone, tenant=asked().tenant, patience_s=self.settings.patience_s
-        ).documents(item, body)
+        charge(count)
+        query, *documents = await self._readable([as_content(body.query), *body.contents()])
+        item = await asyncio.to_thread(query.item)
+        fine = FineStage(self._backbone, tenant=asked().tenant, patience_s=self.settings.patience_s)
+        results = await fine.documents(item, body, documents)
         response.headers[FINGERPRINT] = fingerprint
         return RerankResponse(results=results, model=body.model)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=TOLD)
     async def models(self) -> dict[str, Any]:
         """The served adapters, in OpenAI's shape."""
         info = await self._retriever.describe()
@@ -223,25 +232,25 @@ class Ingress:
             ],
         }
 
-    @app.get("/info")
+    @app.get("/info", responses=TOLD)
     async def info(self) -> dict[str, Any]:
         """Fingerprint, dimension; the index version that answers, its size and partitions, and versions beside it.
 
-        What is wrong with a version or a partition is told only where versions can be changed: the words name paths.
+        What is wrong with a version or a partition is told only to whoever may change versions: the words name paths.
         """
         info = await self._retriever.describe()
-        if not self._recipe.serve.has_admin:
+        if ADMIN not in asked().scopes:
             info["refused_reason"] = None
             for partition in info["partitions"]:
                 partition["problem"] = None
         return info
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses=TOLD)
     async def healthz(self) -> dict[str, str]:
         """Answers as long as this process does: what restarts it should ask here."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses=TOLD)
     async def readyz(self) -> dict[str, str]:
         """Answers when model and index answer now and belong together, and the index as far as it must.
 
@@ -253,14 +262,10 @@ class Ingress:
             raise UnavailableError(f"{alive} of {count} partitions of the index answer")
         return {"status": "ok"}
 
-    def _require_admin(self) -> None:
-        if not self._recipe.serve.has_admin:
-            raise HTTPException(403, "this service does not let itself be changed (serve.admin)")
-
-    @app.post("/admin/index")
+    @app.post("/admin/index", responses=ADMINISTERED)
     async def move(self, body: IndexRequest) -> IndexResponse:
         """Answer from another index version from now on, without a pause; it is loaded and checked before."""
-        self._require_admin()
+        require_admin()
         started = time.perf_counter()
         sent: Sent = await ask(self._index.send, body.version)
         await self._retriever.describe()
@@ -270,30 +275,30 @@ class Ingress:
             seconds=time.perf_counter() - started,
         )
 
-    @app.post("/admin/adapters")
+    @app.post("/admin/adapters", responses=ADMINISTERED)
     async def add_adapter(self, body: AdapterRequest) -> AdapterResponse:
         """Serve a further adapter from now on, or another one under a name; it is loaded and checked before."""
-        self._require_admin()
+        require_admin()
         fingerprint = await ask(self._backbone.add_adapter, body.name, body.folder)
         await self._retriever.describe()
         return AdapterResponse(name=body.name, fingerprint=fingerprint)
 
-    @app.delete("/admin/adapters/{name}")
+    @app.delete("/admin/adapters/{name}", responses=ADMINISTERED)
     async def remove_adapter(self, name: str) -> AdapterResponse:
         """Serve an adapter no longer."""
-        self._require_admin()
+        require_admin()
         fingerprint = await self._retriever.fingerprint_of(name)
         await ask(self._backbone.remove_adapter, name)
         await self._retriever.describe()
         return AdapterResponse(name=name, fingerprint=fingerprint)
 
-    @app.get("/items/{item_id:path}/image")
+    @app.get("/items/{item_id:path}/image", responses=FOUND, response_class=Response)
     async def image(self, item_id: str) -> Response:
         """The image of an indexed item."""
         uri = await ask(self._index.uri_of, item_id, patience_s=self.settings.patience_s)
         return await asyncio.to_thread(picture_of, item_id, uri)
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page(self) -> HTMLResponse:
         """A small gallery to try searches in."""
         return HTMLResponse(self._page)

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from pipelines.contents import Content
+from pipelines.contents import Readable
 from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
 from pipelines.serving.adapters import OWN, Adapters, Embedded
-from pipelines.serving.candidates import Candidates, Stored
+from pipelines.serving.candidates import Candidates
 from pipelines.serving.pinned import Pinned
 from slq.encoder import batches_by_length
 from slq.engines import FAISS
@@ -231,7 +231,7 @@ class BackboneService:
     async def rank(
         self,
         query: Item,
-        candidates: list[Stored | Content],
+        candidates: list[Readable],
         coarse_scores: list[float] | None = None,
         *,
         budget_s: float | None = None,

@@ -279,7 +279,10 @@ DOCUMENTS = [
 def documents(backbone: Backbone, **options: Any) -> list[dict[str, Any]]:
     body = RerankRequest.model_validate({"query": QUERY.text, "documents": DOCUMENTS, **options})
     stage: Any = FineStage(Handle(Reranker(backbone)))
-    return [one.model_dump(exclude_none=True) for one in asyncio.run(stage.documents(QUERY, body))]
+    return [
+        one.model_dump(exclude_none=True)
+        for one in asyncio.run(stage.documents(QUERY, body, body.contents()))
+    ]
 
 
 def test_documents_come_by_relevance_and_those_with_a_problem_at_the_end(

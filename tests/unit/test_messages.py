@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipelines.contents import Content, SearchQuery, decode_base64, vector_of
+from pipelines.contents import (
+    Content,
+    SearchQuery,
+    as_content,
+    decode_base64,
+    items_of,
+    vector_of,
+)
 from pipelines.messages import (
     EmbeddingsRequest,
     Explanation,
@@ -155,7 +162,7 @@ def test_documents_and_query_are_texts_images_or_both_and_no_document_is_decoded
             "documents": ["b", {"image": PLAIN}, {"text": "c", "image": "no base64!"}],
         }
     )
-    assert request.item().modality == "image+text"
+    assert as_content(request.query).item().modality == "image+text"
     first, second, third = request.contents()
     assert (first.item().text, second.item().modality) == ("b", "image")
     with pytest.raises(MediaError):
@@ -190,11 +197,15 @@ def test_both_encodings_of_embeddings_hold_the_same_numbers() -> None:
 
 
 def test_inputs_are_texts_images_or_both_alone_or_in_a_list() -> None:
-    assert [item.text for item in EmbeddingsRequest(input="a").items()] == ["a"]
+    (only,) = EmbeddingsRequest(input="a").contents()
+    assert only.item().text == "a"
     request = EmbeddingsRequest.model_validate(
         {"input": ["a", {"image": PLAIN}, {"text": "c", "image": PLAIN}]}
     )
-    assert [item.modality for item in request.items()] == ["text", "image", "image+text"]
+    items = items_of(request.contents(), max_pixels=60)
+    assert [item.modality for item in items] == ["text", "image", "image+text"]
+    with pytest.raises(MediaError, match="more than 59 pixels together"):
+        items_of(request.contents(), max_pixels=59)
 
 
 def test_a_given_vector_becomes_a_unit_float32_vector() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.serving.access import Access
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.gate import Gate
 
@@ -16,10 +17,11 @@ class Server:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = ServeConfig(**settings)
+        self.access = Access(self.settings)
         self.let = asyncio.Event()
         self.running = 0
         self.cancelled = 0
-        self.gate = Gate(self.app, lambda: self.settings)
+        self.gate = Gate(self.app, lambda: self)
 
     async def app(self, _scope: Any, _receive: Any, send: Any) -> None:
         self.running += 1
