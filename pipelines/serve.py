@@ -19,10 +19,13 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from pipelines.recipe import Recipe
+from pipelines.serving import traces
 from pipelines.serving.index_service import MAX_ONGOING, IndexService
 from pipelines.serving.ingress import Ingress
+from pipelines.serving.logs import logging_config
 from pipelines.serving.partition import PartitionService
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.recall import require_exact
 from pipelines.serving.replicas import BackboneService
 from pipelines.tasks import require_gpus
 from slq.artifacts import load_adapter_config, require_same_fingerprint
@@ -96,19 +99,24 @@ def check_before_start(recipe: Recipe) -> Pinned:
 
     Raises:
         ArtifactError: Adapter or index is missing or damaged.
-        ConfigError: A GPU is named for the index, whose replica gets one from Ray.
+        ConfigError: A GPU is named for the index, whose replica gets one from Ray; traces are asked for and cannot be
+            made; or recall is, and the index's engine has no exact search.
         HardwareError: A GPU is asked for the index, and the cluster has none.
         ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
         ServiceError: The port is in use, or a service on this cluster is in the way.
     """
     _require_engine(recipe)
     _require_search_device(recipe)
+    if recipe.serve.telemetry.traces is not None:
+        traces.require_installed()
     adapter = load_adapter_config(recipe.storage.adapter)
     course_file = recipe.storage.dir.resolve() / "serve" / f"{uuid.uuid4().hex[:12]}.json"
     # Closed again: what only one process can open is the replica's.
     with recipe.index_place.open(has_codes=False) as index:
         if isinstance(index, VectorIndex):
             _warn_of_empty_partitions(recipe, index)
+        elif recipe.serve.telemetry.recall_share:
+            require_exact(index)  # an index of faiss always can, at the price of reading all of it
         found = Pinned(index.fingerprint, index.version, course_file)
     require_same_fingerprint(
         found.fingerprint,
@@ -214,7 +222,12 @@ def start(recipe: Recipe) -> str:
             serve.start(http_options={"host": recipe.serve.host, "port": recipe.serve.port})
         _owned.add("application")
         _started.append(pinned)
-        serve.run(application(recipe, pinned), name=APP_NAME, route_prefix="/")
+        serve.run(
+            application(recipe, pinned),
+            name=APP_NAME,
+            route_prefix="/",
+            logging_config=logging_config(recipe.serve.telemetry),
+        )
     except (RuntimeError, TimeoutError) as error:  # what Serve raises when a deployment fails
         reason = cause_in("\n".join([str(error), *_reports()]))
         stop()

@@ -6,11 +6,12 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from pipelines.serving.telemetry import heard
 from slq.errors import UnavailableError
 
 
 async def answer_of(call: Awaitable[Any]) -> Any:
-    """The answer of a deployment.
+    """The answer of a deployment; the time of stages that it tells with it is counted.
 
     Ray Serve answers BackPressureError itself, in plain text, and replaces any handler for it (Ray 2.60), so it never
     leaves our routes.
@@ -19,7 +20,7 @@ async def answer_of(call: Awaitable[Any]) -> Any:
         UnavailableError: The deployment's queue is full, or it has failed.
     """
     try:
-        return await call
+        return heard(await call)
     except BackPressureError:
         raise UnavailableError("too many requests are waiting; try again later") from None
     except (DeploymentUnavailableError, RayActorError):

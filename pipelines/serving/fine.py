@@ -17,6 +17,7 @@ from pipelines.messages import (
 from pipelines.serving.calls import answer_of
 from pipelines.serving.candidates import Stored
 from pipelines.serving.index_service import Found
+from pipelines.serving.telemetry import stage, told
 from slq.reranker import Ranked
 from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.schema import Item
@@ -110,8 +111,10 @@ class FineStage:
             budget_s=self.budget_s,
             details=self.explain,
             tenant=self.tenant,
+            told=told(),
         )
-        ranked: list[Ranked] = await answer_of(call)
+        with stage("queue"):  # until it is scored; how long that took comes with the answer
+            ranked: list[Ranked] = await answer_of(call)
         return ranked
 
     def _told(self, result: SearchResult, one: Ranked) -> SearchResult:

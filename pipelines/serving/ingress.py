@@ -28,6 +28,7 @@ from pipelines.messages import (
     embeddings_response,
 )
 from pipelines.recipe import Recipe
+from pipelines.serving import exposition, telemetry
 from pipelines.serving.asked import asked
 from pipelines.serving.calls import answer_of
 from pipelines.serving.config import ServeConfig
@@ -37,11 +38,14 @@ from pipelines.serving.guard import Guard
 from pipelines.serving.index_service import Found, Sent
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.telemetry import note, stage, timings_ms, told
+from pipelines.serving.watch import Watch
 from slq.errors import DataError, UnavailableError
 from slq.quantization import cut
 from slq.schema import Item
 
 _HEALTH_TIMEOUT_S = 10.0
+MODEL = "slq"
 app = FastAPI(
     title="slq", description="Coarse-then-fine multimodal retrieval with one frozen backbone."
 )
@@ -55,6 +59,8 @@ def _settings() -> ServeConfig:
 
 
 app.add_middleware(Guard, settings=_settings)
+app.add_middleware(Watch, settings=_settings)  # the last one added is the first that is asked
+app.include_router(exposition.router)
 
 
 @serve.deployment
@@ -74,6 +80,7 @@ class Ingress:
         self._backbone = backbone
         self._index = index
         self.settings = self._recipe.serve
+        telemetry.begin(self.settings.telemetry)
         self._info: dict[str, Any] = {}
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
 
@@ -100,9 +107,9 @@ class Ingress:
     async def _embed(self, items: list[Item]) -> list[NDArray[np.float32]]:
         """Vectors of items, as long as those of the index."""
         dimension = (await self._known())["dimension"]
-        vectors: list[NDArray[np.float32]] = await answer_of(
-            self._backbone.embed.remote(items, asked().tenant)
-        )
+        call = self._backbone.embed.remote(items, asked().tenant, told=told())
+        with stage("queue"):  # until its pass; how long that took comes with the answer
+            vectors: list[NDArray[np.float32]] = await answer_of(call)
         return [one if len(one) == dimension else cut(one[None], dimension)[0] for one in vectors]
 
     @app.post("/search")
@@ -111,10 +118,12 @@ class Ingress:
         accepted = asked().accepted
         info = await self._known()
         self._check_limits(body)
-        item, vector = await self._query(body, info["dimension"])
-        embedded = time.perf_counter()
+        with stage("embed"):
+            item, vector = await self._query(body, info["dimension"])
         depth = self._depth(body) if item is not None else 0
-        found: Found = await answer_of(self._index.search.remote(vector, max(body.top_k, depth)))
+        with stage("search"):
+            call = self._index.search.remote(vector, max(body.top_k, depth), told=told())
+            found: Found = await answer_of(call)
         searched = time.perf_counter()
         budget_s = None if body.budget_ms is None else body.budget_ms / 1000
         fine = FineStage(
@@ -124,19 +133,21 @@ class Ingress:
             adaptive=self._recipe.rerank.adaptive if body.mode == "auto" else None,
             tenant=asked().tenant,
         )
-        outcome = await fine.search(item, found, depth)
-        scored = time.perf_counter()
+        with stage("fine"):
+            outcome = await fine.search(item, found, depth)
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         reasons = outcome.reasons
         if found.shards_ok < found.shards_total:
             reasons = ["partitions", *reasons]
+        note(
+            reranked=outcome.reranked,
+            degraded_reasons=reasons,
+            index_version=found.version,
+            model=MODEL,
+        )
         return SearchResponse(
             results=outcome.results[: body.top_k],
-            timings_ms={
-                "embed": 1000 * (embedded - accepted),
-                "search": 1000 * (searched - embedded),
-                "fine": 1000 * (scored - searched),
-            },
+            timings_ms=timings_ms(),
             reranked=outcome.reranked,
             degraded=bool(reasons),
             degraded_reasons=reasons,
@@ -182,8 +193,10 @@ class Ingress:
             raise DataError(
                 f"input has {body.num_inputs} entries; send at least one text or image and at most {limit}"
             )
-        items = await asyncio.to_thread(body.items)
-        vectors = await self._embed(items)
+        note(model=MODEL)
+        with stage("embed"):
+            items = await asyncio.to_thread(body.items)
+            vectors = await self._embed(items)
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         words = sum(len((item.text or "").split()) for item in items)
         return await asyncio.to_thread(embeddings_response, vectors, body, words)
@@ -195,8 +208,10 @@ class Ingress:
         count, limit = len(body.documents), self._recipe.serve.max_rerank
         if not 0 < count <= limit:
             raise DataError(f"documents has {count} entries; send at least one and at most {limit}")
-        item = await asyncio.to_thread(body.item)
-        results = await FineStage(self._backbone, tenant=asked().tenant).documents(item, body)
+        with stage("fine"):
+            item = await asyncio.to_thread(body.item)
+            results = await FineStage(self._backbone, tenant=asked().tenant).documents(item, body)
+        note(model=MODEL, reranked=sum(one.problem is None for one in results))
         response.headers["x-slq-fingerprint"] = info["fingerprint"]
         return RerankResponse(results=results, model=body.model)
 
@@ -206,7 +221,7 @@ class Ingress:
         info = await self._known()
         return {
             "object": "list",
-            "data": [{"id": "slq", "object": "model", "owned_by": info["backbone"]}],
+            "data": [{"id": MODEL, "object": "model", "owned_by": info["backbone"]}],
         }
 
     @app.get("/info")

@@ -17,8 +17,11 @@ from ray import serve
 from pipelines.contents import Content
 from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
+from pipelines.serving import telemetry
 from pipelines.serving.candidates import Candidates, Stored
+from pipelines.serving.metrics import CacheMeter
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.telemetry import Passed, replying, results_of, shared_pass, stage
 from slq.encoder import batches_by_length
 from slq.errors import DataError, ServiceError
 from slq.reranker import Ranked
@@ -65,6 +68,8 @@ class BackboneService:
 
     def __init__(self, recipe: dict[str, Any], pinned: Pinned) -> None:
         self._recipe = Recipe.model_validate(recipe)
+        telemetry.begin(self._recipe.serve.telemetry)
+        self._cache_meter = CacheMeter()
         use_processors(self._recipe.serve.num_threads)
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
@@ -96,9 +101,9 @@ class BackboneService:
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
     async def _embed_batch(
         self, asked: list[tuple[Item, str]]
-    ) -> list[NDArray[np.float32] | Exception]:
+    ) -> list[Passed[NDArray[np.float32] | Exception]]:
         """Exceptions travel as data: a raised one would fail every request in the pass."""
-        return await asyncio.to_thread(each_alone, self._encode, asked)
+        return await shared_pass(each_alone, self._encode, asked, size=len(asked))
 
     def _encode(self, asked: list[tuple[Item, str]]) -> NDArray[np.float32]:
         """(n, dimension) float32 of items and their tenants.
@@ -127,6 +132,7 @@ class BackboneService:
             and self._reranker.opens_as_embedded
         )
 
+    @replying
     async def embed(self, items: list[Item], tenant: str = "") -> list[NDArray[np.float32]]:
         """The (dimension,) float32 unit vector of each item; concurrent calls share forward passes.
 
@@ -137,7 +143,9 @@ class BackboneService:
         Raises:
             DataError: The model cannot take one of the items.
         """
-        results = await asyncio.gather(*[self._embed_batch((item, tenant)) for item in items])
+        passed = await asyncio.gather(*[self._embed_batch((item, tenant)) for item in items])
+        self._cache_meter.tell(self._kept_images())
+        results = results_of("embed", passed)
         for result in results:
             if isinstance(result, ValueError):  # processors refuse shapes of images this way
                 raise DataError(f"the model cannot take this input: {result}")
@@ -145,6 +153,7 @@ class BackboneService:
                 raise result
         return results
 
+    @replying
     async def rank(
         self,
         query: Item,
@@ -164,16 +173,24 @@ class BackboneService:
 
         def run() -> list[Ranked]:
             left = None if budget_s is None else budget_s - (time.monotonic() - called)
-            return self._reranker.rank(
-                query,
-                Candidates(candidates),
-                coarse_scores,
-                budget_s=left,
-                details=details,
-                tenant=tenant,
-            )
+            with stage("fine"):
+                return self._reranker.rank(
+                    query,
+                    Candidates(candidates),
+                    coarse_scores,
+                    budget_s=left,
+                    details=details,
+                    tenant=tenant,
+                )
 
-        return await asyncio.to_thread(run)
+        ranked = await asyncio.to_thread(run)
+        self._cache_meter.tell(self._kept_images())
+        return ranked
+
+    def _kept_images(self) -> dict[str, dict[str, int]]:
+        """Counters of what is kept of images."""
+        passes = self._reranker.passes
+        return {"vision": passes.views.counters(), "prefix": passes.prefixes.counters()}
 
     def describe(self) -> dict[str, Any]:
         """What `/info` says about the model."""
@@ -184,10 +201,7 @@ class BackboneService:
             "backbone": encoder.backbone.name,
             "profile": self._reranker.profile.name,
             "framing": self._reranker.framing.name,
-            "kept_images": {
-                "vision": self._reranker.passes.views.counters(),
-                "prefix": self._reranker.passes.prefixes.counters(),
-            },
+            "kept_images": self._kept_images(),
         }
 
     def check_health(self) -> None:

@@ -276,7 +276,7 @@ def test_a_service_over_cut_vectors_embeds_at_the_length_of_its_index(recipe: Re
             self.describe = SimpleNamespace(
                 remote=lambda: given({"fingerprint": "a", "dimension": dimension})
             )
-            self.embed = SimpleNamespace(remote=lambda *_: given(list(whole)))
+            self.embed = SimpleNamespace(remote=lambda *_, told: given(list(whole)))
 
     async def given(value: Any) -> Any:
         return value
@@ -329,7 +329,8 @@ def test_an_input_that_the_model_raises_for_fails_alone_in_its_pass(
         return (await one_pass(service, [asked]))[0]
 
     shared = [Item(text=text) for text in ("a cat", "guilty", "a dog")]
-    first, error, last = asyncio.run(one_pass(service, [(item, "") for item in shared]))
+    passed = asyncio.run(one_pass(service, [(item, "") for item in shared]))
+    first, error, last = (one.value for one in passed)
     assert passes == [3, 1, 1, 1]
     np.testing.assert_allclose([first, last], encoder.encode(["a cat", "a dog"]), atol=1e-5)
     assert isinstance(error, ValueError)
@@ -671,7 +672,7 @@ def test_the_index_version_and_the_fingerprint_come_with_every_answer(
     fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
     assert answer.headers["x-slq-fingerprint"] == answer.json()["fingerprint"] == fingerprint
     assert answer.json()["index_version"] == "v000001"
-    assert set(answer.json()["timings_ms"]) == {"embed", "search", "fine"}
+    assert set(answer.json()["timings_ms"]) == {"queue", "embed", "search", "fetch", "fine"}
 
 
 def test_the_openai_client_gets_the_encoders_vectors(
