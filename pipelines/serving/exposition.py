@@ -21,7 +21,8 @@ from slq.errors import UnavailableError
 APPLICATION = "slq"
 NODES = "slq_serve_metrics_nodes"
 _TIMEOUT_S = 5.0
-_OURS, _OF_SERVE = "ray_slq_", "ray_serve_"
+OURS = "ray_slq_"
+_OF_SERVE = "ray_serve_"
 _NOISE = ("otel_scope_name", "otel_scope_schema_url", "otel_scope_version")  # the same everywhere
 router = APIRouter()
 
@@ -111,8 +112,8 @@ def merged(pages: Iterable[str]) -> list[Metric]:
 
 def _may_be_ours(line: str) -> bool:
     name = line.split(" ", 3)[2] if line.startswith("# ") else line
-    return name.startswith((_OURS, _OF_SERVE))
+    return name.startswith((OURS, _OF_SERVE))
 
 
 def _is_ours(name: str, labels: dict[str, str]) -> bool:
-    return name.startswith(_OURS) or labels.get("application") == APPLICATION
+    return name.startswith(OURS) or labels.get("application") == APPLICATION

@@ -20,6 +20,7 @@ Carrier = dict[str, str]
 """A trace context as W3C's headers `traceparent` and `tracestate`; empty where there is none."""
 _OTLP_PATH = "/v1/traces"
 _DELAY_MS = 1000  # after which spans are sent; a replica that is killed loses those of this time
+_TIMEOUT_S = 3.0  # for all tries to send some; a replica waits for them when it ends
 _tracer: "Tracer | None" = None
 
 
@@ -43,13 +44,16 @@ def endpoint_of(url: str) -> str:
     return url if urlsplit(url).path.strip("/") else url.rstrip("/") + _OTLP_PATH
 
 
-def begin(url: str, share: float, about: Mapping[str, str]) -> None:
+def begin(url: str, share: float, about: Mapping[str, str]) -> "TracerProvider":
     """Make spans from now on, and send them.
 
     Args:
         url: Of an OTLP endpoint over HTTP. Headers that it asks for stand in OTEL_EXPORTER_OTLP_HEADERS.
         share: Of traces that begin here; for others, their beginning decided.
         about: What is said of this process with each span.
+
+    Returns:
+        What makes them; it sends what is left when the process ends.
 
     Raises:
         ConfigError: OpenTelemetry is not installed.
@@ -64,9 +68,10 @@ def begin(url: str, share: float, about: Mapping[str, str]) -> None:
     provider = TracerProvider(
         sampler=ParentBased(TraceIdRatioBased(share)), resource=Resource.create(dict(about))
     )
-    exporter = OTLPSpanExporter(endpoint=endpoint_of(url))
+    exporter = OTLPSpanExporter(endpoint=endpoint_of(url), timeout=_TIMEOUT_S)
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_DELAY_MS))
     use(provider)
+    return provider
 
 
 def use(provider: "TracerProvider | None") -> None:
