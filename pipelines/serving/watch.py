@@ -138,8 +138,9 @@ class Watch:
     def _tell(self, exchange: Exchange, account: Account) -> None:
         seconds = time.perf_counter() - exchange.began
         _measure(exchange, account, seconds)
-        if self._settings().telemetry.access_log:
-            _log_line(exchange, account, seconds)
+        settings = self._settings().telemetry
+        if settings.access_log:
+            _log_line(exchange, account, seconds, as_text=settings.logs == "text")
 
 
 def _attributes(exchange: Exchange) -> dict[str, str | int]:
@@ -166,7 +167,7 @@ def _measure(exchange: Exchange, account: Account, seconds: float) -> None:
         record(metrics.RERANK_DEPTH, account.facts["reranked"])
 
 
-def _log_line(exchange: Exchange, account: Account, seconds: float) -> None:
+def _log_line(exchange: Exchange, account: Account, seconds: float, *, as_text: bool) -> None:
     """Tell of a request; nothing of what it holds, and of its key only the name."""
     level = logging.DEBUG if exchange.is_quiet else logging.INFO
     if not log.isEnabledFor(level):
@@ -187,4 +188,5 @@ def _log_line(exchange: Exchange, account: Account, seconds: float) -> None:
         "trace_id": traces.trace_id(),
         **account.facts,
     }
-    log.log(level, "request %s", logs.as_text(facts), extra=facts)
+    said = logs.as_text(facts) if as_text else f"{exchange.method} {exchange.route}"
+    log.log(level, "request %s", said, extra=facts)

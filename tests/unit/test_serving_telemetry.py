@@ -321,10 +321,21 @@ def test_a_request_leaves_one_line_with_what_is_known_of_it(lines: Any, recorded
     assert list(line.stages_ms) == ["search"]
     assert line.duration_ms >= line.stages_ms["search"] >= 0
     assert "secret" not in json.dumps(vars(line), default=str)
+    assert line.getMessage() == "request POST /search"
     assert recorded.of(metrics.RERANK_DEPTH) == [(3, {})]
     assert [tags["reason"] for _, tags in recorded.of(metrics.DEGRADED)] == ["budget", "candidates"]
     assert [tags for _, tags in recorded.of(metrics.STAGE_SECONDS)] == [{"stage": "search"}]
     assert [value for value, _ in recorded.of(metrics.IN_FLIGHT)] == [1, 0]
+
+
+def test_a_line_of_text_holds_it_all_in_its_message(lines: Any) -> None:
+    client_of(logs="text").post("/search", json={}, headers={"x-request-id": "r-8"})
+    (line,) = lines()
+    said = dict(part.split("=") for part in line.getMessage().split()[1:])
+    assert said["request_id"] == "r-8"
+    assert (said["status"], said["reranked"], said["http_route"]) == ("200", "3", "/search")
+    assert said["degraded_reasons"] == "budget,candidates"
+    assert float(said["duration_ms"]) >= float(said["stages_ms"].removeprefix("search:"))
 
 
 @pytest.mark.parametrize(
