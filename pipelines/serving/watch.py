@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -17,7 +18,7 @@ from pipelines.serving.metrics import record
 from pipelines.serving.telemetry import Account, accounting
 
 log = logging.getLogger(__name__)
-_QUIET = ("/healthz", "/readyz", "/metrics")  # asked by machines, every few seconds
+_PROBES = ("/healthz", "/readyz", "/metrics")  # asked for every few seconds
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _GONE = 499  # the client, before it was answered
 _LARGEST_ERROR_BYTES = 65_536
@@ -39,9 +40,9 @@ class Exchange:
         self.bytes_out = 0
 
     @property
-    def is_quiet(self) -> bool:
-        """Whether it is told only if it fails."""
-        return self.scope["path"] in _QUIET and self.status < 400
+    def is_probe(self) -> bool:
+        """Whether a machine asks, for health or metrics; there is no trace of it."""
+        return self.scope["path"] in _PROBES
 
     @property
     def route(self) -> str:
@@ -119,11 +120,15 @@ class Watch:
     async def _traced(
         self, exchange: Exchange, account: Account, coming: Receive, going: Send
     ) -> None:
-        with traces.span(exchange.method, is_server=True) as span:
+        opened = traces.span(exchange.method, is_server=True)
+        with nullcontext() if exchange.is_probe else opened as span:
             try:
                 await self._app(exchange.scope, coming, going)
             except asyncio.CancelledError:
                 exchange.status, exchange.kind = _GONE, "client_gone"
+                raise
+            except Exception:
+                exchange.kind = "server_error"  # what answers to it stands before this
                 raise
             finally:
                 if span is not None:
@@ -169,7 +174,7 @@ def _measure(exchange: Exchange, account: Account, seconds: float) -> None:
 
 def _log_line(exchange: Exchange, account: Account, seconds: float, *, as_text: bool) -> None:
     """Tell of a request; nothing of what it holds, and of its key only the name."""
-    level = logging.DEBUG if exchange.is_quiet else logging.INFO
+    level = logging.DEBUG if exchange.is_probe and exchange.status < 400 else logging.INFO
     if not log.isEnabledFor(level):
         return
     request = asked()

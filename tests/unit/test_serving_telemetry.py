@@ -343,7 +343,7 @@ def test_a_line_of_text_holds_it_all_in_its_message(lines: Any) -> None:
     [
         ("GET", "/items/a/b c/image", "/items/{item_id:path}/image", 200, None),
         ("GET", "/refused", "/refused", 429, "rate_limited"),
-        ("GET", "/broken", "/broken", 500, "other"),
+        ("GET", "/broken", "/broken", 500, "server_error"),
         ("GET", "/no/such/thing", "none", 404, "other"),
         ("POST", "/search", "none", 413, "too_large"),  # refused before its route is known
     ],

@@ -79,12 +79,12 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def ask(application: Any = app, *, traceparent: str | None = None) -> None:
+def ask(application: Any = app, *, traceparent: str | None = None, path: str = "/search") -> None:
     async def nothing(*_: Any) -> Any:
         return {"type": "http.request"}
 
     headers = [] if traceparent is None else [(b"traceparent", traceparent.encode())]
-    scope = {"type": "http", "method": "POST", "path": "/search", "headers": headers}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
     asyncio.run(Watch(application, settings=ServeConfig)(scope, nothing, nothing))
 
 
@@ -145,6 +145,15 @@ def test_requests_one_after_another_have_traces_of_their_own(spans: InMemorySpan
     ask()
     ask()
     assert len({span.context.trace_id for span in spans.get_finished_spans()}) == 2
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics"])
+def test_probes_leave_no_trace(path: str, spans: InMemorySpanExporter) -> None:
+    async def fine(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    ask(fine, path=path)
+    assert spans.get_finished_spans() == ()
 
 
 def test_an_error_is_named_by_its_kind_alone(spans: InMemorySpanExporter) -> None:
