@@ -90,7 +90,10 @@ class SearchResponse(Message):
     """Answer of POST /search."""
 
     results: list[SearchResult]
-    timings_ms: dict[str, float]
+    timings_ms: dict[str, float] = Field(
+        description="of stages that do not overlap: `queue`, until a model begins; `embed`, reading the query and its "
+        "pass; `search`; `fetch`, reading candidates; `fine`, scoring them"
+    )
     reranked: int = Field(description="candidates that the fine stage scored")
     degraded: bool = Field(description="there are `degraded_reasons`")
     degraded_reasons: list[DegradedReason] = Field(

@@ -19,6 +19,7 @@ from ray.serve.context import _get_global_client
 from pipelines.recipe import Recipe
 from pipelines.serving.app import APP_NAME, application
 from pipelines.serving.checks import pinned_to
+from pipelines.serving.logs import logging_config
 from pipelines.serving.pinned import Pinned
 from slq.errors import ServiceError
 
@@ -91,7 +92,12 @@ def start(recipe: Recipe) -> str:
             serve.start(http_options={"host": recipe.serve.host, "port": recipe.serve.port})
         _owned.add("application")
         _started.append(pinned)
-        serve.run(application(recipe, pinned), name=APP_NAME, route_prefix="/")
+        serve.run(
+            application(recipe, pinned),
+            name=APP_NAME,
+            route_prefix="/",
+            logging_config=logging_config(recipe.serve.telemetry),
+        )
     except (RuntimeError, TimeoutError) as error:  # what Serve raises when a deployment fails
         reason = cause_in("\n".join([str(error), *_reports()]))
         stop()

@@ -11,6 +11,7 @@ from pipelines.serving.checks import pinned_to
 from pipelines.serving.config import Scaling
 from pipelines.serving.index_service import IndexService
 from pipelines.serving.ingress import Ingress
+from pipelines.serving.logs import logging_config
 from pipelines.serving.partition import PartitionService
 from pipelines.serving.pinned import Pinned
 from pipelines.serving.replicas import BackboneService
@@ -90,6 +91,7 @@ def serve_config(recipe: Recipe, arguments: BuildArguments) -> dict[str, Any]:
         recipe: The resolved recipe.
         arguments: That it was read from.
     """
+    logs = logging_config(recipe.serve.telemetry)
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": recipe.serve.host, "port": recipe.serve.port},
@@ -100,6 +102,7 @@ def serve_config(recipe: Recipe, arguments: BuildArguments) -> dict[str, Any]:
                 "import_path": IMPORT_PATH,
                 "args": arguments.model_dump(mode="json"),
                 "runtime_env": {},
+                "logging_config": logs.model_dump(mode="json", exclude_unset=True),
             }
         ],
     }

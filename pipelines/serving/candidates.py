@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from pipelines.contents import Readable
 from pipelines.corpus import fetch_image
+from pipelines.serving.telemetry import stage
 from slq.errors import DataError, StorageError
 from slq.media import decode_image
 from slq.schema import Item
@@ -79,4 +80,5 @@ class Candidates(Sequence[Item]):
     def __getitem__(self, number: int | slice) -> "Item | Candidates":
         if isinstance(number, slice):
             return Candidates(self._given[number])
-        return self._given[number].item()
+        with stage("fetch"):
+            return self._given[number].item()

@@ -4,8 +4,10 @@ import logging
 import uuid
 
 from pipelines.recipe import Recipe
+from pipelines.serving import traces
 from pipelines.serving.access import require_keys
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.recall import require_exact
 from pipelines.tasks import require_gpus
 from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.engines import FAISS
@@ -22,20 +24,25 @@ def pinned_to(recipe: Recipe) -> Pinned:
 
     Raises:
         ArtifactError: Adapter or index is missing or damaged.
-        ConfigError: A GPU is named for the index, whose replica gets one from Ray; or the service would be open to
-            other machines without API keys.
+        ConfigError: A GPU is named for the index, whose replica gets one from Ray; the service would be open to
+            other machines without API keys; traces are asked for and cannot be made; or recall is, and the index's
+            engine has no exact search.
         HardwareError: A GPU is asked for the index, and the cluster has none.
         ArtifactMismatchError: They belong to different embedding spaces; both fingerprints are named.
     """
     require_keys(recipe.serve)
     _require_engine(recipe)
     _require_search_device(recipe)
+    if recipe.serve.telemetry.traces is not None:
+        traces.require_installed()
     adapter = load_adapter_config(recipe.storage.adapter)
     course_file = recipe.storage.dir.resolve() / "serve" / f"{uuid.uuid4().hex[:12]}.json"
     # Closed again: what only one process can open is the replica's.
     with recipe.index_place.open(has_codes=False) as index:
         if isinstance(index, VectorIndex):
             _warn_of_empty_partitions(recipe, index)
+        elif recipe.serve.telemetry.recall_share:
+            require_exact(index)  # an index of faiss always can, at the price of reading all of it
         found = Pinned(index.fingerprint, index.version, course_file)
     require_same_fingerprint(
         found.fingerprint,

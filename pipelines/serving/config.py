@@ -3,10 +3,12 @@
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from slq.config import Section
+from slq.config import SECRET, Section
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Of adapters in requests."""
@@ -58,7 +60,38 @@ class LinksConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """What the service tells of itself."""
+    """What the service tells of itself; `GET /metrics` is always there."""
+
+    logs: Literal["json", "text"] = "json"
+    """Form of log lines, in Ray Serve's log files and on standard error of each replica."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least level of log lines; of DEBUG are those of requests for health and metrics."""
+    access_log: bool = True
+    """A line for each request when it ends."""
+    recall_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of coarse searches that are compared with an exact one behind the answers; each reads the whole index."""
+    recall_k: Annotated[int, Field(gt=0)] = 10
+    """Results that are compared; searches for fewer are left out."""
+    traces: str | None = None
+    """URL of an OTLP endpoint over HTTP that spans are sent to, as `http://localhost:4318`; null makes none."""
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of requests that are traced; of a request with a `traceparent`, its sender decides."""
+
+    @field_validator("traces")
+    @classmethod
+    def _is_an_endpoint(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it must be a URL of http or https, as http://localhost:4318")
+        if parts.username is not None or parts.password is not None:
+            # Of this type, so that the message does not show the value.
+            raise PydanticCustomError(
+                SECRET,
+                "a URL with a password would stand in logs; put headers into OTEL_EXPORTER_OTLP_HEADERS",
+            )
+        return url
 
 
 class Scaling(Section):

@@ -17,6 +17,7 @@ from pipelines.messages import (
 from pipelines.serving.calls import ask
 from pipelines.serving.candidates import Stored
 from pipelines.serving.index_service import Found
+from pipelines.serving.telemetry import stage, told
 from slq.reranker import Ranked
 from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.schema import Item
@@ -112,16 +113,18 @@ class FineStage:
     async def _ranked(
         self, query: Item, candidates: Sequence[Readable], coarse: list[float] | None
     ) -> list[Ranked]:
-        ranked: list[Ranked] = await ask(
-            self.backbone.rank,
-            query,
-            list(candidates),
-            coarse,
-            budget_s=self.budget_s,
-            details=self.explain,
-            tenant=self.tenant,
-            patience_s=self.patience_s,
-        )
+        with stage("queue"):  # until it is scored; how long that took comes with the answer
+            ranked: list[Ranked] = await ask(
+                self.backbone.rank,
+                query,
+                list(candidates),
+                coarse,
+                budget_s=self.budget_s,
+                details=self.explain,
+                tenant=self.tenant,
+                patience_s=self.patience_s,
+                told=told(),
+            )
         return ranked
 
     def _told(self, result: SearchResult, one: Ranked) -> SearchResult:

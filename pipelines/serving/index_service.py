@@ -5,6 +5,7 @@ it begins, and its partitions are asked for that one.
 """
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,15 @@ from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.recipe import Recipe
+from pipelines.serving import telemetry
 from pipelines.serving.calls import ask, cause_of
 from pipelines.serving.fleet import Answer, Fleet
 from pipelines.serving.following import Follower
+from pipelines.serving.metrics import VersionMeter
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.recall import RecallMeter
 from pipelines.serving.shelf import Shelf
+from pipelines.serving.telemetry import replying
 from slq.engines import FAISS
 from slq.errors import ArtifactMismatchError, DataError, ServiceError, UnavailableError
 from slq.index import Hit, SearchIndex, VectorIndex
@@ -122,6 +127,9 @@ class IndexSearch:
             follow=self._serve.follow_index,
         )
         self._threads = ThreadPoolExecutor(self._serve.scaling.index.max_ongoing_requests)
+        watching = self._serve.telemetry
+        self._recall = RecallMeter(watching.recall_share, watching.recall_k)
+        self._version_meter = VersionMeter()
 
     def _load(self, version: str) -> SearchIndex:
         """Every file is checked against its sha256, those of partitions too."""
@@ -158,6 +166,7 @@ class IndexSearch:
     async def _keep_version(self) -> None:
         while True:
             await self._follower.tick()
+            self._version_meter.show(self._follower.version)
             await asyncio.sleep(self._serve.poll_s)
 
     async def _keep_partitions(self) -> None:
@@ -170,6 +179,7 @@ class IndexSearch:
         assert index is not None  # the follower never lets go of it
         return index
 
+    @replying
     async def search(
         self, vector: NDArray[np.float32], top_k: int, fingerprint: str | None = None
     ) -> "Found | Moved":
@@ -193,7 +203,10 @@ class IndexSearch:
             if not older:
                 return Moved(index.fingerprint)
             index = older[-1]
-        return await loop.run_in_executor(self._threads, self._search, loop, index, vector, top_k)
+        asked = contextvars.copy_context()  # so that what is logged there names the request
+        return await loop.run_in_executor(
+            self._threads, asked.run, self._search, loop, index, vector, top_k
+        )
 
     def _search(
         self,
@@ -217,6 +230,8 @@ class IndexSearch:
             (hits,) = index.search(vector[None, :], top_k, scan=scan)
         else:
             (hits,) = index.search(vector[None, :], top_k)
+        if len(answered) == count:
+            self._recall.consider(index, vector, hits, top_k)
         return Found(
             hits,
             index.columns_of(hits),
@@ -307,6 +322,7 @@ class IndexService(IndexSearch):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        telemetry.begin(self._serve.telemetry)
         self._task = asyncio.get_running_loop().create_task(self.keep_up())
 
     async def check_health(self) -> None:

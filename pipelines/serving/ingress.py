@@ -30,7 +30,9 @@ from pipelines.messages import (
     embeddings_response,
 )
 from pipelines.recipe import Recipe
+from pipelines.serving import exposition, telemetry
 from pipelines.serving.access import Access, require_admin
+from pipelines.serving.adapters import OWN
 from pipelines.serving.asked import ADMIN, asked
 from pipelines.serving.calls import ask
 from pipelines.serving.described import ADMINISTERED, ASKED, FOUND, TOLD, DescribedApp
@@ -45,6 +47,8 @@ from pipelines.serving.pinned import Pinned
 from pipelines.serving.rates import charge
 from pipelines.serving.replicas import BackboneService
 from pipelines.serving.retriever import Retriever
+from pipelines.serving.telemetry import note, stage, timings_ms
+from pipelines.serving.watch import Watch
 from slq.errors import DataError, UnavailableError
 from slq.schema import Item
 
@@ -61,7 +65,9 @@ def _replica() -> Guarded:
 
 
 app.add_middleware(Guard, guarded=_replica)
-app.add_middleware(Gate, guarded=_replica)  # the last one added is the first that is asked
+app.add_middleware(Gate, guarded=_replica)
+app.add_middleware(Watch, guarded=_replica)  # the last one added is the first that is asked
+app.include_router(exposition.router)
 
 
 @serve.deployment
@@ -99,6 +105,7 @@ class Ingress:
         self._retriever = Retriever(pinned, self._backbone, self._index, patience_s)
         self.access = Access(self.settings)
         self._links = Links(self.settings.links)
+        telemetry.begin(self.settings.telemetry)
         self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
 
     async def check_health(self) -> None:
@@ -114,8 +121,8 @@ class Ingress:
         self._check_limits(body)
         if body.model is not None:
             await self._retriever.require_searched(body.model)
-        item, vector = await self._query(body, info["dimension"])
-        embedded = time.perf_counter()
+        with stage("embed"):
+            item, vector = await self._query(body, info["dimension"])
         depth = self._depth(body) if item is not None else 0
         found = await self._retriever.search(item, vector, max(body.top_k, depth))
         searched = time.perf_counter()
@@ -128,19 +135,21 @@ class Ingress:
             tenant=asked().tenant,
             patience_s=self.settings.patience_s,
         )
-        outcome = await fine.search(item, found, depth)
-        scored = time.perf_counter()
+        with stage("fine"):
+            outcome = await fine.search(item, found, depth)
         response.headers[FINGERPRINT] = found.fingerprint
         reasons = outcome.reasons
         if found.shards_ok < found.shards_total:
             reasons = ["partitions", *reasons]
+        note(
+            reranked=outcome.reranked,
+            degraded_reasons=reasons,
+            index_version=found.version,
+            model=body.model or OWN,
+        )
         return SearchResponse(
             results=outcome.results[: body.top_k],
-            timings_ms={
-                "embed": 1000 * (embedded - accepted),
-                "search": 1000 * (searched - embedded),
-                "fine": 1000 * (scored - searched),
-            },
+            timings_ms=timings_ms(),
             reranked=outcome.reranked,
             degraded=bool(reasons),
             degraded_reasons=reasons,
@@ -191,10 +200,12 @@ class Ingress:
             raise DataError(
                 f"input has {body.num_inputs} entries; send at least one text or image and at most {limit}"
             )
+        note(model=body.model)
         charge(body.num_inputs)
-        readable = await self._readable(body.contents())
-        items = await asyncio.to_thread(items_of, readable, self.settings.max_pixels)
-        made = await self._retriever.embed(items, body.model)
+        with stage("embed"):
+            readable = await self._readable(body.contents())
+            items = await asyncio.to_thread(items_of, readable, self.settings.max_pixels)
+            made = await self._retriever.embed(items, body.model)
         response.headers[FINGERPRINT] = made.fingerprint
         words = sum(len((item.text or "").split()) for item in items)
         return await asyncio.to_thread(embeddings_response, made.vectors, body, words)
@@ -207,10 +218,14 @@ class Ingress:
         if not 0 < count <= limit:
             raise DataError(f"documents has {count} entries; send at least one and at most {limit}")
         charge(count)
-        query, *documents = await self._readable([as_content(body.query), *body.contents()])
-        item = await asyncio.to_thread(query.item)
-        fine = FineStage(self._backbone, tenant=asked().tenant, patience_s=self.settings.patience_s)
-        results = await fine.documents(item, body, documents)
+        with stage("fine"):
+            query, *documents = await self._readable([as_content(body.query), *body.contents()])
+            item = await asyncio.to_thread(query.item)
+            fine = FineStage(
+                self._backbone, tenant=asked().tenant, patience_s=self.settings.patience_s
+            )
+            results = await fine.documents(item, body, documents)
+        note(model=body.model, reranked=sum(one.problem is None for one in results))
         response.headers[FINGERPRINT] = fingerprint
         return RerankResponse(results=results, model=body.model)
 

@@ -5,7 +5,6 @@ scale up, finds the same, or refuses to start.
 """
 
 import asyncio
-import contextvars
 import logging
 import math
 import time
@@ -23,9 +22,19 @@ from ray import serve
 from pipelines.contents import Readable
 from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_processors
 from pipelines.recipe import Recipe
+from pipelines.serving import telemetry
 from pipelines.serving.adapters import OWN, Adapters, Embedded
 from pipelines.serving.candidates import Candidates
+from pipelines.serving.metrics import CacheMeter
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.telemetry import (
+    Passed,
+    in_thread,
+    replying,
+    results_of,
+    shared_pass,
+    stage,
+)
 from slq.encoder import batches_by_length
 from slq.engines import FAISS
 from slq.errors import ArtifactMismatchError, DataError, ServiceError, UnknownModelError
@@ -92,6 +101,8 @@ class BackboneService:
     def __init__(self, recipe: dict[str, Any], pinned: Pinned) -> None:
         self._recipe = Recipe.model_validate(recipe)
         self._pinned = pinned
+        telemetry.begin(self._recipe.serve.telemetry)
+        self._cache_meter = CacheMeter()
         use_processors(self._recipe.serve.num_threads)
         self._encoder = encoder_of(self._recipe)
         adapter = self._recipe.storage.adapter
@@ -147,9 +158,11 @@ class BackboneService:
         await asyncio.to_thread(self._require_canary, version, fingerprint)
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
-    async def _embed_batch(self, wanted: list[Wanted]) -> list[NDArray[np.float32] | Exception]:
+    async def _embed_batch(
+        self, wanted: list[Wanted]
+    ) -> list[Passed[NDArray[np.float32] | Exception]]:
         """Exceptions travel as data: a raised one would fail every request in the pass."""
-        return await self._turn(self._embeds, self._timed_pass, wanted)
+        return await shared_pass(self._embeds, self._timed_pass, wanted, size=len(wanted))
 
     def _timed_pass(self, wanted: list[Wanted]) -> list[NDArray[np.float32] | Exception]:
         self._pass_began = time.monotonic()
@@ -157,14 +170,6 @@ class BackboneService:
             return each_alone(self._encode, wanted)
         finally:
             self._pass_began = -math.inf
-
-    async def _turn(
-        self, threads: ThreadPoolExecutor, run: Callable[..., _Out], *what: Any
-    ) -> _Out:
-        """What a call gives that has a thread to itself, in the context of whoever asks."""
-        context = contextvars.copy_context()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(threads, context.run, run, *what)
 
     def _encode(self, wanted: list[Wanted]) -> NDArray[np.float32]:
         """(n, dimension) float32: one pass of the frozen model over the items, whichever adapters they are for.
@@ -205,6 +210,7 @@ class BackboneService:
             and self._reranker.opens_as_embedded
         )
 
+    @replying
     async def embed(self, items: list[Item], tenant: str = "", model: str = OWN) -> Embedded:
         """The vector of each item; concurrent calls share forward passes, whichever adapters they are for.
 
@@ -219,7 +225,9 @@ class BackboneService:
         """
         encoder = self._adapters.encoder(model)
         calls = [self._embed_batch(Wanted(item, tenant, encoder.adapter)) for item in items]
-        results = await asyncio.gather(*calls)
+        passed = await asyncio.gather(*calls)
+        self._cache_meter.tell(self._kept_images())
+        results = results_of("embed", passed)
         for result in results:
             if isinstance(result, ValueError):  # processors refuse shapes of images this way
                 raise DataError(f"the model cannot take this input: {result}")
@@ -228,6 +236,7 @@ class BackboneService:
         self._embedded_at = time.monotonic()
         return Embedded(results, encoder.fingerprint)
 
+    @replying
     async def rank(
         self,
         query: Item,
@@ -247,16 +256,24 @@ class BackboneService:
 
         def run() -> list[Ranked]:
             left = None if budget_s is None else budget_s - (time.monotonic() - called)
-            return self._reranker.rank(
-                query,
-                Candidates(candidates),
-                coarse_scores,
-                budget_s=left,
-                details=details,
-                tenant=tenant,
-            )
+            with stage("fine"):
+                return self._reranker.rank(
+                    query,
+                    Candidates(candidates),
+                    coarse_scores,
+                    budget_s=left,
+                    details=details,
+                    tenant=tenant,
+                )
 
-        return await self._turn(self._scores, run)
+        ranked: list[Ranked] = await in_thread(self._scores, run)
+        self._cache_meter.tell(self._kept_images())
+        return ranked
+
+    def _kept_images(self) -> dict[str, dict[str, int]]:
+        """Counters of what is kept of images."""
+        passes = self._reranker.passes
+        return {"vision": passes.views.counters(), "prefix": passes.prefixes.counters()}
 
     def describe(self) -> dict[str, Any]:
         """What `/info` says about the model."""
@@ -268,10 +285,7 @@ class BackboneService:
             "backbone": encoder.backbone.name,
             "profile": self._reranker.profile.name,
             "framing": self._reranker.framing.name,
-            "kept_images": {
-                "vision": self._reranker.passes.views.counters(),
-                "prefix": self._reranker.passes.prefixes.counters(),
-            },
+            "kept_images": self._kept_images(),
         }
 
     async def add_adapter(self, name: str, folder: str) -> str:

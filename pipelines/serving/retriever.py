@@ -12,6 +12,7 @@ from pipelines.serving.asked import asked
 from pipelines.serving.calls import ask
 from pipelines.serving.index_service import Found, Moved
 from pipelines.serving.pinned import Pinned
+from pipelines.serving.telemetry import stage, told
 from slq.errors import ArtifactMismatchError, UnavailableError, UnknownModelError
 from slq.quantization import cut
 from slq.schema import Item
@@ -59,7 +60,7 @@ class Retriever:
         return self._info
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
-        return await ask(method, *arguments, patience_s=self._patience_s)
+        return await ask(method, *arguments, patience_s=self._patience_s, told=told())
 
     async def known(self) -> dict[str, Any]:
         """What was said last; versions and adapters may be others by now."""
@@ -68,7 +69,8 @@ class Retriever:
     async def embed(self, items: list[Item], model: str) -> Embedded:
         """Vectors of items by an adapter (its name or its fingerprint), as long as those of the index."""
         dimension = (await self.known())["dimension"]
-        made: Embedded = await self._ask(self._backbone.embed, items, asked().tenant, model)
+        with stage("queue"):  # until its pass; how long that took comes with the answer
+            made: Embedded = await self._ask(self._backbone.embed, items, asked().tenant, model)
         vectors = [v if len(v) == dimension else cut(v[None], dimension)[0] for v in made.vectors]
         return Embedded(vectors, made.fingerprint)
 
@@ -103,6 +105,11 @@ class Retriever:
                 "to search by the adapter of the index"
             )
 
+    async def _search(self, *arguments: Any) -> Found | Moved:
+        with stage("search"):
+            found: Found | Moved = await self._ask(self._index.search, *arguments)
+        return found
+
     async def search(
         self, item: Item | None, vector: NDArray[np.float32] | None, top_k: int
     ) -> Found:
@@ -114,10 +121,11 @@ class Retriever:
             space = (await self.known())["fingerprint"]
             if vector is None:
                 assert item is not None
-                made = await self.embed([item], space)
-                found = await self._ask(self._index.search, made.vectors[0], top_k, space)
+                with stage("embed"):
+                    (embedded,) = (await self.embed([item], space)).vectors
+                found = await self._search(embedded, top_k, space)
             else:
-                found = await self._ask(self._index.search, vector, top_k)
+                found = await self._search(vector, top_k)
             moved_to = found.fingerprint if isinstance(found, Moved) else found.moved_to
             if moved_to != space:
                 await self.describe()

@@ -285,7 +285,7 @@ def test_a_service_over_cut_vectors_embeds_at_the_length_of_its_index(recipe: Re
                     {"fingerprint": "a", "models": {"slq": "a"}, "dimension": dimension}
                 )
             )
-            self.embed = SimpleNamespace(remote=lambda *_: given(Embedded(list(whole), "a")))
+            self.embed = SimpleNamespace(remote=lambda *_, told: given(Embedded(list(whole), "a")))
 
     async def given(value: Any) -> Any:
         return value
@@ -345,7 +345,8 @@ def test_an_input_that_the_model_raises_for_fails_alone_in_its_pass(
         return (await one_pass(service, [wanted]))[0]
 
     shared = [Item(text=text) for text in ("a cat", "guilty", "a dog")]
-    first, error, last = asyncio.run(one_pass(service, [wanted(service, item) for item in shared]))
+    passed = asyncio.run(one_pass(service, [wanted(service, item) for item in shared]))
+    first, error, last = (one.value for one in passed)
     assert passes == [3, 1, 1, 1]
     np.testing.assert_allclose([first, last], encoder.encode(["a cat", "a dog"]), atol=1e-5)
     assert isinstance(error, ValueError)
@@ -688,7 +689,7 @@ def test_the_index_version_and_the_fingerprint_come_with_every_answer(
     fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
     assert answer.headers["x-slq-fingerprint"] == answer.json()["fingerprint"] == fingerprint
     assert answer.json()["index_version"] == "v000001"
-    assert set(answer.json()["timings_ms"]) == {"embed", "search", "fine"}
+    assert set(answer.json()["timings_ms"]) == {"queue", "embed", "search", "fetch", "fine"}
 
 
 def test_the_openai_client_gets_the_encoders_vectors(

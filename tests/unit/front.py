@@ -17,6 +17,7 @@ from ray import serve
 from starlette.testclient import TestClient
 
 from pipelines.recipe import Recipe
+from pipelines.serving import exposition, telemetry
 from pipelines.serving.adapters import Embedded
 from pipelines.serving.index_service import Found, Sent
 from pipelines.serving.ingress import Ingress, app
@@ -70,7 +71,9 @@ class Backbone:
         self.models[name] = f"of {folder}"
         return self.models[name]
 
-    def _embed(self, items: list[Item], tenant: str = "", model: str = "slq") -> Embedded:
+    def _embed(
+        self, items: list[Item], tenant: str = "", model: str = "slq", told: Any = None
+    ) -> Embedded:
         self.tenants.append(tenant)
         if model not in {*self.models, *self.models.values()}:
             raise UnknownModelError(f"there is no model {model!r}; this service has slq")
@@ -108,11 +111,15 @@ class Index:
         self.uri_of = remote(lambda name: str(picture) if name == "item-0" else None)
         self.send = remote(lambda version: Sent(version, None))
 
-    def _search(self, vector: Any, top_k: int, _: str | None = None) -> Found:
+    def _search(self, vector: Any, top_k: int, _: str | None = None, told: Any = None) -> Found:
         count = min(top_k, NUM_ITEMS)
         hits = [Hit(f"item-{n}", float(vector[n % DIMENSION])) for n in range(count)]
         rows = [{"uri": None, "text": f"text {n}", "modality": "text"} for n in range(count)]
         return Found(hits, rows, "v000001", 1, 1, "a", "a")
+
+
+async def _metrics(_: list[str]) -> bytes:
+    return b"# EOF\n"
 
 
 class Front:
@@ -127,12 +134,15 @@ class Front:
     def __init__(
         self, patch: pytest.MonkeyPatch, picture: Path | None = None, **settings: Any
     ) -> None:
+        patch.setattr(telemetry, "begin", lambda _: None)  # it changes the loggers of a process
         recipe = Recipe.model_validate({"serve": settings}).model_dump(mode="json")
         self.backbone = Backbone()
         face = Ingress.func_or_class.__bases__[0]  # below what makes an ASGI app of it
         self.ingress = face(recipe, Pinned("a", "v000001"), self.backbone, Index(picture))
         replica = SimpleNamespace(servable_object=self.ingress)
         patch.setattr(serve, "get_replica_context", lambda: replica)
+        patch.setattr(exposition, "agents", list)  # there is no Ray
+        patch.setattr(exposition, "exposition", _metrics)
         self.client = TestClient(app, raise_server_exceptions=False)
 
 

@@ -77,6 +77,7 @@ class Handle:
         self.rank = self
 
     def remote(self, query: Item, candidates: Any, coarse: Any, **options: Any) -> Awaitable[Any]:
+        options.pop("told")
         self.asked.append(options)
 
         async def answer() -> list[Ranked]:

@@ -416,10 +416,10 @@ def test_several_images_are_embedded_in_their_order(front: Front) -> None:
     colors = ("red", "blue", "green")
     parts: list[Any] = [("image", (f"{c}.png", png(c), "image/png")) for c in colors]
     parts.insert(1, ("input", (None, "a cat")))
-    found = form(front, "/v1/embeddings", parts, encoding_format="float", model="mine")
+    found = form(front, "/v1/embeddings", parts, encoding_format="float", model="slq")
     images = [{"image": base64.b64encode(png(color)).decode()} for color in colors]
     inputs = [images[0], "a cat", *images[1:]]
-    expected = front.client.post("/v1/embeddings", json={"input": inputs, "model": "mine"})
+    expected = front.client.post("/v1/embeddings", json={"input": inputs, "model": "slq"})
     assert without_time(found) == without_time(expected)
 
 

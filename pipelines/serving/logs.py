@@ -1,0 +1,69 @@
+"""Logs of replicas: our loggers write where Ray Serve's own does, in the same form.
+
+Serve's handlers name deployment, replica and request (its id is that of the header `x-request-id`, which its proxy adds
+where a client sent none, and which goes along with every call of a deployment).
+"""
+
+import logging
+from typing import Any
+
+from ray.serve.schema import LoggingConfig
+
+from pipelines.serving.config import TelemetryConfig
+
+OURS = ("slq", "pipelines")
+SERVE = logging.getLogger("ray.serve")
+
+
+def logging_config(settings: TelemetryConfig) -> LoggingConfig:
+    """How Ray Serve logs; not each call of a deployment, as our line for each request tells more."""
+    return LoggingConfig(
+        encoding=settings.logs.upper(), log_level=settings.level, enable_access_log=False
+    )
+
+
+class ToServe(logging.Handler):
+    """Hands records to the handlers that Serve has now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        SERVE.handle(record)
+
+
+def begin(settings: TelemetryConfig) -> None:
+    """Let our loggers write where Serve does, and Serve to standard error as it does into its files."""
+    handler = ToServe()
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(settings.level)
+        logger.propagate = False
+    if settings.logs == "json":
+        _write_json_to_stderr()
+
+
+def _write_json_to_stderr() -> None:
+    """Serve writes text there whatever its encoding is (Ray 2.60), and drops what a record holds beside its message."""
+    # The formatter and the filters of its files, which add request, deployment and replica.
+    files = [one for one in SERVE.handlers if not isinstance(one, logging.StreamHandler)]
+    formatters = [getattr(one, "target", one).formatter for one in files]
+    for stream in SERVE.handlers:
+        if isinstance(stream, logging.StreamHandler) and formatters:
+            stream.setFormatter(formatters[0])
+            for kept in [one for file in files for one in file.filters]:
+                stream.addFilter(kept)
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """Facts on one line, `key=value`; those that are empty are left out."""
+    return " ".join(
+        f"{key}={_plain(value)}" for key, value in facts.items() if value not in ("", None, [], {})
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_plain(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return ",".join(map(_plain, value))
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
