@@ -5,6 +5,8 @@ Each replica records into Ray's own metrics (`ray.util.metrics`), which the agen
 the label `WorkerId`, so that a sum over it is right whatever was restarted, and counts nothing twice.
 """
 
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
@@ -18,6 +20,7 @@ _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
     *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
+_AGAIN_S = 1.0  # Ray's shortest report interval
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -117,22 +120,40 @@ class Recorder(Protocol):
     def record(self, series: Series, value: float, tags: dict[str, str]) -> None:
         """Add to a counter, set a gauge, or put into a histogram."""
 
+    def forget(self, series: Series, tags: dict[str, str]) -> None:
+        """Show a gauge no more."""
+
 
 class RayRecorder:
-    """Ray's metrics; each is made when it is first recorded, in a few microseconds each time."""
+    """Ray's metrics; each is made when it is first recorded, in a few microseconds each time.
+
+    A gauge of Ray is forgotten where it was not set for two of its report intervals (Ray 2.60), so a thread sets them
+    again as they are.
+    """
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, frozenset[tuple[str, str]]], tuple[Any, float]] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def record(self, series: Series, value: float, tags: dict[str, str]) -> None:
         """See `Recorder.record`."""
         made = self._made.get(series.name) or self._make(series)
         if series.kind == COUNTER:
             made.inc(value, tags)
-        elif series.kind == GAUGE:
-            made.set(value, tags)
-        else:
+        elif series.kind == HISTOGRAM:
             made.observe(value, tags)
+        else:
+            with self._lock:
+                made.set(value, tags)
+                self._gauges[series.name, frozenset(tags.items())] = (made, value)
+                self._keep_showing()
+
+    def forget(self, series: Series, tags: dict[str, str]) -> None:
+        """See `Recorder.forget`; it takes up to two report intervals."""
+        with self._lock:
+            self._gauges.pop((series.name, frozenset(tags.items())), None)
 
     def _make(self, series: Series) -> Any:
         named = {"name": series.name, "description": series.description, "tag_keys": series.tags}
@@ -141,6 +162,18 @@ class RayRecorder:
         else:
             made = (ray_metrics.Counter if series.kind == COUNTER else ray_metrics.Gauge)(**named)
         return self._made.setdefault(series.name, made)
+
+    def _keep_showing(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._show, name="gauges", daemon=True)
+            self._thread.start()
+
+    def _show(self) -> None:
+        while True:
+            time.sleep(_AGAIN_S)
+            with self._lock:
+                for (_, tags), (made, value) in self._gauges.items():
+                    made.set(value, dict(tags))
 
 
 recorder: Recorder = RayRecorder()
@@ -156,6 +189,11 @@ def record(series: Series, value: float = 1.0, **tags: str) -> None:
         tags: A value for each of its labels.
     """
     recorder.record(series, value, tags)
+
+
+def forget(series: Series, **tags: str) -> None:
+    """Show a gauge with these labels no more, as what it tells of is gone."""
+    recorder.forget(series, tags)
 
 
 class CacheMeter:
@@ -193,5 +231,6 @@ class VersionMeter:
             return
         if self._shown is not None:
             record(INDEX_INFO, 0, version=self._shown)
+            forget(INDEX_INFO, version=self._shown)
         record(INDEX_INFO, 1, version=version)
         self._shown = version

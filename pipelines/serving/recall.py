@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.serving import metrics
-from pipelines.serving.metrics import record
+from pipelines.serving.metrics import forget, record
 from slq.errors import ConfigError, DataError
 from slq.index import Hit, SearchIndex
 
@@ -79,6 +79,7 @@ class RecallMeter:
     def _add(self, version: str, value: float) -> None:
         if version != self._version:
             self._found.clear()
+            forget(metrics.RECALL, k=str(self._top_k), version=self._version)
             self._version = version
         self._found.append(value)
         self.mean = sum(self._found) / len(self._found)

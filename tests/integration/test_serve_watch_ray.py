@@ -212,7 +212,8 @@ def settled(service: httpx.Client) -> dict[Any, float]:
 
 def is_ours(key: tuple[str, frozenset[tuple[str, str]]]) -> bool:
     """Whether a series stands still where nobody asks for anything but metrics."""
-    return key[0].startswith("ray_slq_") and ("route", "/metrics") not in key[1]
+    is_watching = key[0] == "ray_slq_serve_in_flight" or ("route", "/metrics") in key[1]
+    return key[0].startswith("ray_slq_") and not is_watching
 
 
 def test_recall_and_index_version_are_shown(service: httpx.Client) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import queue
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -51,10 +52,14 @@ class Heard:
 
     def __init__(self) -> None:
         self.values: list[tuple[str, float, dict[str, str]]] = []
+        self.forgotten: list[tuple[str, dict[str, str]]] = []
 
     def record(self, series: Series, value: float, tags: dict[str, str]) -> None:
         assert set(tags) == set(series.tags), series.name
         self.values.append((series.name, value, tags))
+
+    def forget(self, series: Series, tags: dict[str, str]) -> None:
+        self.forgotten.append((series.name, tags))
 
     def of(self, series: Series) -> list[tuple[float, dict[str, str]]]:
         return [(value, tags) for name, value, tags in self.values if name == series.name]
@@ -244,6 +249,36 @@ def test_one_index_version_is_shown_at_a_time(recorded: Heard) -> None:
         now[tags["version"]] = value
     assert now == {"v1": 1, "v2": 0}
     assert len(recorded.values) == 5
+    assert [tags["version"] for _, tags in recorded.forgotten] == ["v1", "v2"]
+
+
+def test_gauges_are_set_again_and_again_until_they_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray shows one that nobody sets no more after a while."""
+    seen: queue.Queue[tuple[float, str]] = queue.Queue()
+
+    class Gauge:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            seen.put((value, tags["version"]))
+
+    monkeypatch.setattr(metrics.ray_metrics, "Gauge", Gauge)
+    monkeypatch.setattr(metrics, "_AGAIN_S", 0.001)
+    recorder = metrics.RayRecorder()
+    recorder.record(metrics.INDEX_INFO, 0, {"version": "v1"})
+    recorder.record(metrics.INDEX_INFO, 1, {"version": "v1"})
+    while seen.get(timeout=60) != (1, "v1"):
+        pass
+    assert {seen.get(timeout=60) for _ in range(5)} == {(1, "v1")}
+    recorder.record(metrics.INDEX_INFO, 1, {"version": "v2"})
+    recorder.forget(metrics.INDEX_INFO, {"version": "v1"})
+    with recorder._lock:  # nothing is set meanwhile
+        seen.queue.clear()
+    assert {seen.get(timeout=60) for _ in range(5)} == {(1, "v2")}
+    recorder.forget(metrics.INDEX_INFO, {"version": "v2"})
 
 
 def test_ray_takes_every_series_under_its_labels() -> None:
