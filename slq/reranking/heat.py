@@ -1,8 +1,10 @@
 """Heat maps: where in an image a frozen model looks, before it says whether a pair matches, or as it embeds an item.
 
-A map is attention, averaged over heads and over the last third of the layers, to the visual tokens of one image, scaled
-to the sum 1. Early layers look at the first tokens and at neighbours whatever is asked, so they are left out. It says
-where the model reads, which is not always why it answers as it does.
+A map is attention, averaged over heads and over the middle third of the layers, to the visual tokens of one image,
+scaled to the sum 1. In the middle a model gathers what an image shows; before that it looks at neighbours, and after
+it mostly at tokens in which it has put things away. On 120 scenes of two objects the shipped model's answer pays a cell
+with an object 1.5 times as much attention in the middle third as one without, and in the last third 0.6 times; its
+latent queries 3.3 and 2.9 times. A map says where the model reads, which is not always why it answers as it does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +22,11 @@ from slq.reranking.reader import PairReader
 from slq.reranking.turns import Head, View, prefix_of_turns
 from slq.schema import Item
 
-LAYERS = 1 / 3
-"""Share of the layers, from the last one back, that a map is the mean of."""
+
+def layers_read(depth: int) -> range:
+    """The layers that a map is the mean of, of so many: the middle third, and one at least."""
+    first = round(depth / 3)
+    return range(first, max(first + 1, round(2 * depth / 3)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +108,7 @@ def _picture_of(item: Item) -> Image.Image:
     return item.image
 
 
-def _map_of(
-    backbone: Backbone, watch: Watch, ids: Sequence[int], views: Sequence[View]
-) -> HeatMap:
+def _map_of(backbone: Backbone, watch: Watch, ids: Sequence[int], views: Sequence[View]) -> HeatMap:
     """The map of the last one of some images, from the first in the sequence on."""
     places = [n for n, token in enumerate(ids) if token == backbone.image_token_id]
     end = sum(len(view.features) for view in views)
@@ -122,8 +125,8 @@ def _map_at(
             f"the attention of {backbone.name} cannot be read: it was loaded with the kernel "
             f"{backbone.decoder.config._attn_implementation}; load it with sdpa"
         )
-    count = max(1, round(LAYERS * len(watch.layers)))
-    weights = torch.stack(watch.layers[-count:]).mean(0)[list(places)]
+    read = [watch.layers[number] for number in layers_read(len(watch.layers))]
+    weights = torch.stack(read).mean(0)[list(places)]
     rows, columns = backbone.visual_grid(vision)
     values = weights[: rows * columns].reshape(rows, columns)
     return HeatMap(

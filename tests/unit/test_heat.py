@@ -14,7 +14,7 @@ from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError, DataError
 from slq.latent_queries import LatentQueries
 from slq.reranker import Reranker
-from slq.reranking.heat import LAYERS, HeatMap, answer_heat, latent_heat
+from slq.reranking.heat import HeatMap, answer_heat, latent_heat, layers_read
 from slq.schema import Item
 from tests.families import BUILDERS, HIDDEN, picture
 from tests.naive import chat_inputs, turn_inputs, written_out_positions
@@ -79,8 +79,8 @@ def expected(
     backbone: Backbone, weights: Tensor, inputs: dict[str, Tensor], rows: int, number: int = 0
 ) -> tuple[list[float], float]:
     """Values and share of the image `number` for the last tokens, one addition after the other."""
-    depth = len(weights)
-    layers = range(depth - max(1, round(depth * LAYERS)), depth)
+    layers = [1]  # of three
+    assert len(weights) == 3
     ids = inputs["input_ids"][0].tolist()
     runs: list[list[int]] = []
     for place, token in enumerate(ids):
@@ -177,16 +177,29 @@ def test_a_pass_that_is_watched_gives_what_it_gives_else(backbone: Backbone) -> 
 
 @pytest.mark.parametrize("positions", ["answer", "all"])
 def test_what_an_enhancement_changes_is_watched_as_it_is_changed(positions: Any) -> None:
+    """In the first layer, before the one that is read."""
     backbone = BUILDERS["qwen3_vl"](double=True)
-    plain = answer_heat(reader_of(backbone), Item(text=CAPTION), Item(image=WIDE))
-    config = EnhancementConfig(
-        mode="dynamic", alpha=0.5, positions=positions, first=0, last=1, threshold=0
-    )
+    pair = Item(text=CAPTION), Item(image=WIDE)
+    plain = answer_heat(reader_of(backbone), *pair)
+    config = EnhancementConfig(mode="static", alpha=0.5, positions=positions, layer=0)
     reader = reader_of(backbone, enhancement=config)
-    found = answer_heat(reader, Item(text=CAPTION), Item(image=WIDE))
+    found = answer_heat(reader, *pair)
     reader.close()
     assert found.values.shape == plain.values.shape
     assert float((found.values - plain.values).abs().max()) > 1e-4
+
+
+def test_pairs_that_run_whole_are_watched_alike() -> None:
+    """The enhancement changes what follows the layer that is read, and wants one pass for all of the pair."""
+    backbone = BUILDERS["qwen3_vl"](double=True)
+    pair = Item(text="a dog", image=TALL), Item(image=WIDE)
+    plain = answer_heat(reader_of(backbone), *pair)
+    config = EnhancementConfig(mode="dynamic", positions="all", first=0, last=1, threshold=0)
+    assert config.needs_whole
+    reader = reader_of(backbone, enhancement=config)
+    found = answer_heat(reader, *pair)
+    reader.close()
+    torch.testing.assert_close(found.values, plain.values)
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "smolvlm", "idefics3"])
@@ -216,6 +229,14 @@ def test_a_kernel_that_shows_nothing_is_named() -> None:
     backbone.decoder.set_attn_implementation("eager")
     with pytest.raises(ConfigError, match=r"loaded with the kernel eager; load it with sdpa"):
         answer_heat(Reranker(backbone), Item(text=CAPTION), Item(image=picture(6, 6)))
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"),
+    [(1, [0]), (2, [1]), (3, [1]), (6, [2, 3]), (24, list(range(8, 16))), (28, list(range(9, 19)))],
+)
+def test_the_middle_third_of_the_layers_is_read(depth: int, layers: list[int]) -> None:
+    assert list(layers_read(depth)) == layers
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
