@@ -25,7 +25,7 @@ from pipelines.serving.pinned import Pinned
 from pipelines.serving.shelf import Shelf
 from slq.engines import FAISS
 from slq.errors import ArtifactMismatchError, DataError, ServiceError, UnavailableError
-from slq.index import Hit, SearchIndex, VectorIndex
+from slq.index import Hit, SearchIndex
 from slq.index.shares import merged
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Found:
         version: That they come from.
         shards_ok: Partitions whose items are among those that were compared.
         shards_total: All partitions; 1 where one replica holds the whole index.
+        like: The stored columns of the item that others are like, where one was asked for.
     """
 
     hits: list[Hit]
@@ -50,6 +51,7 @@ class Found:
     version: str
     shards_ok: int
     shards_total: int
+    like: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,20 +159,25 @@ class IndexSearch:
         assert index is not None  # the follower never lets go of it
         return index
 
-    async def search(self, vector: NDArray[np.float32], top_k: int) -> Found:
-        """Hits of one query vector, with their stored columns.
+    async def search(self, query: NDArray[np.float32] | str, top_k: int) -> Found:
+        """Hits of one query, with their stored columns.
+
+        Args:
+            query: (dimension,) unit vector; or the id of an item, which is left out itself.
+            top_k: Hits.
 
         Raises:
+            DataError: There is no such item.
             UnavailableError: Too many partitions are lost.
         """
         index, loop = self._current(), asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._search, loop, index, vector, top_k)
+        return await loop.run_in_executor(self._threads, self._search, loop, index, query, top_k)
 
     def _search(
         self,
         loop: asyncio.AbstractEventLoop,
         index: SearchIndex,
-        vector: NDArray[np.float32],
+        query: NDArray[np.float32] | str,
         top_k: int,
     ) -> Found:
         count = max(1, len(self._fleet))
@@ -183,12 +190,15 @@ class IndexSearch:
             self._require_enough(len(answered), count)
             return merged(list(answers.values()), depths)
 
-        if len(self._fleet):
-            assert isinstance(index, VectorIndex)  # other engines have no partitions of ours
-            (hits,) = index.search(vector[None, :], top_k, scan=scan)
+        # other engines have no partitions of ours
+        options: dict[str, Any] = {"scan": scan} if len(self._fleet) else {}
+        like = None
+        if isinstance(query, str):
+            hits = index.more_like(query, top_k, **options)
+            like = index.item(query)
         else:
-            (hits,) = index.search(vector[None, :], top_k)
-        return Found(hits, index.columns_of(hits), index.version, len(answered), count)
+            (hits,) = index.search(query[None, :], top_k, **options)
+        return Found(hits, index.columns_of(hits), index.version, len(answered), count, like)
 
     def _require_enough(self, num_ok: int, count: int) -> None:
         if num_ok == 0 or (num_ok < count and self._serve.on_lost_partition == "fail"):
@@ -233,6 +243,12 @@ class IndexSearch:
             "shards_total": count,
             "partitions": partitions,
         }
+
+    async def rows_of(self, item_ids: Sequence[str]) -> tuple[list[dict[str, Any] | None], str]:
+        """The stored columns of items, None for those that there are not, and the version that says so."""
+        index = self._current()
+        rows = await asyncio.to_thread(lambda: [index.item(name) for name in item_ids])
+        return rows, index.version
 
     async def uri_of(self, item_id: str) -> str | None:
         """Where the item's image lies, or None when there is no such item."""

@@ -5,12 +5,11 @@ Handlers and middleware are there before the ingress class: Ray Serve freezes th
 
 import asyncio
 import time
-from importlib import resources as package_files
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -31,10 +30,12 @@ from pipelines.recipe import Recipe
 from pipelines.serving.asked import asked
 from pipelines.serving.calls import answer_of
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.explaining import ExplainRequest, ExplainResponse, explained
 from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
 from pipelines.serving.guard import Guard
 from pipelines.serving.index_service import Found, Sent
+from pipelines.serving.page import Page
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
 from slq.errors import DataError, UnavailableError
@@ -75,7 +76,7 @@ class Ingress:
         self._index = index
         self.settings = self._recipe.serve
         self._info: dict[str, Any] = {}
-        self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
+        self._page = Page.shipped()
 
     async def _describe(self) -> dict[str, Any]:
         """Ask both deployments; embedding space and dimension are pinned, so searches reuse what is said of them."""
@@ -113,7 +114,7 @@ class Ingress:
         self._check_limits(body)
         item, vector = await self._query(body, info["dimension"])
         embedded = time.perf_counter()
-        depth = self._depth(body) if item is not None else 0
+        depth = self._depth(body) if item is not None or isinstance(vector, str) else 0
         found: Found = await answer_of(self._index.search.remote(vector, max(body.top_k, depth)))
         searched = time.perf_counter()
         budget_s = None if body.budget_ms is None else body.budget_ms / 1000
@@ -148,8 +149,10 @@ class Ingress:
 
     async def _query(
         self, body: SearchRequest, dimension: int
-    ) -> tuple[Item | None, NDArray[np.float32]]:
-        """The query's text and image, if it has any, and its (dimension,) vector."""
+    ) -> tuple[Item | None, NDArray[np.float32] | str]:
+        """The query's text and image, if it has any, and its (dimension,) vector, or the id of what it is like."""
+        if body.query.like is not None:
+            return None, body.query.like
         vector = vector_of(body.query, dimension)
         if vector is not None and not (body.query.text or body.query.image):
             if body.mode == "fine":
@@ -211,11 +214,17 @@ class Ingress:
 
     @app.get("/info")
     async def info(self) -> dict[str, Any]:
-        """Fingerprint, dimension; the index version that answers, its size and partitions, and versions beside it.
+        """Fingerprint, dimension, limits; the index version that answers, its size and partitions, versions beside it.
 
         What is wrong with a version or a partition is told only where versions can be changed: the words name paths.
         """
         info = await self._describe()
+        limits = self._recipe.serve
+        info["limits"] = {
+            "max_top_k": limits.max_top_k,
+            "max_rerank": limits.max_rerank,
+            "rerank_depth": self._recipe.rerank.depth,
+        }
         if not self._recipe.serve.has_admin:
             info["refused_reason"] = None
             for partition in info["partitions"]:
@@ -250,7 +259,12 @@ class Ingress:
         uri = await answer_of(self._index.uri_of.remote(item_id))
         return await asyncio.to_thread(picture_of, item_id, uri)
 
+    @app.post("/explain", response_model=ExplainResponse)
+    async def explain(self, body: ExplainRequest) -> ExplainResponse | JSONResponse:
+        """Where in the image of an indexed item the model looks, before its answer or as it embeds."""
+        return await explained(body, self._backbone, self._index, tenant=asked().tenant)
+
     @app.get("/")
-    async def page(self) -> HTMLResponse:
-        """A small gallery to try searches in."""
-        return HTMLResponse(self._page)
+    async def page(self) -> Response:
+        """A gallery to try searches in."""
+        return self._page.response()

@@ -20,8 +20,10 @@ from pipelines.recipe import Recipe
 from pipelines.serving.candidates import Candidates, Stored
 from pipelines.serving.pinned import Pinned
 from slq.encoder import batches_by_length
-from slq.errors import DataError, ServiceError
+from slq.errors import ConfigError, DataError, ServiceError
+from slq.latent_queries import LatentQueries
 from slq.reranker import Ranked
+from slq.reranking.heat import HeatMap, answer_heat, latent_heat
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,22 @@ def each_alone(
             return [error]
         log.warning("a pass over %d items failed, running them one by one: %s", len(items), error)
         return [result for item in items for result in each_alone(run, [item])]
+
+
+def _read(query: Item | Stored) -> Item:
+    """A query, which may be an indexed item.
+
+    Raises:
+        DataError: It cannot be read any more.
+    """
+    if isinstance(query, Item):
+        return query
+    try:
+        return query.item()
+    except DataError as error:
+        raise DataError(
+            f"the item that others should be like cannot be scored: {error}; mode coarse needs its vector alone"
+        ) from None
 
 
 @serve.deployment
@@ -147,7 +165,7 @@ class BackboneService:
 
     async def rank(
         self,
-        query: Item,
+        query: Item | Stored,
         candidates: list[Stored | Content],
         coarse_scores: list[float] | None = None,
         *,
@@ -159,13 +177,16 @@ class BackboneService:
 
         Candidates are read here, each just before its pass, and what cannot be read or scored is flagged and keeps its
         coarse place. Time that the call waits for a free thread counts.
+
+        Raises:
+            DataError: The query is an indexed item that cannot be read any more.
         """
         called = time.monotonic()
 
         def run() -> list[Ranked]:
             left = None if budget_s is None else budget_s - (time.monotonic() - called)
             return self._reranker.rank(
-                query,
+                _read(query),
                 Candidates(candidates),
                 coarse_scores,
                 budget_s=left,
@@ -174,6 +195,35 @@ class BackboneService:
             )
 
         return await asyncio.to_thread(run)
+
+    async def heat(
+        self, query: Item | Stored | None, candidate: Stored, *, tenant: str = ""
+    ) -> HeatMap:
+        """Where the model looks in the image of an indexed item.
+
+        Args:
+            query: Before the model says whether the item matches it; None where the item is embedded.
+            candidate: The item.
+            tenant: Whose request it is.
+
+        Raises:
+            DataError: One of them cannot be read, or the model cannot take them or show where it looks.
+        """
+        return await asyncio.to_thread(self._heat, query, candidate, tenant)
+
+    def _heat(self, query: Item | Stored | None, candidate: Stored, tenant: str) -> HeatMap:
+        item = candidate.item()
+        try:
+            if query is not None:
+                return answer_heat(self._reranker, _read(query), item, tenant=tenant)
+            latents = self._encoder.adapter
+            if not isinstance(latents, LatentQueries):
+                raise DataError(
+                    "this model embeds without latent queries; ask where it looks `of` the answer"
+                )
+            return latent_heat(self._encoder.backbone, latents, item)
+        except (ConfigError, ValueError) as error:
+            raise DataError(f"the model cannot show where it looks: {error}") from None
 
     def describe(self) -> dict[str, Any]:
         """What `/info` says about the model."""
