@@ -68,7 +68,9 @@ def _main() -> None:
         searched(page, given.query)
         if given.maps:
             page.get_by_label("Show where it looks").check()
-            page.wait_for_load_state("networkidle")
+            fine = page.get_by_role("region", name="Fine order")
+            maps = fine.get_by_role("img", name="Heat map")
+            expect(maps).to_have_count(fine.locator(".view > img").count(), timeout=60_000)
         if given.why:
             best = page.get_by_role("region", name="Fine order").get_by_role("article").first
             best.get_by_role("button", name="Why").click()

@@ -349,7 +349,9 @@ def test_both_orders_stand_side_by_side_as_the_service_gives_them(
     left, right = (
         page.get_by_role("region", name=f"{n} order").bounding_box() for n in ("Coarse", "Fine")
     )
-    assert left and right and left["x"] + left["width"] <= right["x"]
+    assert left
+    assert right
+    assert left["x"] + left["width"] <= right["x"]
 
 
 def test_of_a_coarse_search_there_is_one_order(page: Page) -> None:
@@ -460,7 +462,10 @@ def test_a_link_to_a_search_searches(page: Page) -> None:
 # ---- what is told of a result ----
 
 
-def test_why_shows_where_the_model_looks(page: Page, service: httpx.Client) -> None:
+def test_why_shows_where_the_model_looks(
+    page: Page, service: httpx.Client, watched: Watched
+) -> None:
+    watched.excused = "willReadFrequently"  # of the test, which reads pixels
     searched(page, QUERY)
     results = service.post(
         "/search", json={"query": {"text": QUERY}, "top_k": 20, "explain": True}
@@ -519,7 +524,8 @@ def test_maps_are_laid_over_all_results_and_taken_off_again(page: Page) -> None:
     page.get_by_label("Show where it looks").check()
     expect(maps).to_have_count(shown.count())
     image, over = shown.first.bounding_box(), maps.first.bounding_box()
-    assert image and over
+    assert image
+    assert over
     assert over["x"] == pytest.approx(image["x"], abs=1)
     assert over["width"] == pytest.approx(image["width"], abs=1)
     page.get_by_label("Show where it looks").uncheck()
@@ -635,8 +641,7 @@ def test_an_answer_without_results_says_so(page: Page) -> None:
 
 
 def test_while_it_waits_it_shows_that_it_does(page: Page) -> None:
-    held: list[Route] = []
-    page.route("**/search", held.append)
+    page.route("**/search", lambda _: None)  # never answered
     box(page).fill(QUERY)
     page.keyboard.press("Enter")
     expect(page.get_by_role("status").first).to_have_text("Searching…")
@@ -660,7 +665,7 @@ def test_with_a_key_everything_is_asked_with_it(page: Page, watched: Watched) ->
 
     page.route(re.compile(r"/(search|info|explain|items/.*)$"), guarded)
     page.goto("/")
-    field = page.get_by_label("API key")
+    field = page.get_by_role("textbox", name="API key")
     expect(field).to_be_focused()
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
@@ -739,7 +744,8 @@ def test_no_width_makes_it_scroll_sideways(page: Page, width: int) -> None:
     page.get_by_role("button", name="Why").first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
     sheet = page.get_by_role("dialog").bounding_box()
-    assert sheet and sheet["x"] >= 0 and sheet["x"] + sheet["width"] <= width
+    assert sheet
+    assert 0 <= sheet["x"] <= sheet["x"] + sheet["width"] <= width
     require_fit()
     page.keyboard.press("Escape")
     page.goto("/?" + str(httpx.QueryParams(q="x" * 300)))
