@@ -1,10 +1,13 @@
 """The gallery in a real browser against the real service; every refusal and every failure is seen as a user sees it."""
 
+import asyncio
 import base64
+import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
+from jobs.searching import Question, hits_table, search_url
 from pipelines.embed import embed
 from pipelines.index import index
 from pipelines.loading import encoder_of, reranker_of, scoring_backbone
 from pipelines.recipe import Recipe
 from pipelines.serve import start, stop
+from pipelines.serving.candidates import Stored
+from pipelines.serving.pinned import Pinned
+from pipelines.serving.replicas import BackboneService
 from slq.arrow import ITEMS
 from slq.artifacts import load_adapter
+from slq.errors import DataError
 from slq.index import VectorIndex
 from slq.latent_queries import LatentQueries
 from slq.media import decode_image
@@ -217,6 +226,16 @@ def test_items_like_one_are_its_neighbours_in_the_index(
     assert found["reranked"] == 0
 
 
+def test_the_command_line_asks_a_service_for_items_like_one(
+    service: httpx.Client, recipe: Recipe
+) -> None:
+    question = Question(like="test-00003")
+    found = search_url(str(service.base_url), question, top_k=3, mode="coarse")
+    expected = VectorIndex(recipe.storage.index).more_like("test-00003", 3)
+    assert [one["id"] for one in found["results"]] == [hit.id for hit in expected]
+    assert [column.header for column in hits_table(found).columns][-1] == "fine"
+
+
 def test_the_fine_stage_reads_the_item_that_others_are_like(
     service: httpx.Client, recipe: Recipe, corpus: dict[str, dict[str, Any]]
 ) -> None:
@@ -302,6 +321,37 @@ def test_what_cannot_be_explained_is_refused_with_the_reason(
     service: httpx.Client, body: dict[str, Any], status: int, message: str
 ) -> None:
     assert message in refusal(service.post("/explain", json=body), status)
+
+
+def run(call: Coroutine[Any, Any, Any]) -> Any:
+    """In a thread of its own: that of the tests may have a loop already, the browser's."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, call).result()
+
+
+def test_what_a_replica_cannot_show_or_read_is_the_asker_s_to_know(
+    service: httpx.Client, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = VectorIndex(recipe.storage.index)
+    pinned = Pinned(fingerprint=index.fingerprint, index_version=index.version)
+    replica = BackboneService.func_or_class(recipe.model_dump(mode="json"), pinned)
+    row = index.item("test-00003")
+    assert row is not None
+    there, gone = Stored.of_row(row), Stored("/nowhere/a.png", None, "image")
+    with pytest.raises(
+        DataError, match=r"others should be like cannot be scored: its image cannot"
+    ):
+        run(replica.rank(gone, [there]))
+    with pytest.raises(DataError, match="its image cannot be read any more"):
+        run(replica.heat(None, gone))
+    replica._encoder.backbone.decoder.set_attn_implementation("eager")
+    with pytest.raises(
+        DataError, match=r"cannot show where it looks: the attention of tiny cannot"
+    ):
+        run(replica.heat(Item(text=QUERY), there))
+    monkeypatch.setattr(replica._encoder, "adapter", None)
+    with pytest.raises(DataError, match="this model embeds without latent queries"):
+        run(replica.heat(None, there))
 
 
 # ---- searches ----
@@ -486,7 +536,7 @@ def test_why_shows_where_the_model_looks(
         row, column = np.unravel_index(values.argmax(), values.shape)
         told = f"Heat map of 6 by 6: most attention at row {row + 1}, column {column + 1}"
         expect(sheet.get_by_role("img", name=told)).to_be_visible()
-        require_brightest(sheet.get_by_role("img", name=told), int(row), int(column))
+        require_brightest(sheet.get_by_role("img", name=told), (row, column), (6, 6))
     expect(sheet).to_contain_text(re.compile(r"of the latent queries' attention goes to its image"))
     explanation = result["explanation"]
     expect(sheet).to_contain_text(f"{abs(explanation['margin']):.2f} nats")
@@ -501,20 +551,57 @@ def test_why_shows_where_the_model_looks(
     expect(box(page)).to_have_value(QUERY)  # Escape closed the sheet, and cleared nothing
 
 
-def require_brightest(canvas: Locator, row: int, column: int) -> None:
-    """The pixels that are drawn are the brightest where the map is the highest."""
+def require_brightest(canvas: Locator, place: tuple[int, int], shape: tuple[int, int]) -> None:
+    """The pixels that are drawn, in so many rows and columns, are the brightest where the map is the highest."""
     light = canvas.evaluate(
-        """(canvas) => {
-            const context = canvas.getContext("2d"), side = [canvas.width / 6, canvas.height / 6], found = [];
-            for (let row = 0; row < 6; row += 1) for (let column = 0; column < 6; column += 1) {
-                const x = (column + .5) * side[0], y = (row + .5) * side[1];
+        """(canvas, [rows, columns]) => {
+            const context = canvas.getContext("2d"), found = [];
+            for (let row = 0; row < rows; row += 1) for (let column = 0; column < columns; column += 1) {
+                const x = (column + .5) * canvas.width / columns, y = (row + .5) * canvas.height / rows;
                 const [red, green] = context.getImageData(x, y, 1, 1).data;
                 found.push(red + green);
             }
             return found;
-        }"""
+        }""",
+        list(shape),
     )
-    assert int(np.argmax(light)) == 6 * row + column
+    assert np.unravel_index(np.argmax(light), shape) == place
+
+
+def test_a_map_of_the_square_around_an_image_is_cut_to_the_image(
+    page: Page, watched: Watched
+) -> None:
+    """As of a model that puts a wide image in the middle of a square, two rows of four then show it."""
+    watched.excused = "willReadFrequently"
+    buffer = io.BytesIO()
+    Image.new("RGB", (200, 100), (90, 90, 90)).save(buffer, "PNG")
+    page.route(
+        "**/image", lambda route: route.fulfill(body=buffer.getvalue(), content_type="image/png")
+    )
+
+    def padded(route: Route) -> None:
+        values = np.full((4, 4), 0.01)
+        values[1, 3] = 0.85
+        found = {
+            "rows": 4,
+            "columns": 4,
+            "values": values.tolist(),
+            "covers": "square",
+            "share": 0.3,
+        }
+        route.fulfill(json=found)
+
+    page.route("**/explain", padded)
+    searched(page, QUERY)
+    page.get_by_role("region", name="Fine order").locator(CARD).filter(
+        has=page.locator(".view > img")
+    ).first.get_by_role("button", name="Why").click()
+    canvas = page.get_by_role("dialog").get_by_role("img", name="Heat map")
+    expect(canvas).to_be_visible()
+    size = canvas.bounding_box()
+    assert size
+    assert size["width"] == pytest.approx(2 * size["height"], rel=0.02)
+    require_brightest(canvas, (0, 3), (2, 4))
 
 
 def test_maps_are_laid_over_all_results_and_taken_off_again(page: Page) -> None:
