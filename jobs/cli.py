@@ -353,9 +353,7 @@ def search(  # noqa: PLR0913 - the options of a command line
     where: Annotated[
         str | None, typer.Option(help="without --url: predicate over stored columns, in SQL")
     ] = None,
-    like: Annotated[
-        str | None, typer.Option(help="without --url: look for items like the one of this id")
-    ] = None,
+    like: Annotated[str | None, typer.Option(help="look for items like the one of this id")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="without --url: an id to leave out (repeatable)")
     ] = None,

@@ -96,26 +96,31 @@ def answer(
                 "--mode fine needs a service: use --url, or --mode coarse without one"
             )
         return search_index(*index, question, top_k=top_k, **options)
-    if question.like is not None or any(options.values()):
+    if any(options.values()):
         raise ConfigError(
-            "--where, --like, --exclude, --distinct, --exact and --hybrid search an index: give --index or --recipe"
+            "--where, --exclude, --distinct, --exact and --hybrid search an index: give --index or --recipe"
         )
     return search_url(str(place.url), question, top_k=top_k, mode=mode)
 
 
 def hits_table(found: dict[str, Any]) -> Table:
-    """Results with their scores, best first."""
+    """Results with their scores, best first; the fine one is what the service's profile orders by."""
     is_joined = found.get("joined", False)
-    table = Table("rank", "id", "joined" if is_joined else "cosine", "margin", box=None)
+    table = Table("rank", "id", "joined" if is_joined else "cosine", "fine", box=None)
     for rank, result in enumerate(found["results"], start=1):
-        margin = result.get("fine_score")
+        fine = result.get("fine_score")
         table.add_row(
             str(rank),
             result["id"],
             f"{result['coarse_score']:.3f}",
-            "" if margin is None else f"{margin:+.2f}",
+            "" if fine is None else f"{fine:+.2f}",
         )
     return table
+
+
+def _require_one(question: Question) -> None:
+    if question.like is not None and (question.text or question.image):
+        raise ConfigError("give --like, or a text and an image, not both")
 
 
 def _bytes_of(image: Path | None) -> bytes | None:
@@ -130,10 +135,13 @@ def search_url(url: str, question: Question, *, top_k: int, mode: str) -> dict[s
     """POST /search on a running service, with the API key that the environment holds, if any.
 
     Raises:
+        ConfigError: An item is given beside a text or an image.
         ServiceError: It cannot be reached, or it refused the query; its own message is passed on.
     """
+    _require_one(question)
     data, key = _bytes_of(question.image), os.environ.get(KEY_VARIABLE)
-    query = {"text": question.text, "image": base64.b64encode(data).decode() if data else None}
+    image = base64.b64encode(data).decode() if data else None
+    query = {"text": question.text, "image": image, "like": question.like}
     try:
         reply = httpx.post(
             f"{url.rstrip('/')}/search",
@@ -172,9 +180,8 @@ def search_index(
         StorageError: The engine that holds the index cannot be reached.
     """
     with place.open() as index:
+        _require_one(question)
         if question.like is not None:
-            if question.text or question.image:
-                raise ConfigError("give --like, or a text and an image, not both")
             hits = index.more_like(question.like, top_k, **options)
         else:
             vector = _encoded(place, index.fingerprint, adapter, question)

@@ -123,9 +123,21 @@ def _clean(text: str | None) -> str | None:
 
 
 class SearchQuery(Content):
-    """What to search for; an `embedding` replaces text and image."""
+    """What to search for: text and image; an `embedding` in their place; or an indexed item that others are `like`."""
 
     embedding: Annotated[list[float], Field(fail_fast=True)] | None = None
+    like: str | None = Field(
+        default=None, description="id of an indexed item; it is left out of the results itself"
+    )
+
+    @model_validator(mode="after")
+    def _one_query(self) -> "SearchQuery":
+        others = [
+            name for name in ("text", "image", "embedding") if getattr(self, name) is not None
+        ]
+        if self.like is not None and others:
+            raise ValueError(f"like is a query of its own; leave out {' and '.join(others)}")
+        return self
 
 
 def as_content(value: str | Content) -> Content:

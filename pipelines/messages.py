@@ -75,6 +75,9 @@ class SearchResult(Message):
     )
     uri: str | None = None
     text: str | None = None
+    modality: str | None = Field(
+        default=None, description="what was embedded of it: `image`, `text` or `image+text`"
+    )
     problem: str | None = Field(
         default=None, description="why the fine stage could not score it; it keeps its coarse place"
     )

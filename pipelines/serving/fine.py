@@ -62,23 +62,30 @@ class FineStage:
         """The hits in the order of the fine stage.
 
         Args:
-            query: What is searched for; None where only its vector is known, which the fine stage cannot read.
+            query: What is searched for; None where it is an indexed item, or where only its vector is known, which
+                the fine stage cannot read.
             found: What the index gave.
             depth: Hits to score at most, the best by coarse score; 0 scores none.
         """
         results = [
             SearchResult(
-                id=hit.id, score=hit.score, coarse_score=hit.score, uri=row["uri"], text=row["text"]
+                id=hit.id,
+                score=hit.score,
+                coarse_score=hit.score,
+                uri=row["uri"],
+                text=row["text"],
+                modality=row["modality"],
             )
             for hit, row in zip(found.hits, found.rows, strict=True)
         ]
         depth = depth_of(np.array([hit.score for hit in found.hits]), depth, self.adaptive)
-        if query is None or not results[:depth]:
+        asked = Stored.of_row(found.like) if found.like is not None else query
+        if asked is None or not results[:depth]:
             return Outcome(results, 0, [])
         if self.budget_s is not None and self.budget_s <= 0:
             return Outcome(results, 0, ["budget"])
         ranked = await self._ranked(
-            query,
+            asked,
             [Stored.of_row(row) for row in found.rows[:depth]],
             [hit.score for hit in found.hits[:depth]],
         )
@@ -111,7 +118,10 @@ class FineStage:
         ]
 
     async def _ranked(
-        self, query: Item, candidates: Sequence[Readable], coarse: list[float] | None
+        self,
+        query: Item | Stored,
+        candidates: Sequence[Readable],
+        coarse: list[float] | None,
     ) -> list[Ranked]:
         with stage("queue"):  # until it is scored; how long that took comes with the answer
             ranked: list[Ranked] = await ask(

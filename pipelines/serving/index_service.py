@@ -30,7 +30,7 @@ from pipelines.serving.shelf import Shelf
 from pipelines.serving.telemetry import replying
 from slq.engines import FAISS
 from slq.errors import ArtifactMismatchError, DataError, ServiceError, UnavailableError
-from slq.index import Hit, SearchIndex, VectorIndex
+from slq.index import Hit, SearchIndex
 from slq.index.shares import merged
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Found:
         shards_total: All partitions; 1 where one replica holds the whole index.
         fingerprint: Of the embedding space of the version.
         moved_to: Of that of the version that answers by now.
+        like: The stored columns of the item that others are like, where one was asked for.
     """
 
     hits: list[Hit]
@@ -57,6 +58,7 @@ class Found:
     shards_total: int
     fingerprint: str
     moved_to: str
+    like: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +183,12 @@ class IndexSearch:
 
     @replying
     async def search(
-        self, vector: NDArray[np.float32], top_k: int, fingerprint: str | None = None
+        self, query: NDArray[np.float32] | str, top_k: int, fingerprint: str | None = None
     ) -> "Found | Moved":
-        """Hits of one query vector, with their stored columns.
+        """Hits of one query, with their stored columns.
 
         Args:
-            vector: (dimension,) float32, of unit norm.
+            query: (dimension,) float32, of unit norm; or the id of an item, which is left out itself.
             top_k: Hits at most.
             fingerprint: Of the vector's embedding space; None takes it for that of the version that answers.
 
@@ -194,6 +196,7 @@ class IndexSearch:
             `Moved` where no version of that embedding space is here any more.
 
         Raises:
+            DataError: There is no such item.
             UnavailableError: Too many partitions are lost.
         """
         index, loop = self._current(), asyncio.get_running_loop()
@@ -205,14 +208,14 @@ class IndexSearch:
             index = older[-1]
         asked = contextvars.copy_context()  # so that what is logged there names the request
         return await loop.run_in_executor(
-            self._threads, asked.run, self._search, loop, index, vector, top_k
+            self._threads, asked.run, self._search, loop, index, query, top_k
         )
 
     def _search(
         self,
         loop: asyncio.AbstractEventLoop,
         index: SearchIndex,
-        vector: NDArray[np.float32],
+        query: NDArray[np.float32] | str,
         top_k: int,
     ) -> Found:
         count = max(1, len(self._fleet))
@@ -225,13 +228,16 @@ class IndexSearch:
             self._require_enough(len(answered), count)
             return merged(list(answers.values()), depths)
 
-        if len(self._fleet):
-            assert isinstance(index, VectorIndex)  # other engines have no partitions of ours
-            (hits,) = index.search(vector[None, :], top_k, scan=scan)
+        # other engines have no partitions of ours
+        options: dict[str, Any] = {"scan": scan} if len(self._fleet) else {}
+        like = None
+        if isinstance(query, str):
+            hits = index.more_like(query, top_k, **options)
+            like = index.item(query)
         else:
-            (hits,) = index.search(vector[None, :], top_k)
-        if len(answered) == count:
-            self._recall.consider(index, vector, hits, top_k)
+            (hits,) = index.search(query[None, :], top_k, **options)
+            if len(answered) == count:
+                self._recall.consider(index, query, hits, top_k)
         return Found(
             hits,
             index.columns_of(hits),
@@ -240,6 +246,7 @@ class IndexSearch:
             count,
             index.fingerprint,
             self._current().fingerprint,
+            like,
         )
 
     def _require_enough(self, num_ok: int, count: int) -> None:
@@ -285,6 +292,12 @@ class IndexSearch:
             "shards_total": count,
             "partitions": partitions,
         }
+
+    async def rows_of(self, item_ids: Sequence[str]) -> tuple[list[dict[str, Any] | None], str]:
+        """The stored columns of items, None for those that there are not, and the version that says so."""
+        index = self._current()
+        rows = await asyncio.to_thread(lambda: [index.item(name) for name in item_ids])
+        return rows, index.version
 
     async def uri_of(self, item_id: str) -> str | None:
         """Where the item's image lies, or None when there is no such item."""

@@ -5,12 +5,11 @@ Handlers and middleware are there before the ingress class: Ray Serve freezes th
 
 import asyncio
 import time
-from importlib import resources as package_files
 from typing import Any
 
 import numpy as np
 from fastapi import Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -36,12 +35,14 @@ from pipelines.serving.adapters import OWN
 from pipelines.serving.asked import ADMIN, asked
 from pipelines.serving.calls import ask
 from pipelines.serving.described import ADMINISTERED, ASKED, FOUND, TOLD, DescribedApp
+from pipelines.serving.explaining import ExplainRequest, ExplainResponse, explained
 from pipelines.serving.faults import answer_in_error_shape
 from pipelines.serving.fine import FineStage
 from pipelines.serving.gate import Gate
 from pipelines.serving.guard import Guard, Guarded
 from pipelines.serving.here import Here
 from pipelines.serving.index_service import IndexService, Sent
+from pipelines.serving.page import Page
 from pipelines.serving.pictures import picture_of
 from pipelines.serving.pinned import Pinned
 from pipelines.serving.rates import charge
@@ -106,7 +107,7 @@ class Ingress:
         self.access = Access(self.settings)
         self._links = Links(self.settings.links)
         telemetry.begin(self.settings.telemetry)
-        self._page = package_files.files("pipelines").joinpath("gallery.html").read_text()
+        self._page = Page.shipped()
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica of which a part that is in it is not healthy."""
@@ -123,7 +124,7 @@ class Ingress:
             await self._retriever.require_searched(body.model)
         with stage("embed"):
             item, vector = await self._query(body, info["dimension"])
-        depth = self._depth(body) if item is not None else 0
+        depth = self._depth(body) if item is not None or isinstance(vector, str) else 0
         found = await self._retriever.search(item, vector, max(body.top_k, depth))
         searched = time.perf_counter()
         budget_s = None if body.budget_ms is None else body.budget_ms / 1000
@@ -161,8 +162,11 @@ class Ingress:
 
     async def _query(
         self, body: SearchRequest, dimension: int
-    ) -> tuple[Item | None, NDArray[np.float32] | None]:
-        """The query's text and image, if it has any, and its own (dimension,) vector, if it has that."""
+    ) -> tuple[Item | None, NDArray[np.float32] | str | None]:
+        """The query's text and image, if it has any, and its own (dimension,) vector or the id of what it is like."""
+        if body.query.like is not None:
+            charge(1)
+            return None, body.query.like
         vector = vector_of(body.query, dimension)
         if vector is not None and not (body.query.text or body.query.image):
             if body.mode == "fine":
@@ -249,11 +253,17 @@ class Ingress:
 
     @app.get("/info", responses=TOLD)
     async def info(self) -> dict[str, Any]:
-        """Fingerprint, dimension; the index version that answers, its size and partitions, and versions beside it.
+        """Fingerprint, dimension, limits; the index version that answers, its size and partitions, versions beside it.
 
         What is wrong with a version or a partition is told only to whoever may change versions: the words name paths.
         """
         info = await self._retriever.describe()
+        limits = self._recipe.serve
+        info["limits"] = {
+            "max_top_k": limits.max_top_k,
+            "max_rerank": limits.max_rerank,
+            "rerank_depth": self._recipe.rerank.depth,
+        }
         if ADMIN not in asked().scopes:
             info["refused_reason"] = None
             for partition in info["partitions"]:
@@ -313,7 +323,13 @@ class Ingress:
         uri = await ask(self._index.uri_of, item_id, patience_s=self.settings.patience_s)
         return await asyncio.to_thread(picture_of, item_id, uri)
 
+    @app.post("/explain", response_model=ExplainResponse, responses=ASKED)
+    async def explain(self, body: ExplainRequest) -> ExplainResponse | JSONResponse:
+        """Where in the image of an indexed item the model looks, before its answer or as it embeds."""
+        charge(1)
+        return await explained(body, self._backbone, self._index, tenant=asked().tenant)
+
     @app.get("/", response_class=HTMLResponse)
-    async def page(self) -> HTMLResponse:
-        """A small gallery to try searches in."""
-        return HTMLResponse(self._page)
+    async def page(self) -> Response:
+        """A gallery to try searches in."""
+        return self._page.response()

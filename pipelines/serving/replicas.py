@@ -24,7 +24,7 @@ from pipelines.loading import encoder_of, reranker_of, scoring_backbone, use_pro
 from pipelines.recipe import Recipe
 from pipelines.serving import telemetry
 from pipelines.serving.adapters import OWN, Adapters, Embedded
-from pipelines.serving.candidates import Candidates
+from pipelines.serving.candidates import Candidates, Stored
 from pipelines.serving.metrics import CacheMeter
 from pipelines.serving.pinned import Pinned
 from pipelines.serving.telemetry import (
@@ -37,10 +37,17 @@ from pipelines.serving.telemetry import (
 )
 from slq.encoder import batches_by_length
 from slq.engines import FAISS
-from slq.errors import ArtifactMismatchError, DataError, ServiceError, UnknownModelError
+from slq.errors import (
+    ArtifactMismatchError,
+    ConfigError,
+    DataError,
+    ServiceError,
+    UnknownModelError,
+)
 from slq.index.versions import read_manifest
 from slq.latent_queries import LatentQueries, embed_each
 from slq.reranker import Ranked
+from slq.reranking.heat import HeatMap, answer_heat, latent_heat
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
@@ -83,6 +90,22 @@ class Wanted:
     item: Item
     tenant: str
     adapter: Any
+
+
+def _read(query: Item | Stored) -> Item:
+    """A query, which may be an indexed item.
+
+    Raises:
+        DataError: It cannot be read any more.
+    """
+    if isinstance(query, Item):
+        return query
+    try:
+        return query.item()
+    except DataError as error:
+        raise DataError(
+            f"the item that others should be like cannot be scored: {error}; mode coarse needs its vector alone"
+        ) from None
 
 
 @serve.deployment
@@ -239,7 +262,7 @@ class BackboneService:
     @replying
     async def rank(
         self,
-        query: Item,
+        query: Item | Stored,
         candidates: list[Readable],
         coarse_scores: list[float] | None = None,
         *,
@@ -251,6 +274,9 @@ class BackboneService:
 
         Candidates are read here, each just before its pass, and what cannot be read or scored is flagged and keeps its
         coarse place. Time that the call waits for a free thread counts.
+
+        Raises:
+            DataError: The query is an indexed item that cannot be read any more.
         """
         called = time.monotonic()
 
@@ -258,7 +284,7 @@ class BackboneService:
             left = None if budget_s is None else budget_s - (time.monotonic() - called)
             with stage("fine"):
                 return self._reranker.rank(
-                    query,
+                    _read(query),
                     Candidates(candidates),
                     coarse_scores,
                     budget_s=left,
@@ -274,6 +300,36 @@ class BackboneService:
         """Counters of what is kept of images."""
         passes = self._reranker.passes
         return {"vision": passes.views.counters(), "prefix": passes.prefixes.counters()}
+
+    async def heat(
+        self, query: Item | Stored | None, candidate: Stored, *, tenant: str = ""
+    ) -> HeatMap:
+        """Where the model looks in the image of an indexed item.
+
+        Args:
+            query: Before the model says whether the item matches it; None where the item is embedded.
+            candidate: The item.
+            tenant: Whose request it is.
+
+        Raises:
+            DataError: One of them cannot be read, or the model cannot take them or show where it looks.
+        """
+        return await in_thread(self._scores, self._heat, query, candidate, tenant)
+
+    def _heat(self, query: Item | Stored | None, candidate: Stored, tenant: str) -> HeatMap:
+        item = candidate.item()
+        try:
+            if query is not None:
+                return answer_heat(self._reranker, _read(query), item, tenant=tenant)
+            space = self._fingerprint_of(self._pinned.version_now())
+            latents = self._adapters.encoder(space).adapter
+            if not isinstance(latents, LatentQueries):
+                raise DataError(
+                    "this model embeds without latent queries; ask where it looks `of` the answer"
+                )
+            return latent_heat(self._encoder.backbone, latents, item)
+        except (ConfigError, ValueError) as error:
+            raise DataError(f"the model cannot show where it looks: {error}") from None
 
     def describe(self) -> dict[str, Any]:
         """What `/info` says about the model."""

@@ -111,9 +111,14 @@ class Retriever:
         return found
 
     async def search(
-        self, item: Item | None, vector: NDArray[np.float32] | None, top_k: int
+        self, item: Item | None, vector: NDArray[np.float32] | str | None, top_k: int
     ) -> Found:
         """Hits of a query, in the embedding space of the version that gives them.
+
+        Args:
+            item: What is searched for, where it must be embedded.
+            vector: That of the query, or the id of an item that others are like.
+            top_k: Hits at most.
 
         A service that moves to a version of another adapter tells so once: then the query is embedded anew.
         """

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from slq.backbones.watching import current_watch
+
 GROUPED = "slq_grouped_sdpa"
 
 
@@ -43,6 +45,9 @@ def grouped_attention(
     Returns:
         (batch, n, heads, dim), and None for the weights, which are never formed.
     """
+    watch = current_watch()
+    if watch is not None:
+        watch.see(query, key, attention_mask, scaling)
     groups = int(getattr(module, "num_key_value_groups", 1))
     few = 1 < query.shape[2] < key.shape[2]
     of_heads = attention_mask is None or attention_mask.shape[1] != 1

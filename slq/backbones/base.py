@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -37,6 +37,7 @@ class Backbone(PromptBuilder):
 
     position_axes = 1  # M-RoPE families have three
     stacks_features = False  # whether the model wants the features of all images as one tensor
+    pads_images = False  # whether an image is put in the middle of a square before it is seen
 
     def __init__(
         self,
@@ -84,6 +85,17 @@ class Backbone(PromptBuilder):
     @abstractmethod
     def image_limits(self) -> dict[str, int]:
         """What decides how many pixels and tokens an image gets; part of the fingerprint."""
+
+    @abstractmethod
+    def visual_grid(self, vision: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Rows and columns in which the visual tokens of an image show it, in reading order from its first on.
+
+        Args:
+            vision: Of a `Prompt` with one image.
+
+        Raises:
+            ConfigError: They do not show it in rows and columns.
+        """
 
     def fit_processor(self) -> None:
         """Make the processor agree with the model and `max_pixels`; called once, when all else is set."""

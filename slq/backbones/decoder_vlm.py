@@ -1,5 +1,6 @@
 """Decoder VLMs that see an image as one square tile: LLaVA-OneVision, SmolVLM and Idefics3; InternVL builds on it."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -37,6 +38,11 @@ class DecoderVLMBackbone(Backbone):
     def image_limits(self) -> dict[str, int]:
         """Always one tile of `tile` pixels a side."""
         return {"tiles": 1, "tile": self.tile, "tokens": self.tokens_per_image}
+
+    def visual_grid(self, vision: Mapping[str, Tensor]) -> tuple[int, int]:  # noqa: ARG002 - the same of all images
+        """See `Backbone.visual_grid`: the tile's."""
+        side = math.isqrt(self.tokens_per_image)
+        return side, side
 
     def fit_processor(self) -> None:
         """Let the processor cut the tile that the model has.
@@ -76,12 +82,24 @@ class LlavaOnevisionBackbone(DecoderVLMBackbone):
     """
 
     vision_inputs = ("pixel_values", "image_sizes", "batch_num_images")
+    pads_images = True
+
+    @property
+    def _drops_first(self) -> bool:
+        return bool(self.model.config.vision_feature_select_strategy == "default")
 
     @property
     def tokens_per_image(self) -> int:
         """The patches and the token that ends the image, less the first where the model drops it."""
-        dropped = self.model.config.vision_feature_select_strategy == "default"
-        return self.patches + 1 - int(dropped)
+        return self.patches + 1 - int(self._drops_first)
+
+    def visual_grid(self, vision: Mapping[str, Tensor]) -> tuple[int, int]:
+        """See `Backbone.visual_grid`: all patches; the token that ends the image follows them."""
+        if self._drops_first:
+            raise ConfigError(
+                f"{self.name} drops the first patch of an image, so its tokens do not show it in rows and columns"
+            )
+        return super().visual_grid(vision)
 
     def fit_processor(self) -> None:
         """See `DecoderVLMBackbone`."""

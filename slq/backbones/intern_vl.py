@@ -20,6 +20,7 @@ class InternVLBackbone(LevelImages, DecoderVLMBackbone):
 
     image_settings: ClassVar[Mapping[str, Any]] = {"crop_to_patches": False}
     stacks_features = True
+    pads_images = True
 
     @property
     def tokens_per_image(self) -> int:

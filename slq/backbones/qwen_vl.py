@@ -1,7 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: M-RoPE positions, and DeepStack features in Qwen3-VL's first layers."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,12 @@ class QwenVLBackbone(LevelImages, Backbone):
             "image_grid_thw": torch.tensor([[1, rows, columns]]),
         }
         return (rows, columns), vision
+
+    def visual_grid(self, vision: Mapping[str, Tensor]) -> tuple[int, int]:
+        """See `Backbone.visual_grid`."""
+        merge = int(self.processor.image_processor.merge_size)
+        _, rows, columns = vision["image_grid_thw"][0].tolist()
+        return rows // merge, columns // merge
 
     def positions(self, prompts: Prompts) -> Tensor:
         """(3, batch, seq): time, height and width."""

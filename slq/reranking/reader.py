@@ -18,7 +18,7 @@ from slq.prefix import Prefix
 from slq.reranking.context_free import ContextFree, emptied, key
 from slq.reranking.framings import PRESETS, Framing
 from slq.reranking.labels import Labels
-from slq.reranking.layout import lay_out
+from slq.reranking.layout import Layout, lay_out
 from slq.reranking.passes import Counts, Passes
 from slq.reranking.profiles import Reading
 from slq.reranking.turns import Head, prefix_of_turns
@@ -187,7 +187,7 @@ class PairReader:
         """What is said of the pairs alone."""
         found: dict[int, Reading] = {}
         labels = torch.tensor(self._labels.ids, device=self.backbone.device)
-        layouts = [lay_out(self.framing, *pair, self._instruction) for pair in pairs]
+        layouts = [self.laid_out(*pair) for pair in pairs]
         for numbers, answers in work.answers(layouts):
             columns = [self.margins(answers)]
             if work.whole:
@@ -200,6 +200,14 @@ class PairReader:
             rows = zip(*(column.tolist() for column in columns), strict=True)
             found |= zip(numbers, (Reading(*row) for row in rows), strict=True)
         return [found[number] for number in range(len(pairs))]
+
+    def laid_out(self, query: Item, candidate: Item) -> Layout:
+        """A pair as it is put to the model.
+
+        Raises:
+            DataError: A trained reranker has no place for what a side is made of.
+        """
+        return lay_out(self.framing, query, candidate, self._instruction)
 
     def _work(self, tenant: str, *, whole: bool = False) -> Work:
         return Work(self.passes, tenant, self._batch_size, whole=whole)

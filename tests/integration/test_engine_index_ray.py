@@ -197,6 +197,12 @@ def test_the_service_answers_from_the_engine(indexed: Recipe, service: httpx.Cli
         "/search", json={"query": {"text": QUERY}, "top_k": 5, "mode": "fine"}
     ).json()
     assert (fine["reranked"], fine["degraded"]) == (3, False)  # images were read by their uris
+    like = service.post("/search", json={"query": {"like": given[0]}, "top_k": 4}).json()
+    assert (like["reranked"], like["degraded"]) == (3, False)
+    assert given[0] not in {result["id"] for result in like["results"]}
+    refused = service.post("/search", json={"query": {"like": "nothing"}})
+    assert refused.status_code == 400
+    assert "the index holds no item 'nothing'" in refused.text
     image = service.get(f"/items/{given[0]}/image")
     assert (image.status_code, image.headers["content-type"]) == (200, "image/png")
     assert service.get("/items/nothing/image").status_code == 404

@@ -62,6 +62,8 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     assert "give --like, or a text and an image, not both" in text
     text = refusal("search", "a fox", "--url", "http://127.0.0.1:1", "--where", "true")
     assert "--exact and --hybrid search an index: give --index or --recipe" in text
+    text = refusal("search", "a fox", "--url", "http://127.0.0.1:1", "--like", "item-7")
+    assert "give --like, or a text and an image, not both" in text
     text = refusal("search", "a fox", "--index", tmp_path, "--url", "http://127.0.0.1:1")
     assert "give exactly one of --url, --index and --recipe" in text
     text = refusal("search", "a fox", "--index", tmp_path, "--set", "index.engine=lance")

@@ -40,6 +40,14 @@ def png() -> bytes:
 PLAIN = base64.b64encode(png()).decode()
 
 
+@pytest.mark.parametrize("other", ["text", "image", "embedding"])
+def test_an_item_that_others_are_like_is_a_query_of_its_own(other: str) -> None:
+    assert SearchQuery(like="").like == ""
+    value = [1.0] if other == "embedding" else "x"
+    with pytest.raises(ValidationError, match=f"like is a query of its own; leave out {other}"):
+        SearchQuery(like="item-7", **{other: value})
+
+
 @pytest.mark.parametrize("image", [PLAIN, f"data:image/png;base64,{PLAIN}"])
 def test_an_image_comes_as_base64_or_as_a_data_uri(image: str) -> None:
     item = Content(image=image).item()

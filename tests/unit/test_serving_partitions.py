@@ -23,6 +23,7 @@ from pipelines.serving.shelf import Shelf
 from slq.errors import (
     ArtifactError,
     ArtifactMismatchError,
+    DataError,
     RefusedVersionError,
     ServiceError,
     UnavailableError,
@@ -684,5 +685,38 @@ def test_a_replica_that_cannot_go_where_the_service_is_is_not_healthy(recipe: Re
         await here.router._follower.tick()
         await here.router.check_health()
         assert [one.version for one in await here.search()] == [B] * len(QUERIES)
+
+    run(scenario)
+
+
+# ---- items like one ----
+
+
+@pytest.mark.parametrize("count", [0, 2, 9])
+def test_items_like_one_are_found_as_the_whole_index_finds_them(recipe: Recipe, count: int) -> None:
+    service = Service(recipe, count)
+    whole = VectorIndex(recipe.storage.index, A)
+
+    async def scenario() -> None:
+        for top_k in (1, 10, COUNT):
+            found = await service.router.search("item-7", top_k)
+            assert found.hits == whole.more_like("item-7", top_k)
+            assert "item-7" not in {hit.id for hit in found.hits}
+            assert found.like == whole.item("item-7")
+            assert (found.shards_ok, found.version) == (max(1, count), A)
+        assert (await service.router.search(QUERIES[0], 1)).like is None
+        with pytest.raises(DataError, match="the index holds no item 'item-9999'"):
+            await service.router.search("item-9999", 3)
+
+    run(scenario)
+
+
+def test_rows_are_told_by_id_with_the_version_that_holds_them(recipe: Recipe) -> None:
+    service = Service(recipe, 0)
+
+    async def scenario() -> None:
+        rows, version = await service.router.rows_of(["item-3", "absent", "item-1"])
+        assert [row and row["id"] for row in rows] == ["item-3", None, "item-1"]
+        assert version == A
 
     run(scenario)
