@@ -5,9 +5,11 @@ Results stand in --out, as JSON and pictures.
 """
 
 import argparse
+import contextlib
 import importlib
 import random
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     settings = _settings(options, seed)
     parts = list(dict.fromkeys(options.part or PARTS))
-    show(f"seed {seed}, results in {options.out}")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    show(f"seed {seed}, results in {settings.out}")
     head: dict[str, Any] = {
         "bench": "serve",
         "command": shlex.join(["slq", "bench", "serve", *arguments]),
@@ -45,9 +48,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in parts:
         show(f"{part}:")
-        measured = importlib.import_module(f"jobs.bench.serving.{part}").measure(settings)
+        # Ray says some of what goes wrong on standard output, where our JSON goes
+        with contextlib.redirect_stdout(sys.stderr):
+            measured = importlib.import_module(f"jobs.bench.serving.{part}").measure(settings)
         found[part] = measured
-        write_json(options.out / f"{part}.json", {**head, part: measured})
+        write_json(settings.out / f"{part}.json", {**head, part: measured})
         for table in tables_of(part, measured):
             err.print(table)
     return {**head, **found}
