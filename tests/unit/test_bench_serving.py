@@ -209,11 +209,13 @@ def test_a_service_is_healed_when_the_victim_is_gone_and_all_replicas_run(
     there = [victim]
     monkeypatch.setattr("jobs.bench.serving.chaos.serve_actors", lambda: there)
     before = {"BackboneService": 2, "Ingress": 1}
-    assert not is_healed(victim, before, before)  # Serve has not noticed yet
+    told = {"BackboneService": [victim.name, "a"], "Ingress": ["b"]}
+    assert not is_healed(victim, told, before)  # nobody has noticed yet
     there.clear()
+    assert not is_healed(victim, told, before)  # Ray has, and Serve has not
     assert not is_healed(victim, {}, before)  # the controller is away
-    assert not is_healed(victim, {"BackboneService": 1, "Ingress": 1}, before)
-    assert is_healed(victim, {"BackboneService": 3, "Ingress": 1}, before)
+    assert not is_healed(victim, {"BackboneService": ["a"], "Ingress": ["b"]}, before)
+    assert is_healed(victim, {"BackboneService": ["a", "c", "d"], "Ingress": ["b"]}, before)
 
 
 def test_growth_of_memory_is_a_slope_and_a_ratio() -> None:
@@ -222,9 +224,14 @@ def test_growth_of_memory_is_a_slope_and_a_ratio() -> None:
     ]
     found = memory_figures(samples)
     assert found["slope_mib_per_min"] == pytest.approx(6)
+    assert found["second_half_slope_mib_per_min"] == pytest.approx(6)
     assert found["max_to_first"] == pytest.approx(212 / 200)
     assert found["first_and_last_mib"] == {"backbone": [100, 112], "proxy": [100, 100]}
     assert found["seconds"] == [0, 30, 60, 90, 120]
+    warm = [(float(n), {"proxy": min(n, 3) * 2**20}) for n in range(1, 9)]
+    assert memory_figures(warm)["second_half_slope_mib_per_min"] == pytest.approx(0, abs=1e-9)
+    assert memory_figures(warm)["slope_mib_per_min"] > 0
+    assert memory_figures(warm[:1])["slope_mib_per_min"] == 0
 
 
 # ---- faults ----

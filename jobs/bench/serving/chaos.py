@@ -23,7 +23,7 @@ from jobs.bench.serving.processes import (
     serve_actors,
     signal_to,
 )
-from jobs.bench.serving.replicas import Replicas, running_replicas, wait_until
+from jobs.bench.serving.replicas import Running, running_replicas, wait_until
 from jobs.bench.serving.stand import (
     EMBEDDING,
     TEXT,
@@ -74,16 +74,15 @@ def measure(settings: Settings) -> dict[str, Any]:
         if rate is None:
             probes = peak_of(stand, "chaos peak", bodies, seconds=_PROBE_S)
             rate = round(_SHARE * best(probes).good, 1)
-        wait_until(lambda: len(running_replicas()) > 0, _PATIENCE_S)
         truth = _truth(stand, bodies)
-        replicas = running_replicas()
-        show(f"seed {settings.seed}, {rate:g}/s, replicas {dict(replicas)}")
+        replicas = {name: len(actors) for name, actors in running_replicas().items()}
+        show(f"seed {settings.seed}, {rate:g}/s, replicas {replicas}")
         plan = stand.plan(bodies, keep=True)
         stream = Stream(range(len(bodies)), [Piece(_LONG_S, rate)])
         with Load(settings.out / "load", plan, [stream], settings.rng("chaos")) as load:
             faults = _strike(settings, replicas)
             outcome = load.stop()
-    found = {"seed": settings.seed, "rate": rate, "replicas": dict(replicas)}
+    found = {"seed": settings.seed, "rate": rate, "replicas": replicas}
     found |= fault_figures(outcome, faults, truth, settings)
     found["chart"] = str(chaos_chart(outcome, faults, settings.out / "chaos.png"))
     return found
@@ -104,7 +103,7 @@ def _truth(stand: Stand, bodies: list[str]) -> dict[int, Found]:
     return found
 
 
-def _strike(settings: Settings, replicas: Replicas) -> list[Fault]:
+def _strike(settings: Settings, replicas: Mapping[str, int]) -> list[Fault]:
     """Every kind with every signal, then the controller; between them the service heals and has a calm time."""
     rng = random.Random(settings.seed)
     there = {one.kind for one in serve_actors()}
@@ -123,7 +122,7 @@ def _strike(settings: Settings, replicas: Replicas) -> list[Fault]:
     return found
 
 
-def _one(kind: str, name: str, rng: random.Random, replicas: Replicas) -> Fault:
+def _one(kind: str, name: str, rng: random.Random, replicas: Mapping[str, int]) -> Fault:
     victim = pick(serve_actors(), kind, rng)
     began = time.monotonic()
     signal_to(victim, getattr(signal, f"SIG{name}"))
@@ -134,11 +133,11 @@ def _one(kind: str, name: str, rng: random.Random, replicas: Replicas) -> Fault:
     return Fault(kind, name, victim.pid, began, seconds)
 
 
-def is_healed(victim: Actor, now: Replicas, before: Replicas) -> bool:
+def is_healed(victim: Actor, now: Running, before: Mapping[str, int]) -> bool:
     """Whether a process is out of the way and as many replicas run as before it fell."""
-    if victim in serve_actors():
+    if victim in serve_actors() or any(victim.name in actors for actors in now.values()):
         return False
-    return all(now.get(name, 0) >= count for name, count in before.items())
+    return all(len(now.get(name, ())) >= count for name, count in before.items())
 
 
 def fault_figures(

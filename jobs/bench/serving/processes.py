@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from ray._private import state
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME
 
@@ -148,17 +149,20 @@ def _resident_bytes(actors: Sequence[Actor]) -> dict[str, int]:
 
 
 def memory_figures(samples: Sequence[tuple[float, dict[str, int]]]) -> dict[str, Any]:
-    """Growth of resident memory: `slope_mib_per_min` of a straight line, the largest over the first, and each kind's.
+    """Growth of resident memory: slopes of straight lines, the largest over the first, and each kind's ends.
+
+    Queues and threads grow when an overload begins and stay so: what goes on growing shows in the second half's slope.
 
     Args:
         samples: (time in s, bytes by kind), ascending; at least two.
     """
     times = np.array([at - samples[0][0] for at, _ in samples])
     mib = np.array([sum(kinds.values()) for _, kinds in samples]) / 2**20
-    slope = np.polyfit(times / 60, mib, 1)[0] if len(samples) > 1 else 0.0
+    half = len(samples) // 2
     names = sorted({name for _, kinds in samples for name in kinds})
     return {
-        "slope_mib_per_min": round(float(slope), 2),
+        "slope_mib_per_min": _slope(times / 60, mib),
+        "second_half_slope_mib_per_min": _slope(times[half:] / 60, mib[half:]),
         "max_to_first": round(float(mib.max() / mib[0]), 4),
         "first_mib": round(float(mib[0]), 1),
         "max_mib": round(float(mib.max()), 1),
@@ -169,3 +173,8 @@ def memory_figures(samples: Sequence[tuple[float, dict[str, int]]]) -> dict[str,
         "seconds": times.round(2).tolist(),
         "mib": mib.round(2).tolist(),
     }
+
+
+def _slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Of the straight line with the least squares; 0 of a single point."""
+    return round(float(np.polyfit(x, y, 1)[0]), 2) if len(x) > 1 else 0.0

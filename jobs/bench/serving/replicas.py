@@ -2,31 +2,36 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 
-from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 
 from pipelines.serve import APP_NAME
 
 _LOOK_S = 0.2
-Replicas = Mapping[str, int]
-"""Running replicas by deployment."""
+Running = Mapping[str, Collection[str]]
+"""Names of running replicas' actors by deployment."""
 Samples = list[tuple[float, dict[str, int]]]
 """Seconds of `time.monotonic`, and running replicas by deployment."""
 
 
-def running_replicas() -> dict[str, int]:
-    """Running replicas by deployment of our service; nothing while Serve does not know, or calls one unhealthy."""
+def running_replicas() -> dict[str, list[str]]:
+    """Names of running replicas' actors by deployment of our service; nothing while Serve does not know.
+
+    `serve.status` has counts alone, in which one that has just died is still among those that run.
+    """
     try:
-        application = serve.status().applications.get(APP_NAME)
+        client = _get_global_client(raise_if_no_controller_running=False)
+        details = {} if client is None else client.get_serve_details()
     except (RayError, TimeoutError, RuntimeError):  # the controller is gone
         return {}
-    deployments = {} if application is None else application.deployments
-    if any(one.status == "UNHEALTHY" for one in deployments.values()):
-        return {}
-    return {name: one.replica_states.get("RUNNING", 0) for name, one in deployments.items()}
+    deployments = details.get("applications", {}).get(APP_NAME, {}).get("deployments", {})
+    return {
+        name: [one["actor_name"] for one in told["replicas"] if one["state"] == "RUNNING"]
+        for name, told in deployments.items()
+    }
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
@@ -50,7 +55,7 @@ class ReplicaWatch:
 
     def _watch(self) -> None:
         while True:
-            found = running_replicas()
+            found = {name: len(actors) for name, actors in running_replicas().items()}
             if found:
                 self.samples.append((time.monotonic(), found))
             if self._ended.wait(self._every_s):

@@ -74,7 +74,7 @@ def _latency(found: Mapping[str, Any]) -> Iterator[Table]:
 def _overload(found: Mapping[str, Any]) -> Iterator[Table]:
     columns = (
         *("run", "offered/s", "in time/s", "of peak", "of neighbours", "refused", "failed"),
-        *("refusal p50", "p99", "Retry-After", "bare p99", "MiB/min", "max/first"),
+        *("refusal p50", "p99", "Retry-After", "bare p99", "MiB/min at last", "max/first"),
     )
     for mode, values in _modes(found):
         table = _table(f"{mode} search, peak {values['peak_goodput_per_s']:.1f}/s", *columns)
@@ -93,7 +93,7 @@ def _overload(found: Mapping[str, Any]) -> Iterator[Table]:
                 _number(refusals["time_ms"]["p99"], 1),
                 "-" if share is None else f"{share:.1%}",
                 _number(run["beside_ms"]["bare"]["p99"], 1),
-                _number(memory["slope_mib_per_min"]),
+                _number(memory["second_half_slope_mib_per_min"]),
                 _number(memory["max_to_first"], 3),
             )
         yield table
