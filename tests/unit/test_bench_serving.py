@@ -270,7 +270,8 @@ def test_every_request_that_is_not_answered_rightly_counts_with_the_fault_before
     records.error[3] = "ClientOSError"
     records.done[4] += 2
     good, bad = (body_of((name, 1.0), ("z", 0.5)) for name in "ab")
-    answers = [good, good, b"", b"", good, bad]
+    answers = [good, bad, b"", b"", good, bad]
+    records.degraded[1] = True  # it says so itself
     faults = [
         Fault("backbone", "KILL", 1, START + 1.5, 3.2),
         Fault("controller", "KILL", 2, START + 4.5, None),
@@ -285,7 +286,8 @@ def test_every_request_that_is_not_answered_rightly_counts_with_the_fault_before
     assert (first["slowest_ms"], first["healed_s"]) == (2100, 3.2)
     assert (second["requests"], second["failed"], second["wrong"]) == (1, 0, 1)
     assert second["healed_s"] is None
-    assert found["before_faults"]["failed"] == 0
+    before = found["before_faults"]
+    assert (before["failed"], before["wrong"], before["degraded"]) == (0, 0, 1)
 
 
 # ---- overload and scaling ----

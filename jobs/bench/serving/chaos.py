@@ -146,9 +146,11 @@ def fault_figures(
     """What clients noticed, in all and of each fault: from it until the next one.
 
     A request fails if it is not answered, for whatever reason: a refusal counts, too, as the load is below capacity.
+    An answer is wrong if it is another than before the faults and does not say that it is degraded.
     """
     records = outcome.records
-    wrong = np.array(wrong_answers(outcome.answers, records.target.tolist(), truth), bool)
+    others = np.array(wrong_answers(outcome.answers, records.target.tolist(), truth), bool)
+    wrong = others & ~records.degraded
     starts = [outcome.start, *(one.at for one in faults), float("inf")]
 
     def told(start: float, end: float) -> dict[str, Any]:
