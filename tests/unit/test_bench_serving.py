@@ -18,7 +18,7 @@ from jobs.bench.serving.answers import Found, wrong_answers
 from jobs.bench.serving.autoscale import changes, phase_figures, phases_of, series_of
 from jobs.bench.serving.chaos import Fault, fault_figures, is_healed
 from jobs.bench.serving.charts import autoscale_chart, chaos_chart, latency_chart, overload_chart
-from jobs.bench.serving.latency import _told
+from jobs.bench.serving.latency import figures_at
 from jobs.bench.serving.overhead import figures
 from jobs.bench.serving.overload import overload_figures, rude_figures
 from jobs.bench.serving.peak import Probe, best, find_peak
@@ -109,7 +109,7 @@ def test_a_summary_tells_answers_refusals_and_failures_apart() -> None:
 
 def test_runs_are_summed_up_together() -> None:
     parts = [records_of(50, seed=seed) for seed in range(3)]
-    found = _told(Settings(seconds=10), parts)
+    found = figures_at(Settings(seconds=10), parts)
     assert found["requests"] == 150
     assert found["offered_per_s"] == 5
     assert len(joined(parts)) == 150
@@ -348,7 +348,9 @@ def test_phases_follow_one_another_and_the_noise_comes_from_the_seed() -> None:
 
 def everything(folder: Path) -> dict[str, Any]:
     """A result of each part, with its picture in a folder."""
-    rows = [{"rate": r, **_told(Settings(seconds=10), [records_of(r, seed=r)])} for r in (30, 90)]
+    rows = [
+        {"rate": r, **figures_at(Settings(seconds=10), [records_of(r, seed=r)])} for r in (30, 90)
+    ]
     latency = {mode: {"rates": rows} for mode in ("coarse", "fine")}
     run = overload_figures(outcome_of(records_of(900, targets=5)), Settings(seconds=8), 3)
     memory = memory_figures([(0.0, {"proxy": 2**27}), (60.0, {"proxy": 2**27 + 2**20})])

@@ -123,7 +123,8 @@ def autoscale_chart(
 def _named(axes: Axes, title: str, below: str) -> None:
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
     axes.set_xlabel(below, color=MUTED)
-    axes.legend(frameon=False, fontsize=9)
+    above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderpad": 0}
+    axes.legend(frameon=False, fontsize=9, ncols=6, **above)
     plain(axes)
 
 

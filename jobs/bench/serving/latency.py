@@ -44,13 +44,14 @@ def _of_mode(stand: Stand, mode: str) -> dict[str, Any]:
             start = outcome.start + _WARM_S
             runs[rate].append(outcome.records.between(start, start + settings.seconds))
             cpu.append(outcome.generator_us)
-            show(f"{mode}, {rate:g}/s: {_told(settings, runs[rate])['latency_ms']} ms")
-    found["rates"] = [{"rate": rate, **_told(settings, parts)} for rate, parts in runs.items()]
+            show(f"{mode}, {rate:g}/s: {figures_at(settings, runs[rate])['latency_ms']} ms")
+    found["rates"] = [{"rate": rate, **figures_at(settings, parts)} for rate, parts in runs.items()]
     found["generator_us_per_request"] = round(max(cpu))
     return found
 
 
-def _told(settings: Settings, parts: list[Records]) -> dict[str, Any]:
+def figures_at(settings: Settings, parts: list[Records]) -> dict[str, Any]:
+    """What became of one rate's requests, over all rounds."""
     return summary(
         joined(parts),
         seconds=settings.seconds * len(parts),
