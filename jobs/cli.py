@@ -504,10 +504,10 @@ def bench(
     context: typer.Context,
     name: Annotated[
         str,
-        typer.Argument(help="train, embed, index, rerank, ablations, injection or chaos"),
+        typer.Argument(help="train, embed, index, rerank, serve, ablations, injection or chaos"),
     ],
 ) -> None:
-    """Measure fast paths against slow ones, the fine stage's ablations and its injections, or embed under kills.
+    """Measure fast paths against slow ones, the service under load, ablations, injections, or embed under kills.
 
     The benchmark's own options follow its name; `python -m jobs.bench NAME --help` lists them.
     """

@@ -13,6 +13,7 @@ BENCHES = {
     "chaos": "jobs.bench.chaos",
     "index": "jobs.bench.index",
     "rerank": "jobs.bench.rerank",
+    "serve": "jobs.bench.serving",
     "injection": "jobs.bench.injection",
     "ablations": "jobs.bench.ablations",
 }

@@ -115,7 +115,8 @@ def test_a_dry_run_of_mining_knows_the_pairs_or_who_makes_them(
         assert f"ConfigError: data.train: {own}/train.parquet does not exist" in text
         return
     shown = json.loads(slq("mine", path, "--dry-run", "--json").stdout)
-    assert shown["plan"]["pairs"] == (3072 if path.stem == "demo" else "generated first")
+    scenes = {"demo": 3072, "serving": 8}
+    assert shown["plan"]["pairs"] == scenes.get(path.stem, "generated first")
     assert shown["plan"]["depth"] == shown["recipe"]["mine"]["depth"] == 30
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
