@@ -121,16 +121,30 @@ class Scaling(Section):
         return self
 
 
+class IngressScaling(Scaling):
+    """Of the HTTP face, which only waits for the others."""
+
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 64
+    max_ongoing_requests: Annotated[int, Field(gt=0)] = 1024
+
+
+class IndexScaling(Scaling):
+    """Of what searches."""
+
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    max_ongoing_requests: Annotated[int, Field(gt=0)] = 64
+
+
 class ScalingConfig(Section):
     """Replicas of each deployment of the service."""
 
-    ingress: Scaling = Scaling(target_ongoing_requests=64, max_ongoing_requests=1024)
-    """HTTP: it only waits for the others. More of them use more cores for parsing and encoding bodies."""
+    ingress: IngressScaling = IngressScaling()
+    """HTTP. More of them use more cores for parsing and encoding bodies."""
     backbone: Scaling = Scaling()
     """Embeds and scores: each replica has the weights and `resources.gpus_per_worker` GPUs."""
-    index: Scaling = Scaling(target_ongoing_requests=16, max_ongoing_requests=64)
+    index: IndexScaling = IndexScaling()
     """Searches, or asks the partitions. An engine that lets only one process in has one replica all the same."""
-    partition: Scaling = Scaling(target_ongoing_requests=16, max_ongoing_requests=64)
+    partition: IndexScaling = IndexScaling()
     """Of each partition, where `resources.index_partitions` is more than one."""
 
 

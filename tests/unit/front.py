@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from ray import serve
 from starlette.testclient import TestClient
@@ -26,6 +27,7 @@ from slq.errors import DataError, UnknownModelError
 from slq.index import Hit
 from slq.media import pixels_sha256
 from slq.reranker import Ranked
+from slq.reranking.heat import HeatMap
 from slq.reranking.profiles import Reading
 from slq.schema import Item
 
@@ -65,6 +67,9 @@ class Backbone:
         self.embed = remote(self._embed)
         self.rank = remote(self._rank)
         self.add_adapter = remote(self._add)
+        self.heat = remote(
+            lambda *_, **__: HeatMap(torch.full((2, 3), 1 / 6), share=0.4, covers_square=False)
+        )
         self.remove_adapter = remote(lambda name: self.models.pop(name, None))
 
     def _add(self, name: str, folder: str) -> str:
@@ -110,6 +115,12 @@ class Index:
         self.search = remote(self._search)
         self.uri_of = remote(lambda name: str(picture) if name == "item-0" else None)
         self.send = remote(lambda version: Sent(version, None))
+        self.rows_of = remote(self._rows_of)
+
+    def _rows_of(self, names: list[str]) -> tuple[list[dict[str, Any] | None], str]:
+        known = {f"item-{n}" for n in range(NUM_ITEMS)}
+        row = {"uri": None, "text": None, "modality": "image"}
+        return [row if name in known else None for name in names], "v000001"
 
     def _search(self, vector: Any, top_k: int, _: str | None = None, told: Any = None) -> Found:
         count = min(top_k, NUM_ITEMS)

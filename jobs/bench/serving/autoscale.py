@@ -17,7 +17,7 @@ from jobs.bench.serving.stand import MODES, TEXT, Settings, running, with_defaul
 from jobs.bench.serving.summary import summary
 from pipelines.progress import show
 
-DEFAULTS = ("resources.serve_max_replicas=3",)
+DEFAULTS = ("serve.scaling.backbone.max_replicas=3",)
 """Room to grow, unless `--set` says otherwise."""
 _SHARES = (0.2, 1.5, 0.8)
 """Low, high and the noisy level, of the first replicas' peak, where no rates were asked for."""

@@ -37,7 +37,13 @@ from jobs.bench.serving.summary import summary
 from pipelines.progress import show
 from slq.errors import ServiceError
 
-DEFAULTS = ("resources.serve_replicas=2", "resources.index_partitions=2")
+DEFAULTS = (
+    *(
+        f"serve.scaling.{kind}={{min_replicas: 2, max_replicas: 2}}"
+        for kind in ("ingress", "backbone", "index", "partition")
+    ),
+    "resources.index_partitions=2",
+)
 """At least two of each kind, unless `--set` says otherwise."""
 _SHARE = 0.3
 """Of the peak, where no rate was asked for: one replica of two must be able to do it all."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ray._private import state
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME
 
-from pipelines.serve import APP_NAME
+from pipelines.serving.app import APP_NAME
 from slq.errors import ServiceError
 
 CONTROLLER, PROXY = "controller", "proxy"

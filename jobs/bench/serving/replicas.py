@@ -8,7 +8,7 @@ from types import TracebackType
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 
-from pipelines.serve import APP_NAME
+from pipelines.serving.app import APP_NAME
 
 _LOOK_S = 0.2
 Running = Mapping[str, Collection[str]]
