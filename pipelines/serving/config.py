@@ -125,14 +125,18 @@ class IngressScaling(Scaling):
     """Of the HTTP face, which only waits for the others."""
 
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 64
+    """As of `Scaling`."""
     max_ongoing_requests: Annotated[int, Field(gt=0)] = 1024
+    """Above `serve.max_in_flight`, which refuses in our shape."""
 
 
 class IndexScaling(Scaling):
     """Of what searches."""
 
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    """As of `Scaling`."""
     max_ongoing_requests: Annotated[int, Field(gt=0)] = 64
+    """As of `Scaling`; as many threads search."""
 
 
 class ScalingConfig(Section):
