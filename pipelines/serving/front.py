@@ -8,6 +8,7 @@ for requests that a dying ingress replica has in hand.
 """
 
 import json
+import logging
 from dataclasses import dataclass, field
 
 from starlette.middleware import Middleware
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.messages import error_body
 
+log = logging.getLogger("ray.serve")  # whose records a proxy writes
 VARIABLE, IMPORT_PATH = (
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
     "pipelines.serving.front:middlewares",
@@ -87,11 +89,22 @@ class Front:
         body, answer = _Body(receive), _Answer(send)
         for _ in range(_ATTEMPTS):
             answer = _Answer(send)
-            # Copied: the proxy writes into it, and a path that it cut would be cut again.
-            await self._app({**scope}, body.from_start(), answer.send)
+            await self._ask(scope, body, answer)
             if not answer.is_lost or body.is_over or not body.is_whole:
                 break
         await answer.finish()
+
+    async def _ask(self, scope: Scope, body: _Body, answer: "_Answer") -> None:
+        """Let the proxy call a replica."""
+        try:
+            # Copied: the proxy writes into it, and a path that it cut would be cut again.
+            await self._app({**scope}, body.from_start(), answer.send)
+        except Exception as error:
+            # Not every death of a replica becomes an answer of the proxy: some leave it as they are (Ray 2.60).
+            if answer.is_begun:
+                raise
+            log.warning("a proxy failed before its answer began: %r", error)
+            answer.lose()
 
 
 class _Answer:
@@ -99,12 +112,15 @@ class _Answer:
 
     Args:
         send: To the client.
+
+    Attributes:
+        is_begun: Whether the client has some of it.
     """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._own: Message | None = None
-        self._text = b""
+        self.is_begun = False
 
     @property
     def is_lost(self) -> bool:
@@ -116,9 +132,12 @@ class _Answer:
         if message["type"] == "http.response.start" and _is_of_proxy(message):
             self._own = message
         elif self._own is None:
+            self.is_begun = True
             await self._send(message)
-        else:
-            self._text += message.get("body", b"")
+
+    def lose(self) -> None:
+        """Take it that the replica died."""
+        self._own = {"type": "http.response.start", "status": 500, "headers": []}
 
     async def finish(self) -> None:
         """Tell the client what the proxy said, in OpenAI's shape."""

@@ -11,7 +11,7 @@ from pipelines.serving import front
 from pipelines.serving.front import Front, middlewares
 
 BODY = [b"first ", b"and last"]
-Messages = list[dict[str, Any]]
+Messages = list[Any]
 
 
 def plain(status: int, text: bytes) -> Messages:
@@ -51,6 +51,8 @@ class Proxy:
                 break
         self.bodies.append(body)
         for message in self.answers.pop(0):
+            if isinstance(message, Exception):
+                raise message
             await send(message)
 
 
@@ -95,6 +97,22 @@ def test_where_a_replica_dies_another_one_gets_the_same_request(deaths: int) -> 
     assert asked(proxy) == answer
     assert proxy.bodies == [b"first and last"] * (deaths + 1)
     assert proxy.paths == ["/search"] * (deaths + 1)
+
+
+def test_a_death_that_leaves_the_proxy_as_an_error_is_one_too() -> None:
+    answer = of_ours(200, {"results": []})
+    proxy = Proxy([ConnectionError("lost")], answer)
+    assert asked(proxy) == answer
+    start, _ = asked(Proxy(*[[ConnectionError("lost")]] * 3))
+    assert start["status"] == 503
+
+
+def test_an_answer_that_breaks_off_is_not_begun_again() -> None:
+    begun = of_ours(200, {"results": []})[:1]
+    proxy = Proxy([*begun, ConnectionError("lost")], of_ours(200, {}))
+    with pytest.raises(ConnectionError):
+        asked(proxy)
+    assert len(proxy.bodies) == 1
 
 
 def test_where_they_all_die_the_client_is_told_to_come_again() -> None:
