@@ -11,10 +11,12 @@ import json
 import logging
 from dataclasses import dataclass, field
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.messages import error_body
+from pipelines.serving.access import REQUEST_ID, request_id_of
 
 log = logging.getLogger("ray.serve")  # whose records a proxy writes
 VARIABLE, IMPORT_PATH = (
@@ -86,9 +88,13 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body, answer = _Body(receive), _Answer(send)
+        request_id = request_id_of(Headers(scope=scope))
+        scope = {**scope, "headers": list(scope["headers"])}
+        # Ray Serve takes any id into its logs, and sends it back beside ours (2.60).
+        MutableHeaders(scope=scope)[REQUEST_ID] = request_id
+        body, answer = _Body(receive), _Answer(send, request_id)
         for _ in range(_ATTEMPTS):
-            answer = _Answer(send)
+            answer = _Answer(send, request_id)
             await self._ask(scope, body, answer)
             if not answer.is_lost or body.is_over or not body.is_whole:
                 break
@@ -98,7 +104,8 @@ class Front:
         """Let the proxy call a replica."""
         try:
             # Copied: the proxy writes into it, and a path that it cut would be cut again.
-            await self._app({**scope}, body.from_start(), answer.send)
+            copied = {**scope, "headers": list(scope["headers"])}
+            await self._app(copied, body.from_start(), answer.send)
         except Exception as error:
             # Not every death of a replica becomes an answer of the proxy: some leave it as they are (Ray 2.60).
             if answer.is_begun:
@@ -112,13 +119,15 @@ class _Answer:
 
     Args:
         send: To the client.
+        request_id: Of the request.
 
     Attributes:
         is_begun: Whether the client has some of it.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
+        self._request_id = request_id
         self._own: Message | None = None
         self.is_begun = False
 
@@ -132,6 +141,9 @@ class _Answer:
         if message["type"] == "http.response.start" and _is_of_proxy(message):
             self._own = message
         elif self._own is None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [tuple(header) for header in message["headers"]]
+                MutableHeaders(scope=message)[REQUEST_ID] = self._request_id
             self.is_begun = True
             await self._send(message)
 
@@ -147,12 +159,11 @@ class _Answer:
         words = "the service is down or restarting" if self.is_lost else "too many requests wait"
         kind = "service_unavailable"
         payload = json.dumps(error_body(f"{words}; try again later", kind)).encode()
-        ids = [(k, v) for k, v in self._own["headers"] if k.lower() == b"x-request-id"]
         headers = [
             (_TYPE, b"application/json"),
             (b"content-length", str(len(payload)).encode()),
             (b"retry-after", str(_RETRY_AFTER_S).encode()),
-            *ids,
+            (REQUEST_ID.encode(), self._request_id.encode()),
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": payload})

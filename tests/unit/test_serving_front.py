@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ Messages = list[Any]
 
 def plain(status: int, text: bytes) -> Messages:
     """What a proxy of Ray Serve says itself."""
-    headers = [[b"content-type", b"text/plain; charset=utf-8"], [b"x-request-id", b"r-1"]]
+    headers = [[b"content-type", b"text/plain; charset=utf-8"], [b"X-Request-ID", b"r-1"]]
     return [
         {"type": "http.response.start", "status": status, "headers": headers},
         {"type": "http.response.body", "body": text},
@@ -25,7 +26,7 @@ def plain(status: int, text: bytes) -> Messages:
 
 def of_ours(status: int, said: dict[str, Any]) -> Messages:
     payload = json.dumps(said).encode()
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"content-type", b"application/json"), (b"x-request-id", b"r-1")]
     return [
         {"type": "http.response.start", "status": status, "headers": headers},
         {"type": "http.response.body", "body": payload},
@@ -39,9 +40,11 @@ class Proxy:
         self.answers = list(answers)
         self.bodies: list[bytes] = []
         self.paths: list[str] = []
+        self.ids: list[list[bytes]] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.paths.append(scope["path"])
+        self.ids.append([v for k, v in scope["headers"] if k == b"x-request-id"])
         scope["path"] = "cut by the proxy"
         body = b""
         while True:
@@ -71,14 +74,21 @@ def receiving(parts: list[bytes], *, leaves: bool = False) -> Callable[[], Any]:
     return receive
 
 
-def asked(proxy: Proxy, parts: list[bytes] = BODY, *, leaves: bool = False) -> Messages:
+def asked(
+    proxy: Proxy,
+    parts: list[bytes] = BODY,
+    *,
+    leaves: bool = False,
+    request_id: bytes | None = b"r-1",
+) -> Messages:
     """What a client gets."""
     sent: Messages = []
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": "/search", "method": "POST", "headers": []}
+    given = [] if request_id is None else [(b"x-request-id", request_id)]
+    scope = {"type": "http", "path": "/search", "method": "POST", "headers": given}
     asyncio.run(Front(proxy)(scope, receiving(parts, leaves=leaves), send))
     return sent
 
@@ -88,6 +98,19 @@ def test_an_answer_goes_on_as_it_is() -> None:
     proxy = Proxy(answer)
     assert asked(proxy) == answer
     assert proxy.bodies == [b"first and last"]
+
+
+@pytest.mark.parametrize("request_id", [b"r 1\r\nx: y", b"x" * 65, "\u00fc".encode(), b"", None])
+def test_an_id_that_is_none_never_reaches_logs_and_comes_back_once(
+    request_id: bytes | None,
+) -> None:
+    ours = of_ours(200, {})
+    ours[0]["headers"] = [*ours[0]["headers"], (b"X-Request-ID", b"of Ray Serve")]
+    proxy = Proxy(ours)
+    start, _ = asked(proxy, request_id=request_id)
+    ((seen,),) = proxy.ids
+    assert re.fullmatch(rb"[0-9a-f]{32}", seen)
+    assert [v for k, v in start["headers"] if k.lower() == b"x-request-id"] == [seen]
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
@@ -147,7 +170,8 @@ def test_our_own_errors_are_the_clients(status: int) -> None:
 
 def test_a_plain_text_that_is_no_failure_goes_on() -> None:
     answer = plain(200, b"success")
-    assert asked(Proxy(answer)) == answer
+    start, body = asked(Proxy(answer))
+    assert (start["status"], body["body"]) == (200, b"success")
 
 
 def test_a_body_that_is_too_long_to_keep_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
