@@ -142,7 +142,7 @@ class _Answer:
             self._own = message
         elif self._own is None:
             if message["type"] == "http.response.start":
-                message["headers"] = [tuple(header) for header in message["headers"]]
+                message["headers"] = [(name.lower(), value) for name, value in message["headers"]]
                 MutableHeaders(scope=message)[REQUEST_ID] = self._request_id
             self.is_begun = True
             await self._send(message)
