@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,10 @@ def server(handler: Handler) -> Iterator[str]:
         ready.set()
         loop.run_forever()
         loop.run_until_complete(runner.cleanup())
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()
 
     thread = threading.Thread(target=serve)
@@ -214,6 +219,8 @@ def test_records_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
 
 def test_rude_clients_note_how_they_were_turned_away() -> None:
     async def turn_away(request: web.Request) -> web.Response:
+        if request.path == "/patient":
+            await request.read()
         return web.Response(status=413 if (request.content_length or 0) > 2**20 else 408)
 
     async def scenario(url: str) -> list[str]:
@@ -222,8 +229,15 @@ def test_rude_clients_note_how_they_were_turned_away() -> None:
                 await asyncio.sleep(0.01)
         return [f"{one['kind']} {one['status']}" for one in rude.outcomes]
 
+    async def patient(url: str) -> list[dict[str, Any]]:
+        async with Rude(url, 2, 0) as rude:
+            await asyncio.sleep(0.1)
+        return rude.outcomes
+
     with server(turn_away) as url:
         found = set(asyncio.run(scenario(f"{url}/search")))
+        held = asyncio.run(patient(f"{url}/patient"))
+    assert [(one["kind"], one["held"]) for one in held] == [("slow", True)] * 2
     assert "slow 408" in found
     assert any(one.startswith("large") for one in found)
     assert "large 200" not in found

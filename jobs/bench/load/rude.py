@@ -22,8 +22,8 @@ class Rude:
         large_every_s: How often a body of 100 MiB is sent; 0 for never.
 
     Attributes:
-        outcomes: Of each client that ended: kind, status (0 if the connection was closed without one), bytes sent and
-            seconds.
+        outcomes: Of each client: kind, status (0 without one), bytes sent and seconds; `held` of one whose connection
+            was still open when the block ended, `error` of one that was cut off or lost its patience.
     """
 
     def __init__(self, url: str, slow_clients: int, large_every_s: float) -> None:
@@ -70,8 +70,12 @@ class Rude:
             await asyncio.wait_for(self._send(found, length, piece, pause_s), _PATIENCE_S)
         except (OSError, TimeoutError) as error:
             found["error"] = type(error).__name__
-        found["seconds"] = round(time.monotonic() - began, 3)
-        self.outcomes.append(found)
+        except asyncio.CancelledError:
+            found["held"] = True
+            raise
+        finally:
+            found["seconds"] = round(time.monotonic() - began, 3)
+            self.outcomes.append(found)
 
     async def _send(self, found: dict[str, Any], length: int, piece: bytes, pause_s: float) -> None:
         """Send a body until it is all there, or until the other side answers or closes."""

@@ -50,11 +50,11 @@ def overload_chart(by_mode: Mapping[str, Any], target: Path) -> Path:
         _named(left, f"{mode} search", "requests per second")
         for colour, run in zip(_COLOURS, found["runs"], strict=False):
             memory = run["memory"]
-            label = f"at {run['factor']:g} times the peak's rate"
+            label = f"{run['factor']:g} times the peak's rate"
             right.plot(memory["seconds"], memory["mib"], color=colour, label=label)
-        right.set_ylim(bottom=0)
-        right.set_ylabel("MiB of all Serve processes", color=MUTED)
-        _named(right, "resident memory", "seconds")
+        right.set_ylim(0, 1.1 * max(run["memory"]["max_mib"] for run in found["runs"]))
+        right.set_ylabel("resident MiB of all Serve processes", color=MUTED)
+        _named(right, "memory", "seconds")
     return _saved(figure, target)
 
 
@@ -82,7 +82,7 @@ def chaos_chart(outcome: Outcome, faults: Sequence[Any], target: Path) -> Path:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("ms from when a request was due", color=MUTED)
-    _named(axes, "faults, and how long it took to heal (shaded)", "seconds")
+    _named(axes, "faults, and how long they took to heal (shaded)", "seconds")
     return _saved(figure, target)
 
 

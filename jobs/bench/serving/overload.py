@@ -129,6 +129,7 @@ def rude_figures(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         found[kind] = {
             "by_status": dict(Counter(str(one["status"]) for one in ours).most_common()),
             "time_ms": percentiles_ms(np.array([one["seconds"] for one in ours])),
+            "still_held": sum(one.get("held", False) for one in ours),
             "most_bytes": max(one["bytes"] for one in ours),
         }
     return found

@@ -13,7 +13,7 @@ from pipelines.progress import show
 
 _RAISED_BY = 1.6
 _FOLLOWS = 0.9
-_CLOSER = 2
+_CLOSER = 4
 _MOST_PROBES = 16
 
 

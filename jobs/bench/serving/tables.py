@@ -23,7 +23,7 @@ def tables_of(part: str, found: Mapping[str, Any]) -> Iterator[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
     return table
 
 
@@ -72,31 +72,35 @@ def _latency(found: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _overload(found: Mapping[str, Any]) -> Iterator[Table]:
-    columns = (
-        *("run", "offered/s", "in time/s", "of peak", "of neighbours", "refused", "failed"),
-        *("refusal p50", "p99", "Retry-After", "bare p99", "MiB/min at last", "max/first"),
-    )
     for mode, values in _modes(found):
-        table = _table(f"{mode} search, peak {values['peak_goodput_per_s']:.1f}/s", *columns)
-        for run in values["runs"]:
-            refusals, memory = run["refusals"], run["memory"]
-            share = refusals["with_retry_after"]
-            table.add_row(
-                f"{run['factor']:g}x",
-                _number(run["offered_per_s"], 1),
-                _number(run["goodput_per_s"], 1),
-                _number(run["to_peak"]),
-                _number(run["to_neighbours"]),
-                f"{run['refused_share']:.1%}",
-                str(run["failures"]["count"]),
-                _number(refusals["time_ms"]["p50"], 1),
-                _number(refusals["time_ms"]["p99"], 1),
-                "-" if share is None else f"{share:.1%}",
-                _number(run["beside_ms"]["bare"]["p99"], 1),
-                _number(memory["second_half_slope_mib_per_min"]),
-                _number(memory["max_to_first"], 3),
-            )
+        runs = values["runs"]
+        columns = (f"{run['factor']:g}x" for run in runs)
+        title = f"{mode} search, peak {values['peak_goodput_per_s']:.1f}/s"
+        table = _table(title, "at the peak's rate times", *columns)
+        for row in zip(*(_of_run(run).items() for run in runs), strict=True):
+            table.add_row(row[0][0], *(cell for _, cell in row))
         yield table
+
+
+def _of_run(run: Mapping[str, Any]) -> dict[str, str]:
+    refusals, memory = run["refusals"], run["memory"]
+    share = refusals["with_retry_after"]
+    return {
+        "offered per second": _number(run["offered_per_s"], 1),
+        "answered in time per second": _number(run["goodput_per_s"], 1),
+        "of the peak": _number(run["to_peak"]),
+        "of the runs before and after": _number(run["to_neighbours"]),
+        "refused": f"{run['refused_share']:.1%}",
+        "failed": str(run["failures"]["count"]),
+        "ms to refuse, p50": _number(refusals["time_ms"]["p50"], 1),
+        "ms to refuse, p99": _number(refusals["time_ms"]["p99"], 1),
+        "with Retry-After": "-" if share is None else f"{share:.1%}",
+        "ms of an empty app beside it, p99": _number(run["beside_ms"]["noop"]["p99"], 1),
+        "ms of a server without Ray, p99": _number(run["beside_ms"]["bare"]["p99"], 1),
+        "client late by ms, p99": _number(run["client_lag_ms"]["p99"], 1),
+        "MiB per minute, second half": _number(memory["second_half_slope_mib_per_min"]),
+        "most memory / first": _number(memory["max_to_first"], 3),
+    }
 
 
 def _chaos(found: Mapping[str, Any]) -> Iterator[Table]:
