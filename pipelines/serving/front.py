@@ -1,7 +1,8 @@
 """What stands in Ray Serve's HTTP proxies, before they call an ingress replica.
 
-A proxy answers 500 in plain text where the replica that it called dies (Ray 2.60), and 503 in plain text where no
-replica takes the call. Here the first is tried again with another replica, and the second is put into OpenAI's shape.
+A proxy says nothing where the replica that it called dies, of which its server makes a 500, and answers 503 in plain
+text where no replica takes the call (Ray 2.60). Here the first is tried again with another replica, and the second is
+put into OpenAI's shape.
 Proxies load it where `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `middlewares` when their Ray starts; `slq serve`
 sees to it in a Ray of its own, and a cluster's containers set it. A service whose proxies lack it answers as well, but
 for requests that a dying ingress replica has in hand.
@@ -27,6 +28,7 @@ _KEPT_BYTES = 32 * 2**20  # of a body, to send it again; a longer one is sent on
 _ATTEMPTS = 3
 _RETRY_AFTER_S = 1
 _TYPE = b"content-type"
+_OF_RAY = "/-/"  # how the proxies themselves are
 
 
 def middlewares() -> list[Middleware]:
@@ -85,7 +87,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by another replica where the first dies."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"].startswith(_OF_RAY):
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(Headers(scope=scope))
@@ -107,11 +109,9 @@ class Front:
             copied = {**scope, "headers": list(scope["headers"])}
             await self._app(copied, body.from_start(), answer.send)
         except Exception as error:
-            # Not every death of a replica becomes an answer of the proxy: some leave it as they are (Ray 2.60).
             if answer.is_begun:
                 raise
             log.warning("a proxy failed before its answer began: %r", error)
-            answer.lose()
 
 
 class _Answer:
@@ -133,8 +133,11 @@ class _Answer:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the replica that should have answered died."""
-        return self._own is not None and self._own["status"] == 500
+        """Whether the replica that should have answered died.
+
+        Then a proxy of Ray 2.60 says nothing at all; what it says itself, with 503, is that no replica takes the call.
+        """
+        return self._own is None and not self.is_begun
 
     async def send(self, message: Message) -> None:
         """Take a message of the application."""
@@ -147,15 +150,10 @@ class _Answer:
             self.is_begun = True
             await self._send(message)
 
-    def lose(self) -> None:
-        """Take it that the replica died."""
-        self._own = {"type": "http.response.start", "status": 500, "headers": []}
-
     async def finish(self) -> None:
         """Tell the client what the proxy said, in OpenAI's shape."""
-        if self._own is None:
+        if self.is_begun:
             return
-        status = 503 if self.is_lost else self._own["status"]
         words = "the service is down or restarting" if self.is_lost else "too many requests wait"
         kind = "service_unavailable"
         payload = json.dumps(error_body(f"{words}; try again later", kind)).encode()
@@ -165,11 +163,11 @@ class _Answer:
             (b"retry-after", str(_RETRY_AFTER_S).encode()),
             (REQUEST_ID.encode(), self._request_id.encode()),
         ]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": 503, "headers": headers})
         await self._send({"type": "http.response.body", "body": payload})
 
 
 def _is_of_proxy(start: Message) -> bool:
     """Whether the proxy says this itself: our own errors are JSON."""
     kinds = [value for key, value in start["headers"] if key.lower() == _TYPE]
-    return start["status"] in (500, 503) and any(kind.startswith(b"text/plain") for kind in kinds)
+    return start["status"] == 503 and any(kind.startswith(b"text/plain") for kind in kinds)
