@@ -5,17 +5,13 @@ scale up, finds the same, or refuses to start.
 """
 
 import asyncio
-import logging
 import math
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from ray import serve
 
@@ -25,6 +21,7 @@ from pipelines.recipe import Recipe
 from pipelines.serving import telemetry
 from pipelines.serving.adapters import OWN, Adapters, Embedded
 from pipelines.serving.candidates import Candidates, Stored
+from pipelines.serving.embedding import Embedding, Wanted, each_alone
 from pipelines.serving.metrics import CacheMeter
 from pipelines.serving.pinned import Pinned
 from pipelines.serving.telemetry import (
@@ -35,7 +32,6 @@ from pipelines.serving.telemetry import (
     shared_pass,
     stage,
 )
-from slq.encoder import batches_by_length
 from slq.engines import FAISS
 from slq.errors import (
     ArtifactMismatchError,
@@ -45,51 +41,12 @@ from slq.errors import (
     UnknownModelError,
 )
 from slq.index.versions import read_manifest
-from slq.latent_queries import LatentQueries, embed_each
+from slq.latent_queries import LatentQueries
 from slq.reranker import Ranked
 from slq.reranking.heat import HeatMap, answer_heat, latent_heat
 from slq.schema import Item
 
-log = logging.getLogger(__name__)
 _FRESH_S = 2.0  # how long a pass that went well speaks for a replica
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
-
-def each_alone(
-    run: Callable[[list[_In]], Iterable[_Out]], items: list[_In]
-) -> list[_Out | Exception]:
-    """Run a pass over items; when it raises, run them one by one, so that only the guilty one fails.
-
-    Args:
-        run: Gives one result per item, in order.
-        items: What strangers may have sent together.
-
-    Returns:
-        In order, each item's result, or the exception that it raises on its own.
-    """
-    try:
-        return list(run(items))
-    except Exception as error:  # noqa: BLE001 - whatever the model raises belongs to its item
-        if len(items) == 1:
-            return [error]
-        log.warning("a pass over %d items failed, running them one by one: %s", len(items), error)
-        return [result for item in items for result in each_alone(run, [item])]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """An item that shall be embedded.
-
-    Attributes:
-        item: What.
-        tenant: Whose it is.
-        adapter: By which; the rest of the model is the same for all.
-    """
-
-    item: Item
-    tenant: str
-    adapter: Any
 
 
 def _read(query: Item | Stored) -> Item:
@@ -141,6 +98,8 @@ class BackboneService:
             vision_bytes=self._recipe.serve.vision_cache_bytes,
             prefix_bytes=self._recipe.serve.prefix_cache_bytes,
         )
+        keeps = self._recipe.serve.vision_cache_bytes + self._recipe.serve.prefix_cache_bytes > 0
+        self._embedding = Embedding(self._encoder, self._reranker, keeps_images=keeps)
         # A thread to embed and one to score: whoever searches waits for no fine stage, and of those that score the one
         # that came first ends first, where all at once would end late together.
         self._embeds, self._scores = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -190,48 +149,9 @@ class BackboneService:
     def _timed_pass(self, wanted: list[Wanted]) -> list[NDArray[np.float32] | Exception]:
         self._pass_began = time.monotonic()
         try:
-            return each_alone(self._encode, wanted)
+            return each_alone(self._embedding.encode, wanted)
         finally:
             self._pass_began = -math.inf
-
-    def _encode(self, wanted: list[Wanted]) -> NDArray[np.float32]:
-        """(n, dimension) float32: one pass of the frozen model over the items, whichever adapters they are for.
-
-        An image that is kept for the fine stage is not seen again, and the reverse.
-        """
-        if not isinstance(self._encoder.adapter, LatentQueries):
-            return self._encoder.encode([one.item for one in wanted])
-        vectors = np.empty((len(wanted), self._encoder.dimension), dtype=np.float32)
-        tenants = {one.tenant for one in wanted} if self._shares_images else {None}
-        for tenant in tenants:
-            mine = [n for n, one in enumerate(wanted) if tenant in (None, one.tenant)]
-            for chunk in batches_by_length([wanted[number].item for number in mine], len(mine)):
-                numbers = [mine[place] for place in chunk]
-                vectors[numbers] = self._embedded([wanted[number] for number in numbers], tenant)
-        return vectors
-
-    def _embedded(self, wanted: list[Wanted], tenant: str | None) -> NDArray[np.float32]:
-        """(n, dimension) float32 of items of one modality, and of one tenant where images are kept."""
-        backbone, items = self._encoder.backbone, [one.item for one in wanted]
-        with torch.no_grad():
-            prefix = (
-                backbone.prefix(backbone.prompts(items))
-                if tenant is None
-                else self._reranker.prefix(items, tenant=tenant)
-            )
-            found = embed_each(backbone, prefix, [one.adapter for one in wanted])
-        vectors: NDArray[np.float32] = found.cpu().numpy()
-        return vectors
-
-    @property
-    def _shares_images(self) -> bool:
-        """Whether one frozen model embeds and scores, and keeps what it has seen."""
-        section = self._recipe.serve
-        return (
-            section.vision_cache_bytes + section.prefix_cache_bytes > 0
-            and self._reranker.backbone is self._encoder.backbone
-            and self._reranker.opens_as_embedded
-        )
 
     @replying
     async def embed(self, items: list[Item], tenant: str = "", model: str = OWN) -> Embedded:

@@ -41,10 +41,11 @@ from pipelines.serve import (
 )
 from pipelines.serving.adapters import Embedded
 from pipelines.serving.calls import ask
+from pipelines.serving.embedding import Wanted, each_alone
 from pipelines.serving.index_service import IndexSearch
 from pipelines.serving.ingress import Ingress
 from pipelines.serving.pinned import Pinned
-from pipelines.serving.replicas import BackboneService, Wanted, each_alone
+from pipelines.serving.replicas import BackboneService
 from slq.arrow import ITEMS, vector_column
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
@@ -337,7 +338,7 @@ def test_an_input_that_the_model_raises_for_fails_alone_in_its_pass(
         return encoder.encode([one.item for one in wanted])
 
     service = BackboneService.func_or_class(recipe.model_dump(mode="json"), pinned(recipe))
-    monkeypatch.setattr(service, "_embedded", embedded)
+    monkeypatch.setattr(service._embedding, "_embedded", embedded)
     # below Ray's batching: used outside a replica it leaves the class impossible to send to one
     one_pass = type(service)._embed_batch.__wrapped__
 
@@ -377,12 +378,12 @@ def test_the_image_of_a_query_is_seen_once_to_embed_and_to_score_it(
     service = BackboneService.func_or_class(keeping.model_dump(mode="json"), pinned(recipe))
     images = [decode_image(corpus[name]["image"]) for name in ("test-00003", "test-00004")]
     mixed = [Item(image=images[0]), Item(text=QUERY), Item(image=images[1]), Item(image=images[0])]
-    vectors = service._encode([wanted(service, item, "a") for item in mixed])
+    vectors = service._embedding.encode([wanted(service, item, "a") for item in mixed])
     np.testing.assert_allclose(vectors, encoder.encode(mixed), atol=1e-5)
     assert service._reranker.counts.vision_passes == 2
     asyncio.run(service.rank(mixed[0], [Content(text="a cat"), Content(text=QUERY)], tenant="a"))
     assert service._reranker.counts.vision_passes == 2
-    service._encode([wanted(service, mixed[0], "b")])
+    service._embedding.encode([wanted(service, mixed[0], "b")])
     assert service._reranker.counts.vision_passes == 3
     kept = service.describe()["kept_images"][cache.split("_")[0]]
     assert kept["hits"] > 0
