@@ -1,13 +1,13 @@
 """Heat maps over HTTP: where the model looks in the image of an indexed item."""
 
-import asyncio
+from collections.abc import Sequence
 from typing import Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.contents import Message, SearchQuery
+from pipelines.contents import Content, Message, SearchQuery, Text
 from pipelines.messages import error_body
 from pipelines.serving.calls import ask
 from pipelines.serving.candidates import Stored
@@ -22,7 +22,7 @@ class ExplainRequest(Message):
     query: SearchQuery | None = Field(
         default=None, description="text, image or like; only `of` the answer there is a query"
     )
-    id: str = Field(description="of an indexed item with an image")
+    id: Text = Field(description="of an indexed item with an image")
     of: Literal["answer", "latents"] = Field(
         default="answer",
         description="`answer`: when it is about to say whether the item matches the query; `latents`: its latent "
@@ -32,6 +32,24 @@ class ExplainRequest(Message):
     model_config = ConfigDict(
         json_schema_extra={"example": {"query": {"text": "two dogs"}, "id": "test-00003"}}
     )
+
+    def contents(self) -> list[Content]:
+        """The query's text and image; none where it is an item of the index, or there is none.
+
+        Raises:
+            DataError: There is no query, or one too much.
+        """
+        if self.of == "latents":
+            if self.query is not None:
+                raise DataError(
+                    "an item is embedded whatever is searched for; leave out query, or ask `of` the answer"
+                )
+            return []
+        if self.query is None or self.query.embedding is not None:
+            raise DataError(
+                "give the query: a text, an image, or the id of an item that others are like"
+            )
+        return [] if self.query.like is not None else [self.query]
 
 
 class ExplainResponse(Message):
@@ -53,17 +71,30 @@ class ExplainResponse(Message):
 
 
 async def explained(
-    body: ExplainRequest, backbone: DeploymentHandle, index: DeploymentHandle, *, tenant: str = ""
+    body: ExplainRequest,
+    items: Sequence[Item],
+    backbone: DeploymentHandle,
+    index: DeploymentHandle,
+    *,
+    tenant: str = "",
+    patience_s: float | None = None,
 ) -> ExplainResponse | JSONResponse:
     """The map that a request asks for; 404 where an id is unknown.
 
+    Args:
+        body: The request.
+        items: Its contents, read.
+        backbone: Looks.
+        index: Knows the items.
+        tenant: Whose request it is.
+        patience_s: How long a replica may be silent before another is asked.
+
     Raises:
-        DataError: There is no query or one too much, an item has no image, or something cannot be read.
+        DataError: The item has no image, or something cannot be read.
     """
     like = None if body.query is None else body.query.like
-    item = await asyncio.to_thread(_query_of, body)
     names = [body.id] if like is None else [body.id, like]
-    rows, version = await ask(index.rows_of, names)
+    rows, version = await ask(index.rows_of, names, patience_s=patience_s)
     for name, row in zip(names, rows, strict=True):
         if row is None:
             message = f"the index holds no item {name!r}"
@@ -71,8 +102,8 @@ async def explained(
     shown, *others = [Stored.of_row(row) for row in rows]
     if "image" not in shown.modality:
         raise DataError(f"item {body.id!r} has no image in which the model could look")
-    query = others[0] if others else item
-    heat: HeatMap = await ask(backbone.heat, query, shown, tenant=tenant)
+    query = next(iter([*others, *items]), None)
+    heat: HeatMap = await ask(backbone.heat, query, shown, tenant=tenant, patience_s=patience_s)
     values = heat.values.tolist()
     return ExplainResponse(
         id=body.id,
@@ -84,18 +115,3 @@ async def explained(
         share=heat.share,
         index_version=version,
     )
-
-
-def _query_of(body: ExplainRequest) -> Item | None:
-    """The text and image of a query; None where it is an item of the index, or there is none."""
-    if body.of == "latents":
-        if body.query is not None:
-            raise DataError(
-                "an item is embedded whatever is searched for; leave out query, or ask `of` the answer"
-            )
-        return None
-    if body.query is None or body.query.embedding is not None:
-        raise DataError(
-            "give the query: a text, an image, or the id of an item that others are like"
-        )
-    return None if body.query.like is not None else body.query.item()

@@ -326,8 +326,15 @@ class Ingress:
     @app.post("/explain", response_model=ExplainResponse, responses=ASKED)
     async def explain(self, body: ExplainRequest) -> ExplainResponse | JSONResponse:
         """Where in the image of an indexed item the model looks, before its answer or as it embeds."""
-        charge(1)
-        return await explained(body, self._backbone, self._index, tenant=asked().tenant)
+        readable = await self._readable(body.contents())
+        return await explained(
+            body,
+            await asyncio.to_thread(items_of, readable, self.settings.max_pixels),
+            self._backbone,
+            self._index,
+            tenant=asked().tenant,
+            patience_s=self.settings.patience_s,
+        )
 
     @app.get("/", response_class=HTMLResponse)
     async def page(self) -> Response:
