@@ -3,8 +3,9 @@
 import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.chats import ChatMessage, content_of
 from pipelines.contents import Content, Message, SearchQuery, Text, as_content
 from pipelines.serving.config import MODEL_NAME
 
@@ -19,10 +20,16 @@ class SearchRequest(Message):
         default=None,
         description="candidates that the fine stage scores; the recipe's depth by default",
     )
+    filter: Annotated[str, Field(min_length=1, max_length=4000)] | None = Field(
+        default=None,
+        description="only items for which this holds: an SQL predicate over the stored columns, as "
+        "`price < 20 and lang = 'de'`; it has no access to anything else",
+    )
     budget_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None,
         description="milliseconds from when the request is accepted, after which no further pass of the fine stage "
-        "begins; coarse search takes its time all the same. With 0 the coarse order is answered",
+        "begins; coarse search takes its time all the same. With 0 the coarse order is answered, and also where a pass "
+        "does not end within a further second",
     )
     model: str | None = Field(
         default=None,
@@ -147,9 +154,13 @@ class AdapterResponse(Message):
 
 
 class EmbeddingsRequest(Message):
-    """Body of POST /v1/embeddings, in OpenAI's shape; an input may also hold an image."""
+    """Body of POST /v1/embeddings, in OpenAI's shape; an input may also hold an image, or be a chat."""
 
-    input: Text | Content | Annotated[list[Text | Content], Field(fail_fast=True)]
+    input: Text | Content | Annotated[list[Text | Content], Field(fail_fast=True)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = Field(
+        default=None,
+        description="in place of `input`: one input as a chat, with texts and an image (`image_url`)",
+    )
     model: Text = "slq"
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -164,8 +175,21 @@ class EmbeddingsRequest(Message):
         """How many vectors are asked for; nothing is decoded to know it."""
         return len(self.input) if isinstance(self.input, list) else 1
 
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "EmbeddingsRequest":
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("send either `input` or `messages`")
+        return self
+
     def contents(self) -> list[Content]:
-        """The inputs; none is decoded."""
+        """The inputs; none is decoded.
+
+        Raises:
+            DataError: A chat holds several images.
+        """
+        if self.messages is not None:
+            return [content_of(self.messages)]
+        assert self.input is not None
         inputs = self.input if isinstance(self.input, list) else [self.input]
         return [as_content(value) for value in inputs]
 

@@ -5,7 +5,10 @@ An adapter is some 40 KB, so each replica holds all of them that were asked for.
 """
 
 import logging
+import math
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from slq.latent_queries import LatentQueries
 log = logging.getLogger(__name__)
 OWN = "slq"
 """The name of the adapter that a service was started with."""
+_AGAIN_S = 10.0  # after an adapter could not be loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,10 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an adapter lies, and what was found there when it was added; None of one that the recipe names."""
+    """Where an adapter lies, and what was found there when it was added."""
 
     folder: str
-    fingerprint: str | None = None
+    fingerprint: str
 
 
 class Adapters:
@@ -49,22 +53,33 @@ class Adapters:
 
     Args:
         own: The encoder that the service was started with.
-        given: Further adapters of the recipe: name -> folder.
+        given: Further adapters of the recipe: name -> folder, and the fingerprint that was there at the start.
         root: The folder below which adapters may be added later.
         record: What changed since the start.
     """
 
-    def __init__(self, own: Encoder, given: dict[str, Path], root: Path, record: Record) -> None:
+    def __init__(
+        self,
+        own: Encoder,
+        given: Mapping[str, tuple[str, str]],
+        root: Path,
+        record: Record,
+    ) -> None:
         self._own = own
-        self._given = {name: _Place(str(path)) for name, path in given.items()}
+        self._given = {name: _Place(*one) for name, one in given.items()}
         self._root = root.resolve()
         self._record = record
         self._loaded: dict[str, tuple[_Place, Encoder]] = {}
-        self._lock = threading.RLock()  # requests come on the event loop, and changes in threads
+        self._failed: dict[_Place, tuple[Exception, float]] = {}
+        self._lock = threading.RLock()
         for name, place in self._places().items():
-            if place.fingerprint is None:  # what the recipe names must be there
+            if name in self._given:  # what the recipe names must be there
                 self._bring(name, place)
         self.models()
+
+    def is_own(self, model: str) -> bool:
+        """Whether a model is the own adapter, which is at hand at once."""
+        return model in (OWN, self._own.fingerprint)
 
     def _places(self) -> dict[str, _Place]:
         changes = self._record.read().adapters
@@ -82,7 +97,7 @@ class Adapters:
             ArtifactError: Its folder is gone or damaged.
             ArtifactMismatchError: Its folder holds an adapter of another model by now.
         """
-        if model in (OWN, self._own.fingerprint):
+        if self.is_own(model):
             return self._own
         with self._lock:
             places = self._places()
@@ -99,14 +114,29 @@ class Adapters:
     def _bring(self, name: str, place: _Place) -> Encoder:
         held, encoder = self._loaded.get(name, (None, None))
         if encoder is None or held != place:
+            encoder = self._loaded_again(place)
+            self._loaded[name] = place, encoder
+            log.info("adapter %r of %s is served", name, place.folder)
+        return encoder
+
+    def _loaded_again(self, place: _Place) -> Encoder:
+        """What lies at a place; what failed there is not tried again at once, and is logged once."""
+        error, at = self._failed.get(place, (None, -math.inf))
+        if error is not None and time.monotonic() - at < _AGAIN_S:
+            raise error
+        try:
             encoder = self._load(Path(place.folder))
-            if place.fingerprint not in (None, encoder.fingerprint):
+            if place.fingerprint != encoder.fingerprint:
                 raise ArtifactMismatchError(
                     f"adapter {place.folder} was added with fingerprint {place.fingerprint} and has "
                     f"{encoder.fingerprint} by now; add it again"
                 )
-            self._loaded[name] = place, encoder
-            log.info("adapter %r of %s is served", name, place.folder)
+        except (ArtifactError, DataError) as failure:
+            if error is None:
+                log.warning("an adapter cannot be served: %s", failure)
+            self._failed[place] = failure, time.monotonic()
+            raise
+        self._failed.pop(place, None)
         return encoder
 
     def _load(self, folder: Path) -> Encoder:
@@ -133,51 +163,68 @@ class Adapters:
             for name, place in self._places().items():
                 try:
                     found[name] = self._bring(name, place).fingerprint
-                except (ArtifactError, DataError) as error:
-                    log.warning("adapter %r cannot be served: %s", name, error)
+                except (ArtifactError, DataError):
+                    continue  # it was logged
         return found
 
-    def add(self, name: str, folder: str) -> str:
+    def add(self, name: str, folder: str, needed: str) -> str:
         """Serve a further adapter, or another one under a name; gives its fingerprint.
 
         Args:
             name: What requests call it.
             folder: Relative to the root.
+            needed: Fingerprint of the embedding space that is searched, whose adapter stays.
 
         Raises:
-            DataError: The name is that of the own adapter, or the folder lies elsewhere or holds no adapter.
+            DataError: The name is that of the own adapter or of the one that is needed, or the folder lies elsewhere or
+                holds no adapter.
             ArtifactMismatchError: It belongs to another model.
         """
         self._require_other(name)
-        path = (self._root / folder).resolve()
+        encoder = self._new(folder)
+        if encoder.fingerprint != needed:
+            self._require_not_needed(name, needed)
+        path = str((self._root / folder).resolve())
+        self._change(name, (path, encoder.fingerprint))
+        with self._lock:
+            self._loaded[name] = _Place(path, encoder.fingerprint), encoder
+        return encoder.fingerprint
+
+    def _new(self, folder: str) -> Encoder:
+        """The encoder of a folder that a request names."""
+        try:
+            path = (self._root / folder).resolve()
+            is_there = path.is_dir()
+        except (OSError, ValueError):
+            raise DataError(f"folder {folder[:100]!r} is no name of a folder") from None
         if not path.is_relative_to(self._root):
             raise DataError(f"folder {folder!r} does not lie below the service's adapters_dir")
-        if not path.is_dir():
+        if not is_there:
             raise DataError(f"there is no folder {folder!r} in the service's adapters_dir")
         try:
-            encoder = self._load(path)
+            return self._load(path)
         except ArtifactMismatchError:
             raise
         except ArtifactError as error:
             raise DataError(str(error)) from None
-        place = _Place(str(path), encoder.fingerprint)
-        with self._lock:
-            self._change(name, (str(path), encoder.fingerprint))
-            self._loaded[name] = place, encoder
-        return encoder.fingerprint
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, needed: str) -> None:
         """Serve an adapter no longer.
 
+        Args:
+            name: Of the adapter.
+            needed: Fingerprint of the embedding space that is searched, whose adapter stays.
+
         Raises:
-            DataError: It is the own one.
+            DataError: It is the own one, or the one that is needed.
             UnknownModelError: There is none of this name.
         """
         self._require_other(name)
         if name not in self._places():
             raise UnknownModelError(f"there is no model {name!r} to remove")
+        self._require_not_needed(name, needed)
+        self._change(name, None)
         with self._lock:
-            self._change(name, None)
             self._loaded.pop(name, None)
 
     def _change(self, name: str, value: tuple[str, str] | None) -> None:
@@ -185,6 +232,14 @@ class Adapters:
             return replace(course, adapters={**course.adapters, name: value})
 
         self._record.change(changed)
+
+    def _require_not_needed(self, name: str, needed: str) -> None:
+        """An adapter by which the index is searched stays, unless it goes by another name, too."""
+        models = self.models()
+        if [one for one, fingerprint in models.items() if fingerprint == needed] == [name]:
+            raise DataError(
+                f"the index version that answers was built with adapter {name!r}; it stays"
+            )
 
     def _require_other(self, name: str) -> None:
         if name == OWN:

@@ -20,6 +20,7 @@ from slq.index.config import CPU
 
 APP_NAME = "slq"
 IMPORT_PATH = "pipelines.serving.app:build"
+_PROBES = 16  # requests for health and metrics at once
 _DRAIN_S = 8.0  # so that a service that is told to stop has answered and gone within ten seconds
 _HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 4}
 """Ray replaces a replica after three failures in a row (2.60), so one that hangs is gone within some 15 s."""
@@ -40,9 +41,11 @@ def application(recipe: Recipe, pinned: Pinned) -> Any:
     on_model = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus}
     partitions = _partitions(recipe, pinned)
     if recipe.serve.is_together:
-        whole = Ingress.options(  # type: ignore[attr-defined]
-            **_options(scaling.backbone, queued), ray_actor_options=on_model
-        )
+        # What waits for the model waits inside, so the gate bounds it; probes find room beside.
+        most = min(recipe.serve.max_in_flight, scaling.backbone.max_ongoing_requests + queued)
+        plain["serve"]["max_in_flight"] = most
+        options = _options(scaling.backbone, most) | {"max_ongoing_requests": most + _PROBES}
+        whole = Ingress.options(**options, ray_actor_options=on_model)  # type: ignore[attr-defined]
         return whole.bind(plain, pinned, None, None, *partitions)
     backbone = BackboneService.options(  # type: ignore[attr-defined]
         **_options(scaling.backbone, queued), ray_actor_options=on_model

@@ -11,7 +11,7 @@ from pipelines.serving.metrics import RETRIED, record
 from pipelines.serving.telemetry import heard
 from slq.errors import UnavailableError
 
-_ATTEMPTS = 3
+_ATTEMPTS = 2
 _MOST_TOKENS = 10.0
 _TOKENS_PER_ANSWER = 0.1
 
@@ -55,7 +55,7 @@ async def ask(method: Any, *arguments: Any, patience_s: float | None = None, **n
         named: Of the call.
 
     Raises:
-        UnavailableError: The deployment's queue is full, or replica after replica was lost.
+        UnavailableError: The deployment's queue is full, or two replicas were lost.
     """
     asking = _Asking(method, arguments, named)
     try:

@@ -33,17 +33,22 @@ def pinned_to(recipe: Recipe) -> Pinned:
     require_keys(recipe.serve)
     _require_engine(recipe)
     _require_search_device(recipe)
+    _require_together(recipe)
     if recipe.serve.telemetry.traces is not None:
         traces.require_installed()
     adapter = load_adapter_config(recipe.storage.adapter)
     course_file = recipe.storage.dir.resolve() / "serve" / f"{uuid.uuid4().hex[:12]}.json"
+    adapters = {
+        name: load_adapter_config(folder).fingerprint
+        for name, folder in recipe.serve.adapters.items()
+    }
     # Closed again: what only one process can open is the replica's.
     with recipe.index_place.open(has_codes=False) as index:
         if isinstance(index, VectorIndex):
             _warn_of_empty_partitions(recipe, index)
         elif recipe.serve.telemetry.recall_share:
             require_exact(index)  # an index of faiss always can, at the price of reading all of it
-        found = Pinned(index.fingerprint, index.version, course_file)
+        found = Pinned(index.fingerprint, index.version, course_file, adapters)
     require_same_fingerprint(
         found.fingerprint,
         adapter.fingerprint,
@@ -52,6 +57,22 @@ def pinned_to(recipe: Recipe) -> Pinned:
         remedy="rebuild it with `slq embed` and `slq index`",
     )
     return found
+
+
+def _require_together(recipe: Recipe) -> None:
+    """Where the service is in one process, each replica opens the index."""
+    if not recipe.serve.is_together:
+        return
+    if recipe.index.engine != FAISS and recipe.serve.scaling.backbone.max_replicas > 1:
+        raise ConfigError(
+            f"with serve.is_together each replica opens the index, and one of {recipe.index.engine} may let only one "
+            "process in; set serve.scaling.backbone.max_replicas=1 or serve.is_together=false"
+        )
+    if recipe.index.search_device != CPU:
+        raise ConfigError(
+            "with serve.is_together the index is searched on the CPU; set index.search_device=cpu or "
+            "serve.is_together=false"
+        )
 
 
 def _require_engine(recipe: Recipe) -> None:

@@ -189,8 +189,8 @@ class ServeConfig(Section):
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """After which a request is given up with 504, whatever it waits for."""
     patience_s: Annotated[float, Field(gt=0)] = 10.0
-    """How long a replica may be silent before the same is asked of another one, once; a dead one is replaced at once.
-    More than a pass takes under load, or load grows by what is asked twice."""
+    """How long a replica may be silent before the same is asked of another one beside it, once; in place of a dead one
+    another is asked at once. With `is_together` there is nobody else to ask."""
     is_together: bool = False
     """Have ingress, model and index in one process, whose replicas scale as `scaling.backbone` says: each query spares
     two calls between processes, and each replica holds the index, too. Partitions stay processes of their own."""

@@ -1,5 +1,6 @@
 """The fine stage as a request asks for it: what is scored in the time that is left, and what is told of it."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from pipelines.serving.telemetry import stage, told
 from slq.reranker import Ranked
 from slq.reranking.depth import AdaptiveDepth, depth_of
 from slq.schema import Item
+
+_OVERRUN_S = 1.0  # for the pass that goes on when a budget ends; then a replica may stand still
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,18 @@ class FineStage:
             return Outcome(results, 0, [])
         if self.budget_s is not None and self.budget_s <= 0:
             return Outcome(results, 0, ["budget"])
-        ranked = await self._ranked(
-            asked,
-            [Stored.of_row(row) for row in found.rows[:depth]],
-            [hit.score for hit in found.hits[:depth]],
-        )
+        limit = asyncio.timeout(None if self.budget_s is None else self.budget_s + _OVERRUN_S)
+        try:
+            async with limit:
+                ranked = await self._ranked(
+                    asked,
+                    [Stored.of_row(row) for row in found.rows[:depth]],
+                    [hit.score for hit in found.hits[:depth]],
+                )
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return Outcome(results, 0, ["budget"])
         placed = [self._told(results[one.index], one) for one in ranked]
         num_scored = sum(one.reading is not None for one in ranked)
         return Outcome(placed + results[depth:], num_scored, _reasons(ranked))

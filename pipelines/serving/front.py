@@ -25,7 +25,7 @@ VARIABLE, IMPORT_PATH = (
     "pipelines.serving.front:middlewares",
 )
 _KEPT_BYTES = 32 * 2**20  # of a body, to send it again; a longer one is sent once
-_ATTEMPTS = 3
+_ATTEMPTS = 2
 _RETRY_AFTER_S = 1
 _TYPE = b"content-type"
 _OF_RAY = "/-/"  # how the proxies themselves are

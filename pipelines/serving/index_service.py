@@ -157,7 +157,10 @@ class IndexSearch:
             raise cause_of(error) from None
 
     async def _held_by_all(self, version: str) -> None:
-        """Wait for the partitions, also where the version was here already."""
+        """Wait for the partitions, and ask the model again: its adapter may be gone since the version was loaded."""
+        held = self._shelf.get(version)
+        if held is not None:
+            await self._admit(held)
         if len(self._fleet):
             await self._fleet.bring(version, lambda: self._follower.wanted)
 
@@ -183,7 +186,11 @@ class IndexSearch:
 
     @replying
     async def search(
-        self, query: NDArray[np.float32] | str, top_k: int, fingerprint: str | None = None
+        self,
+        query: NDArray[np.float32] | str,
+        top_k: int,
+        fingerprint: str | None = None,
+        where: str | None = None,
     ) -> "Found | Moved":
         """Hits of one query, with their stored columns.
 
@@ -191,12 +198,13 @@ class IndexSearch:
             query: (dimension,) float32, of unit norm; or the id of an item, which is left out itself.
             top_k: Hits at most.
             fingerprint: Of the vector's embedding space; None takes it for that of the version that answers.
+            where: A predicate over the stored columns, in SQL.
 
         Returns:
             `Moved` where no version of that embedding space is here any more.
 
         Raises:
-            DataError: There is no such item.
+            DataError: There is no such item, or the predicate cannot be used.
             UnavailableError: Too many partitions are lost.
         """
         index, loop = self._current(), asyncio.get_running_loop()
@@ -208,7 +216,7 @@ class IndexSearch:
             index = older[-1]
         asked = contextvars.copy_context()  # so that what is logged there names the request
         return await loop.run_in_executor(
-            self._threads, asked.run, self._search, loop, index, query, top_k
+            self._threads, asked.run, self._search, loop, index, query, top_k, where
         )
 
     def _search(
@@ -217,12 +225,13 @@ class IndexSearch:
         index: SearchIndex,
         query: NDArray[np.float32] | str,
         top_k: int,
+        where: str | None,
     ) -> Found:
         count = max(1, len(self._fleet))
         answered = set(range(count))
 
-        def scan(queries: NDArray[np.float32], depths: Sequence[int], where: str | None) -> Answer:
-            asking = self._fleet.scan(index.version, queries, depths, where)
+        def scan(queries: NDArray[np.float32], depths: Sequence[int], of: str | None) -> Answer:
+            asking = self._fleet.scan(index.version, queries, depths, of)
             answers = asyncio.run_coroutine_threadsafe(asking, loop).result()
             answered.intersection_update(answers)
             self._require_enough(len(answered), count)
@@ -230,13 +239,15 @@ class IndexSearch:
 
         # other engines have no partitions of ours
         options: dict[str, Any] = {"scan": scan} if len(self._fleet) else {}
+        if where is not None:
+            options["where"] = where
         like = None
         if isinstance(query, str):
             hits = index.more_like(query, top_k, **options)
             like = index.item(query)
         else:
             (hits,) = index.search(query[None, :], top_k, **options)
-            if len(answered) == count:
+            if len(answered) == count and where is None:
                 self._recall.consider(index, query, hits, top_k)
         return Found(
             hits,

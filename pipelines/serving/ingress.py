@@ -31,7 +31,6 @@ from pipelines.messages import (
 from pipelines.recipe import Recipe
 from pipelines.serving import exposition, telemetry
 from pipelines.serving.access import Access, require_admin
-from pipelines.serving.adapters import OWN
 from pipelines.serving.asked import ADMIN, asked
 from pipelines.serving.calls import ask
 from pipelines.serving.described import ADMINISTERED, ASKED, FOUND, TOLD, DescribedApp
@@ -102,8 +101,8 @@ class Ingress:
         self._backbone: Any = backbone
         self._index: Any = index
         self.settings = self._recipe.serve
-        patience_s = self.settings.patience_s
-        self._retriever = Retriever(pinned, self._backbone, self._index, patience_s)
+        self._patience_s = None if self._parts else self.settings.patience_s
+        self._retriever = Retriever(pinned, self._backbone, self._index, self._patience_s)
         self.access = Access(self.settings)
         self._links = Links(self.settings.links)
         telemetry.begin(self.settings.telemetry)
@@ -125,7 +124,10 @@ class Ingress:
         with stage("embed"):
             item, vector = await self._query(body, info["dimension"])
         depth = self._depth(body) if item is not None or isinstance(vector, str) else 0
-        found = await self._retriever.search(item, vector, max(body.top_k, depth))
+        top_k = max(body.top_k, depth)
+        found = await self._retriever.search(item, vector, top_k, body.filter)
+        if body.model is not None:
+            await self._retriever.require_searched(body.model, found)
         searched = time.perf_counter()
         budget_s = None if body.budget_ms is None else body.budget_ms / 1000
         fine = FineStage(
@@ -134,7 +136,7 @@ class Ingress:
             explain=body.explain,
             adaptive=self._recipe.rerank.adaptive if body.mode == "auto" else None,
             tenant=asked().tenant,
-            patience_s=self.settings.patience_s,
+            patience_s=self._patience_s,
         )
         with stage("fine"):
             outcome = await fine.search(item, found, depth)
@@ -146,7 +148,7 @@ class Ingress:
             reranked=outcome.reranked,
             degraded_reasons=reasons,
             index_version=found.version,
-            model=body.model or OWN,
+            model=self._retriever.name_of(found.fingerprint),
         )
         return SearchResponse(
             results=outcome.results[: body.top_k],
@@ -204,12 +206,12 @@ class Ingress:
             raise DataError(
                 f"input has {body.num_inputs} entries; send at least one text or image and at most {limit}"
             )
-        note(model=body.model)
         charge(body.num_inputs)
         with stage("embed"):
             readable = await self._readable(body.contents())
             items = await asyncio.to_thread(items_of, readable, self.settings.max_pixels)
             made = await self._retriever.embed(items, body.model)
+        note(model=body.model)  # now that it is known to be one
         response.headers[FINGERPRINT] = made.fingerprint
         words = sum(len((item.text or "").split()) for item in items)
         return await asyncio.to_thread(embeddings_response, made.vectors, body, words)
@@ -225,9 +227,7 @@ class Ingress:
         with stage("fine"):
             query, *documents = await self._readable([as_content(body.query), *body.contents()])
             item = await asyncio.to_thread(query.item)
-            fine = FineStage(
-                self._backbone, tenant=asked().tenant, patience_s=self.settings.patience_s
-            )
+            fine = FineStage(self._backbone, tenant=asked().tenant, patience_s=self._patience_s)
             results = await fine.documents(item, body, documents)
         note(model=body.model, reranked=sum(one.problem is None for one in results))
         response.headers[FINGERPRINT] = fingerprint
@@ -312,6 +312,7 @@ class Ingress:
     async def remove_adapter(self, name: str) -> AdapterResponse:
         """Serve an adapter no longer."""
         require_admin()
+        await self._retriever.describe()
         fingerprint = await self._retriever.fingerprint_of(name)
         await ask(self._backbone.remove_adapter, name)
         await self._retriever.describe()
@@ -320,7 +321,7 @@ class Ingress:
     @app.get("/items/{item_id:path}/image", responses=FOUND, response_class=Response)
     async def image(self, item_id: str) -> Response:
         """The image of an indexed item."""
-        uri = await ask(self._index.uri_of, item_id, patience_s=self.settings.patience_s)
+        uri = await ask(self._index.uri_of, item_id, patience_s=self._patience_s)
         return await asyncio.to_thread(picture_of, item_id, uri)
 
     @app.post("/explain", response_model=ExplainResponse, responses=ASKED)
@@ -333,7 +334,7 @@ class Ingress:
             self._backbone,
             self._index,
             tenant=asked().tenant,
-            patience_s=self.settings.patience_s,
+            patience_s=self._patience_s,
         )
 
     @app.get("/", response_class=HTMLResponse)

@@ -1,6 +1,7 @@
 """What every replica of one service must agree on, whenever Ray Serve starts it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.serving.course import Course, Record
@@ -14,11 +15,13 @@ class Pinned:
         fingerprint: Of the embedding space of the own adapter.
         index_version: The version that was current when the service started.
         course_file: Where the service writes down the version that it moved to; None if it never moves.
+        adapters: Fingerprints of the recipe's further adapters, by name.
     """
 
     fingerprint: str
     index_version: str
     course_file: Path | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def require(self, found: str, *, found_in: str) -> None:
         """Refuse another embedding space.

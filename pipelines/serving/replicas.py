@@ -89,7 +89,10 @@ class BackboneService:
         pinned.require(self._encoder.fingerprint, found_in=f"the model with adapter {adapter}")
         section = self._recipe.serve
         root = section.adapters_dir or self._recipe.storage.dir
-        self._adapters = Adapters(self._encoder, section.adapters, root, pinned.record())
+        given = {
+            name: (str(folder), pinned.adapters[name]) for name, folder in section.adapters.items()
+        }
+        self._adapters = Adapters(self._encoder, given, root, pinned.record())
         version = pinned.version_now()
         self._require_canary(version, self._fingerprint_of(version))
         self._reranker = reranker_of(
@@ -166,7 +169,9 @@ class BackboneService:
             DataError: The model cannot take one of the items.
             UnknownModelError: There is no such adapter.
         """
-        encoder = self._adapters.encoder(model)
+        encoder = self._encoder
+        if not self._adapters.is_own(model):  # it may have to be loaded
+            encoder = await asyncio.to_thread(self._adapters.encoder, model)
         calls = [self._embed_batch(Wanted(item, tenant, encoder.adapter)) for item in items]
         passed = await asyncio.gather(*calls)
         self._cache_meter.tell(self._kept_images())
@@ -241,8 +246,7 @@ class BackboneService:
         try:
             if query is not None:
                 return answer_heat(self._reranker, _read(query), item, tenant=tenant)
-            space = self._fingerprint_of(self._pinned.version_now())
-            latents = self._adapters.encoder(space).adapter
+            latents = self._adapters.encoder(self._searched()).adapter
             if not isinstance(latents, LatentQueries):
                 raise DataError(
                     "this model embeds without latent queries; ask where it looks `of` the answer"
@@ -264,25 +268,19 @@ class BackboneService:
             "kept_images": self._kept_images(),
         }
 
+    def _searched(self) -> str:
+        """Fingerprint of the embedding space that the service is in."""
+        return self._fingerprint_of(self._pinned.version_now())
+
     async def add_adapter(self, name: str, folder: str) -> str:
         """Serve a further adapter; see `Adapters.add`."""
-        return await asyncio.to_thread(self._adapters.add, name, folder)
+        return await asyncio.to_thread(
+            lambda: self._adapters.add(name, folder, needed=self._searched())
+        )
 
     async def remove_adapter(self, name: str) -> None:
-        """Serve an adapter no longer; see `Adapters.remove`.
-
-        Raises:
-            DataError: The index version that the service is on was built with it.
-        """
-        await asyncio.to_thread(self._remove_adapter, name)
-
-    def _remove_adapter(self, name: str) -> None:
-        version = self._pinned.version_now()
-        if self._adapters.models().get(name) == self._fingerprint_of(version):
-            raise DataError(
-                f"index version {version}, which answers, was built with adapter {name!r}; it stays"
-            )
-        self._adapters.remove(name)
+        """Serve an adapter no longer; see `Adapters.remove`."""
+        await asyncio.to_thread(lambda: self._adapters.remove(name, needed=self._searched()))
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose model cannot embed a word any more.
@@ -295,6 +293,10 @@ class BackboneService:
             return
         if now - self._pass_began < self._recipe.serve.timeout_s:
             return
-        found = await self.embed([Item(text="health")])
-        if not np.isfinite(found.vectors).all():
+        word = Wanted(Item(text="health"), "", self._encoder.adapter)
+        (vector,) = await in_thread(self._embeds, self._timed_pass, [word])  # no request's pass
+        if isinstance(vector, Exception):
+            raise vector
+        self._embedded_at = time.monotonic()
+        if not np.isfinite(vector).all():
             raise ServiceError("the backbone gives vectors that are not finite")

@@ -122,7 +122,7 @@ class Index:
         row = {"uri": None, "text": None, "modality": "image"}
         return [row if name in known else None for name in names], "v000001"
 
-    def _search(self, vector: Any, top_k: int, _: str | None = None, told: Any = None) -> Found:
+    def _search(self, vector: Any, top_k: int, *_: Any, told: Any = None) -> Found:
         count = min(top_k, NUM_ITEMS)
         hits = [Hit(f"item-{n}", float(vector[n % DIMENSION])) for n in range(count)]
         rows = [{"uri": None, "text": f"text {n}", "modality": "text"} for n in range(count)]

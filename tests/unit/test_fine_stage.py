@@ -15,6 +15,7 @@ from pipelines.contents import Content
 from pipelines.loading import reranker_of
 from pipelines.messages import RerankRequest
 from pipelines.recipe import Recipe, RerankConfig
+from pipelines.serving import fine
 from pipelines.serving.candidates import Candidates, Stored
 from pipelines.serving.fine import FineStage, Outcome
 from pipelines.serving.index_service import Found
@@ -318,3 +319,22 @@ def test_as_many_documents_as_asked_are_answered_with_themselves(backbone: Backb
         for one in found:
             given = DOCUMENTS[one["index"]]
             assert one["document"] == ({"text": given} if isinstance(given, str) else given)
+
+
+def test_a_replica_that_stands_still_does_not_outlast_a_budget_by_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fine, "_OVERRUN_S", 0.05)
+
+    class Silent:
+        def __init__(self) -> None:
+            self.rank = self
+
+        async def remote(self, *_: Any, **__: Any) -> Any:
+            await asyncio.sleep(3600)
+
+    rows = [{"uri": None, "text": f"text {n}", "modality": "text"} for n in range(3)]
+    stage: Any = FineStage(Silent(), budget_s=0.05)
+    outcome = asyncio.run(stage.search(QUERY, found(rows), 3))
+    assert (outcome.reranked, outcome.reasons) == (0, ["budget"])
+    assert [one.id for one in outcome.results] == ["i0", "i1", "i2"]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,3 +278,42 @@ def test_a_service_can_be_sent_to_a_version(version: str) -> None:
 def test_what_is_no_name_of_a_version_is_refused(version: str) -> None:
     with pytest.raises(ValidationError, match="version"):
         IndexRequest(version=version)
+
+
+def chat(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+
+
+def test_a_chat_is_one_input_of_its_texts_and_its_image() -> None:
+    body = EmbeddingsRequest.model_validate(chat({"type": "text", "text": "a"}, IMAGE))
+    (content,) = body.contents()
+    assert (content.text, content.image) == ("a", "data:image/png;base64,aGk=")
+    assert body.num_inputs == 1
+    plain = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+    (content,) = EmbeddingsRequest.model_validate(plain).contents()
+    assert (content.text, content.image) == ("a\nb", None)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "either `input` or `messages`"),
+        ({"input": "x", **chat(IMAGE)}, "either `input` or `messages`"),
+        ({"messages": []}, "at least 1"),
+        (chat(), "at least 1"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "role"),
+        (chat({"type": "audio", "text": "x"}), "type"),
+        (chat({"type": "image_url", "image_url": {"uri": "x"}}), "url"),
+    ],
+)
+def test_a_chat_that_is_no_input_is_refused(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EmbeddingsRequest.model_validate(body)
+
+
+def test_a_chat_of_several_images_is_refused() -> None:
+    with pytest.raises(DataError, match="hold 2 images; an item has one"):
+        EmbeddingsRequest.model_validate(chat(IMAGE, IMAGE)).contents()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.serving import adapters as adapters_module
 from pipelines.serving.adapters import OWN, Adapters
 from pipelines.serving.course import Course, Record
 from slq.artifacts import load_adapter_config, save_adapter
@@ -35,7 +36,11 @@ def own(backbone: Backbone) -> Encoder:
     return Encoder(backbone, LatentQueries(4, backbone.hidden_size, seed=0))
 
 
-def replica(own: Encoder, root: Path, given: dict[str, Path] | None = None) -> Adapters:
+ELSE = "the space that is searched"
+Given = dict[str, tuple[str, str]]
+
+
+def replica(own: Encoder, root: Path, given: Given | None = None) -> Adapters:
     """One of several that share what changed."""
     record = Record(root / "serve" / "course.json", Course("v000001"))
     return Adapters(own, given or {}, root, record)
@@ -54,23 +59,24 @@ def test_what_one_replica_adds_all_of_them_serve_and_what_one_removes_none(
 ) -> None:
     given = saved(tmp_path / "given", backbone, 1)
     shop = saved(tmp_path / "runs" / "shop", backbone, 2, num_latents=6)
-    here, there = (replica(own, tmp_path, {"given": tmp_path / "given"}) for _ in range(2))
+    named = {"given": (str(tmp_path / "given"), given)}
+    here, there = (replica(own, tmp_path, named) for _ in range(2))
     assert there.models() == {OWN: own.fingerprint, "given": given}
-    assert here.add("shop", "runs/shop") == shop
-    for one in (here, there, replica(own, tmp_path, {"given": tmp_path / "given"})):
+    assert here.add("shop", "runs/shop", ELSE) == shop
+    for one in (here, there, replica(own, tmp_path, named)):
         assert one.models() == {OWN: own.fingerprint, "given": given, "shop": shop}
         assert one.encoder("shop") is one.encoder(shop)
         assert one.encoder(shop).fingerprint == shop
         assert one.encoder("shop").backbone is own.backbone
-    there.remove("given")
-    there.remove("shop")
+    there.remove("given", ELSE)
+    there.remove("shop", ELSE)
     for one in (here, there):
         assert one.models() == {OWN: own.fingerprint}
         for name in ("shop", shop, "given"):
             with pytest.raises(UnknownModelError):
                 one.encoder(name)
     with pytest.raises(UnknownModelError, match="no model 'shop' to remove"):
-        here.remove("shop")
+        here.remove("shop", ELSE)
 
 
 def test_another_adapter_under_the_same_name_replaces_the_first_one_everywhere(
@@ -78,13 +84,13 @@ def test_another_adapter_under_the_same_name_replaces_the_first_one_everywhere(
 ) -> None:
     first = saved(tmp_path / "shop", backbone, 1)
     here, there = replica(own, tmp_path), replica(own, tmp_path)
-    here.add("shop", "shop")
+    here.add("shop", "shop", ELSE)
     assert there.encoder("shop").fingerprint == first
     second = saved(tmp_path / "shop", backbone, 2)
     assert there.encoder("shop").fingerprint == first  # until it is added again
     with pytest.raises(ArtifactMismatchError, match=rf"{first} and has {second} by now; add it"):
         replica(own, tmp_path).encoder("shop")
-    assert here.add("shop", "shop") == second
+    assert here.add("shop", "shop", ELSE) == second
     assert there.encoder("shop").fingerprint == second
 
 
@@ -98,7 +104,7 @@ def test_only_folders_below_the_root_are_looked_at(
     (root / "link").symlink_to(tmp_path / "outside")
     adapters = replica(own, root)
     with pytest.raises(DataError, match=r"adapters_dir|holds no adapter"):
-        adapters.add("shop", folder)
+        adapters.add("shop", folder, ELSE)
     assert adapters.models() == {OWN: own.fingerprint}
 
 
@@ -113,12 +119,12 @@ def test_what_does_not_fit_the_model_is_refused_and_changes_nothing(
     for folder in ("foreign", "prompted"):
         fingerprint = load_adapter_config(tmp_path / folder).fingerprint
         with pytest.raises(ArtifactMismatchError, match=fingerprint):
-            adapters.add("shop", folder)
+            adapters.add("shop", folder, ELSE)
     saved(tmp_path / "good", backbone, 1)
     with pytest.raises(DataError, match="'slq' is the adapter that the service was started with"):
-        adapters.add(OWN, "good")
+        adapters.add(OWN, "good", ELSE)
     with pytest.raises(DataError, match="'slq' is the adapter"):
-        adapters.remove(OWN)
+        adapters.remove(OWN, ELSE)
     assert adapters.models() == {OWN: own.fingerprint}
 
 
@@ -127,7 +133,7 @@ def test_a_changed_model_shares_itself_with_nobody(tmp_path: Path, backbone: Bac
     tuned: Any = qwen3_vl()
     own = Encoder(tuned, TunedBackbone(tuned, "lora"))
     with pytest.raises(DataError, match="only latent queries share a model"):
-        replica(own, tmp_path).add("shop", "good")
+        replica(own, tmp_path).add("shop", "good", ELSE)
 
 
 def test_one_that_is_gone_is_told_where_it_is_asked_for_and_hides_no_other(
@@ -136,12 +142,66 @@ def test_one_that_is_gone_is_told_where_it_is_asked_for_and_hides_no_other(
     here, there = replica(own, tmp_path), replica(own, tmp_path)
     saved(tmp_path / "gone", backbone, 1)
     good = saved(tmp_path / "good", backbone, 2)
-    here.add("gone", "gone")
-    here.add("good", "good")
+    here.add("gone", "gone", ELSE)
+    here.add("good", "good", ELSE)
     shutil.rmtree(tmp_path / "gone")
     assert there.models() == {OWN: own.fingerprint, "good": good}
     assert there.encoder(good).fingerprint == good
     with pytest.raises(ArtifactError, match="holds no adapter"):
         there.encoder("gone")
     with pytest.raises(ArtifactError, match="holds no adapter"):  # the recipe's own must be there
-        replica(own, tmp_path / "other", {"given": tmp_path / "gone"})
+        replica(own, tmp_path / "other", {"given": (str(tmp_path / "gone"), good)})
+
+
+def test_the_adapter_of_the_version_that_answers_is_neither_removed_nor_replaced(
+    own: Encoder, backbone: Backbone, tmp_path: Path
+) -> None:
+    needed = saved(tmp_path / "shop", backbone, 1)
+    saved(tmp_path / "else", backbone, 2)
+    adapters = replica(own, tmp_path)
+    adapters.add("shop", "shop", ELSE)
+    with pytest.raises(DataError, match="was built with adapter 'shop'; it stays"):
+        adapters.remove("shop", needed)
+    with pytest.raises(DataError, match="was built with adapter 'shop'; it stays"):
+        adapters.add("shop", "else", needed)
+    assert adapters.encoder(needed).fingerprint == needed
+    assert adapters.add("shop", "shop", needed) == needed  # the same again changes nothing
+    adapters.add("twin", "shop", needed)
+    adapters.remove("shop", needed)  # it goes by another name, too
+    assert adapters.encoder(needed).fingerprint == needed
+
+
+def test_what_the_recipe_names_is_what_was_there_at_the_start(
+    own: Encoder, backbone: Backbone, tmp_path: Path
+) -> None:
+    before = saved(tmp_path / "given", backbone, 1)
+    named = {"given": (str(tmp_path / "given"), before)}
+    assert replica(own, tmp_path, named).encoder("given").fingerprint == before
+    now = saved(tmp_path / "given", backbone, 2)
+    with pytest.raises(ArtifactMismatchError, match=rf"{before} and has {now} by now"):
+        replica(own, tmp_path, named)
+
+
+def test_one_that_fails_is_logged_once_and_not_loaded_for_each_query(
+    own: Encoder,
+    backbone: Backbone,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, there = replica(own, tmp_path), replica(own, tmp_path)
+    saved(tmp_path / "gone", backbone, 1)
+    here.add("gone", "gone", ELSE)
+    shutil.rmtree(tmp_path / "gone")
+    for _ in range(5):
+        assert there.models() == {OWN: own.fingerprint}
+    assert len([one for one in caplog.records if "cannot be served" in one.message]) == 1
+    saved(tmp_path / "gone", backbone, 1)
+    monkeypatch.setattr(adapters_module, "_AGAIN_S", 0.0)  # a while later
+    assert set(there.models()) == {OWN, "gone"}
+
+
+@pytest.mark.parametrize("folder", ["\x00", "x" * 5000])
+def test_what_is_no_name_of_a_folder_is_told_so(own: Encoder, tmp_path: Path, folder: str) -> None:
+    with pytest.raises(DataError, match="is no name of a folder"):
+        replica(own, tmp_path).add("shop", folder, ELSE)

@@ -74,17 +74,17 @@ def test_another_replica_is_asked_the_same(lost: Exception | None) -> None:
 
 def test_whoever_answers_first_is_heard_and_the_others_are_given_up() -> None:
     async def scenario() -> None:
-        slow = Method(Later("first", 0.1), None, None)
+        slow = Method(Later("first", 0.1), None)
         assert await ask(slow, patience_s=0.02) == "first"
         await asyncio.sleep(0)
-        assert (len(slow.asked), slow.given_up) == (3, 2)
+        assert (len(slow.asked), slow.given_up) == (2, 1)
 
     asyncio.run(scenario())
 
 
 def test_a_silent_replica_is_not_let_go_of_before_another_one_answers() -> None:
     """Ray Serve sends further calls where fewer are under way; one that is given up would make room there."""
-    method = Method(None, Later("second", 0.1), None)
+    method = Method(None, Later("second", 0.1))
 
     async def scenario() -> None:
         task = asyncio.ensure_future(ask(method, patience_s=0.02))
@@ -96,11 +96,11 @@ def test_a_silent_replica_is_not_let_go_of_before_another_one_answers() -> None:
     asyncio.run(scenario())
 
 
-def test_after_three_deaths_the_client_is_told_to_come_again() -> None:
-    method = Method(GONE, ActorDiedError(), GONE, "too late")
+def test_after_two_deaths_the_client_is_told_to_come_again() -> None:
+    method = Method(GONE, ActorDiedError(), "too late")
     with pytest.raises(UnavailableError, match="try again later") as caught:
         asyncio.run(ask(method))
-    assert len(method.asked) == 3
+    assert len(method.asked) == 2
     assert "10.0.0.9" not in str(caught.value)
 
 
