@@ -151,8 +151,11 @@ class IndexSearch:
                 f"its vectors have {index.dimension} values, and those of this service {self._dimension}; start the "
                 "service again to serve it"
             )
+        await self._ask_model("require_canary", index)
+
+    async def _ask_model(self, check: str, index: SearchIndex) -> None:
         try:
-            await ask(self._backbone.require_canary, index.version, index.fingerprint)
+            await ask(getattr(self._backbone, check), index.version, index.fingerprint)
         except RayTaskError as error:
             raise cause_of(error) from None
 
@@ -160,7 +163,7 @@ class IndexSearch:
         """Wait for the partitions, and ask the model again: its adapter may be gone since the version was loaded."""
         held = self._shelf.get(version)
         if held is not None:
-            await self._admit(held)
+            await self._ask_model("require_adapter", held)
         if len(self._fleet):
             await self._fleet.bring(version, lambda: self._follower.wanted)
 

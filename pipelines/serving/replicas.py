@@ -32,6 +32,7 @@ from pipelines.serving.telemetry import (
     shared_pass,
     stage,
 )
+from slq.encoder import Encoder
 from slq.engines import FAISS
 from slq.errors import (
     ArtifactMismatchError,
@@ -118,16 +119,27 @@ class BackboneService:
             return self._encoder.fingerprint
         return read_manifest(Path(place.target), version).fingerprint
 
-    def _require_canary(self, version: str, fingerprint: str) -> None:
+    def _adapter_of(self, version: str, fingerprint: str) -> Encoder:
         try:
-            encoder = self._adapters.encoder(fingerprint)
+            return self._adapters.encoder(fingerprint)
         except UnknownModelError:
             known = ", ".join(f"{name} ({one})" for name, one in self._adapters.models().items())
             raise ArtifactMismatchError(
                 f"index version {version} was built with fingerprint {fingerprint}, but this service has {known}; add "
                 "the adapter of that version (`POST /admin/adapters`), or start the service again"
             ) from None
+
+    def _require_canary(self, version: str, fingerprint: str) -> None:
+        encoder = self._adapter_of(version, fingerprint)
         self._recipe.index_place.require_canary(version, fingerprint, encoder)
+
+    async def require_adapter(self, version: str, fingerprint: str) -> None:
+        """Check that there still is an adapter for an index version that proved good before.
+
+        Raises:
+            ArtifactMismatchError: There is none any more.
+        """
+        await asyncio.to_thread(self._adapter_of, version, fingerprint)
 
     async def require_canary(self, version: str, fingerprint: str) -> None:
         """Check that the model embeds the items of an index version as it holds them.

@@ -90,6 +90,9 @@ class Model:
         self.asked.append(version)
         if self.error is not None:
             raise self.error
+        await self.require_adapter(version, fingerprint)
+
+    async def require_adapter(self, version: str, fingerprint: str) -> None:
         if fingerprint not in self.spaces:
             raise ArtifactMismatchError(f"no adapter has fingerprint {fingerprint}")
 
@@ -586,6 +589,11 @@ def test_a_service_with_the_adapter_of_a_version_goes_there_and_ends_what_it_beg
         assert (new.version, new.fingerprint, new.moved_to) == (B, "91bc", "91bc")
         assert (await service.router.search(query, 10)).version == B
         assert await service.router.search(query, 10, "0000") == Moved("91bc")
+        await service.router.send("previous")
+        service.model.spaces.remove("91bc")  # nobody needs it now
+        with pytest.raises(RefusedVersionError, match="no adapter has fingerprint 91bc"):
+            await service.router.send(B)  # though the version is still loaded
+        assert (await service.router.search(query, 10)).version == A
 
     run(scenario, service.router)
 
