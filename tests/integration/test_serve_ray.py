@@ -678,6 +678,24 @@ def test_the_length_of_a_given_vector_changes_nothing(
     )
 
 
+def test_a_filter_leaves_only_items_for_which_it_holds(service: httpx.Client) -> None:
+    found = search(service, query={"text": QUERY}, mode="coarse", filter="modality = 'text'")
+    assert [one["id"] for one in found["results"]] == [TEXT_ONLY]
+    found = search(service, query={"text": QUERY}, mode="fine", filter="id like 'test-0000%'")
+    assert found["results"]
+    assert all(one["id"].startswith("test-0000") for one in found["results"])
+    assert search(service, query={"text": QUERY}, filter="id = 'absent'")["results"] == []
+
+
+@pytest.mark.parametrize(
+    "predicate",
+    ["", "absent > 3", "id =", "1; drop table x", "exists (select * from read_csv('/etc/passwd'))"],
+)
+def test_a_filter_that_cannot_be_used_is_a_400(service: httpx.Client, predicate: str) -> None:
+    body = {"query": {"text": QUERY}, "filter": predicate}
+    assert "root:" not in refusal(service.post("/search", json=body), 400)
+
+
 def test_more_results_than_items_gives_every_item_once(service: httpx.Client) -> None:
     found = search(service, query={"text": QUERY}, top_k=50, mode="coarse")
     assert len({result["id"] for result in found["results"]}) == 34
@@ -723,6 +741,18 @@ def test_embeddings_of_images_come_through_the_same_route(
     found = service.post("/v1/embeddings", json=body).json()["data"]
     direct = encoder.encode([{"image": picture}, "a cat"])
     np.testing.assert_allclose([row["embedding"] for row in found], direct, atol=1e-5)
+
+
+def test_a_chat_is_embedded_as_the_item_that_it_holds(
+    service: httpx.Client, encoder: Encoder, corpus: dict[str, dict[str, Any]]
+) -> None:
+    picture = corpus["test-00005"]["image"]
+    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    parts = [{"type": "text", "text": "a cat"}, {"type": "image_url", "image_url": {"url": url}}]
+    body = {"messages": [{"role": "user", "content": parts}], "model": "slq"}
+    (found,) = service.post("/v1/embeddings", json=body).json()["data"]
+    (direct,) = encoder.encode([{"text": "a cat", "image": picture}])
+    np.testing.assert_allclose(found["embedding"], direct, atol=1e-5)
 
 
 def test_the_gallery_page_needs_nothing_from_elsewhere(service: httpx.Client) -> None:
