@@ -128,7 +128,7 @@ class Access:
         """
         wanted = self._wanted(path)
         if wanted is None:
-            return Asked(request_id=request_id, scopes=frozenset())
+            return Asked(request_id=request_id)
         if self._ring is None:
             scopes = SCOPES if self._settings.has_admin else (SEARCH,)
             request = Asked(request_id=request_id, scopes=frozenset(scopes))

@@ -13,6 +13,8 @@ _MAX_VALUES = 100_000
 # Possessive: nothing is kept to go back to, however long a string is.
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _MAX_HEADERS, _MAX_HEADER_BYTES = 100, 32 * 2**10
+MOST_DIGITS = 18
+"""Of a content-length: more are no length of anything, and Python reads no number of thousands of digits."""
 
 
 class ClientGoneError(Exception):
@@ -45,12 +47,17 @@ def check_headers(headers: Headers, max_bytes: int) -> None:
         raise RequestRefusedError(431, message)
     lengths = set(headers.getlist("content-length"))
     is_one = len(lengths) <= 1 and all(one.isascii() and one.isdigit() for one in lengths)
-    if not is_one or any(len(one) > 18 for one in lengths):
+    if not is_one or any(len(one) > MOST_DIGITS for one in lengths):
         raise RequestRefusedError(400, "content-length must be one whole number of bytes")
     if lengths and "transfer-encoding" in headers:
         raise RequestRefusedError(400, "send a content-length or a transfer-encoding, not both")
     if int(next(iter(lengths), 0)) > max_bytes:
         raise _too_large(max_bytes)
+
+
+def has_body(headers: Headers) -> bool:
+    """Whether a request has a body, by headers that `check_headers` passed (RFC 9112, section 6.3)."""
+    return int(headers.get("content-length", "0")) > 0 or "transfer-encoding" in headers
 
 
 def _too_large(max_bytes: int) -> RequestRefusedError:
@@ -87,17 +94,32 @@ async def read_body(receive: Receive, limits: BodyLimits) -> bytes:
         ) from None
 
 
-def check_values(text: bytes) -> None:
+def check_json(text: bytes) -> None:
     """Refuse JSON of so many values that reading it would keep all other requests waiting for seconds.
+
+    In another encoding than UTF-8, the only one of JSON between systems (RFC 8259, section 8.1), marks could not be
+    counted, and Python would read it all the same.
 
     Raises:
         RequestRefusedError: 400.
     """
+    if b"\0" in text or not _is_utf8(text):
+        raise RequestRefusedError(400, "the body is not JSON in UTF-8")
     if _num_values(text) <= _MAX_VALUES:
         return
     # Not more strings than so many values and their keys: the marks of further ones count, which are too many anyhow.
     if _num_values(_JSON_STRING.sub(b"", text, 2 * _MAX_VALUES)) > _MAX_VALUES:
         raise RequestRefusedError(400, f"the body holds more than {_MAX_VALUES} values")
+
+
+def _is_utf8(text: bytes) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _num_values(text: bytes) -> int:

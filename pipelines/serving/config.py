@@ -174,7 +174,7 @@ class ServeConfig(Section):
     """The same for keys and values of their images, which spare the language model's pass over them, too, and take
     several times as much."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 2**20
-    """Largest request body."""
+    """Largest request body. Proxies take 64 MiB at most, whatever is set here."""
     max_inputs: Annotated[int, Field(gt=0)] = 256
     """Most inputs of one embeddings request."""
     max_pixels: Annotated[int, Field(gt=0)] = 100_000_000
@@ -208,8 +208,9 @@ class ServeConfig(Section):
     keep_previous: bool = True
     """Keep the version before loaded, so that a way back takes no time; its codes take memory."""
     admin: bool | None = None
-    """Whether `POST /admin/index` moves the service to another version; if null, whoever has a key of scope `admin`
-    may, and where nobody is asked for a key, only if `host` is a loopback address."""
+    """Whether `/admin/index` moves the service to another version, and `/admin/adapters` adds and removes adapters; if
+    null, whoever has a key of scope `admin` may, and where nobody is asked for a key, only if `host` is a loopback
+    address."""
     on_lost_partition: Literal["degrade", "fail"] = "degrade"
     """Where a partition of the index is lost or late: answer from the rest, marked `degraded`, or not at all (503)."""
     partition_timeout_s: Annotated[float, Field(gt=0)] = 2.0

@@ -7,7 +7,8 @@ these series, and should not scrape this too.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 import httpx
 import ray
@@ -22,6 +23,7 @@ from slq.errors import UnavailableError
 APPLICATION = "slq"
 NODES = "slq_serve_metrics_nodes"
 _TIMEOUT_S = 5.0
+_KEPT_S = 1.0  # nothing to numbers that are up to ten seconds old; nobody needs a key to ask for them by default
 OURS = "ray_slq_"
 _OF_SERVE = "ray_serve_"
 _NOISE = ("otel_scope_name", "otel_scope_schema_url", "otel_scope_version")  # the same everywhere
@@ -33,11 +35,56 @@ _ANSWERS: Responses = {
 router = APIRouter()
 
 
+class Gathering:
+    """Gathers the numbers once for all who ask at the same time, and a little later.
+
+    Args:
+        gather: Does it.
+        kept_s: How long an answer is given again. A failure is not, but to those who waited for it.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        gather: Callable[[], Awaitable[bytes]],
+        kept_s: float = _KEPT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._gather = gather
+        self._kept_s = kept_s
+        self._clock = clock
+        self._text, self._until = b"", -1.0
+        self._running: asyncio.Task[bytes] | None = None
+
+    async def text(self) -> bytes:
+        """What was gathered.
+
+        Raises:
+            UnavailableError: As `exposition`.
+        """
+        if self._clock() < self._until:
+            return self._text
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+        return await asyncio.shield(self._running)  # whoever leaves takes it from nobody
+
+    async def _run(self) -> bytes:
+        text = await self._gather()
+        self._text, self._until = text, self._clock() + self._kept_s
+        return text
+
+
+async def _gather() -> bytes:
+    return await exposition(await asyncio.to_thread(agents))
+
+
+_GATHERING = Gathering(_gather)
+
+
 @router.get("/metrics", response_class=Response, responses=_ANSWERS)
 async def metrics() -> Response:
     """Metrics of the whole service for Prometheus, up to ten seconds old."""
-    text = await exposition(await asyncio.to_thread(agents))
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+    return Response(await _GATHERING.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def agents() -> list[str]:

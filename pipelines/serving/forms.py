@@ -13,7 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from pipelines.serving.bodies import check_values
+from pipelines.serving.bodies import check_json
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.refusal import RequestRefusedError
 
@@ -239,5 +239,5 @@ def _value(part: Part) -> Any:
 
 
 def _json(text: bytes) -> Any:
-    check_values(text)
+    check_json(text)
     return json.loads(text)

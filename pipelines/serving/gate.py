@@ -11,12 +11,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.messages import error_body
+from pipelines.serving.bodies import MOST_DIGITS
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.guard import Guarded
 
 RETRY_AFTER_S = 1
 _ALWAYS = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Whoever watches a service learns of it most where it is full."""
+"""Whoever watches a service learns of it most where it is full. Only without a body, which could fill it further."""
 
 
 class Gate:
@@ -35,11 +36,14 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request in its time, or refuse it."""
-        if scope["type"] != "http" or scope["path"] in _ALWAYS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         settings = self._guarded().settings
         size = _size_of(scope, settings.max_body_bytes)
+        if scope["path"] in _ALWAYS and not size:
+            await self._app(scope, receive, send)
+            return
         if self._is_full(settings, size):
             await _refuse(503, "too many requests are in hand; try again later")(
                 scope, receive, send
@@ -65,11 +69,12 @@ class Gate:
             is_begun = True
             await send(message)
 
+        limit = asyncio.timeout(limit_s)
         try:
-            async with asyncio.timeout(limit_s):
+            async with limit:
                 await self._app(scope, receive, told)
         except TimeoutError:
-            if is_begun:
+            if is_begun or not limit.expired():  # it may be one of the app's own
                 raise
             message = f"no answer within {limit_s:g} s (serve.timeout_s); ask for less, or try again later"
             await _refuse(504, message)(scope, receive, send)
@@ -79,7 +84,7 @@ def _size_of(scope: Scope, most: int) -> int:
     """Bytes of a body as far as they are known; the most there may be where they are not."""
     headers = Headers(scope=scope)
     length = headers.get("content-length", "")
-    if length.isascii() and length.isdigit():
+    if length.isascii() and length.isdigit() and len(length) <= MOST_DIGITS:
         return min(int(length), most)
     return most if "transfer-encoding" in headers else 0
 

@@ -3,22 +3,25 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipelines.serving.access import REQUEST_ID, Access, request_id_of
-from pipelines.serving.asked import Asked, answering
+from pipelines.serving.access import Access
+from pipelines.serving.asked import answering, asked
 from pipelines.serving.bodies import (
     BodyLimits,
     ClientGoneError,
     check_headers,
-    check_values,
+    check_json,
+    has_body,
     read_body,
     replayed,
 )
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.forms import as_json
 from pipelines.serving.refusal import RequestRefusedError
+
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 
 
 class Guarded(Protocol):
@@ -48,27 +51,16 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id = request_id_of(headers)
-        answering(Asked(request_id=request_id, scopes=frozenset()))
-
-        async def told(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                answer = MutableHeaders(scope=message)
-                answer[REQUEST_ID] = request_id
-                answer["x-content-type-options"] = "nosniff"
-            await send(message)
-
         try:
-            inner = await self._admitted(scope, receive, request_id)
+            inner = await self._admitted(scope, receive)
         except RequestRefusedError as refusal:
-            await refusal.answer()(scope, receive, told)
+            await refusal.answer()(scope, receive, send)
         except ClientGoneError:
             return
         else:
-            await self._app(scope, inner, told)
+            await self._app(scope, inner, send)
 
-    async def _admitted(self, scope: Scope, receive: Receive, request_id: str) -> Receive:
+    async def _admitted(self, scope: Scope, receive: Receive) -> Receive:
         """What the app receives of a request that may pass.
 
         Raises:
@@ -78,13 +70,16 @@ class Guard:
         headers, guarded = Headers(scope=scope), self._guarded()
         settings = guarded.settings
         check_headers(headers, settings.max_body_bytes)
-        path = scope["path"]
-        answering(guarded.access.admit(path, headers, request_id))
-        has_length = "content-length" in headers or "transfer-encoding" in headers
-        if not has_length and scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return receive  # no body (RFC 9112, section 6.3)
+        path, method = scope["path"], scope["method"]
+        request = guarded.access.admit(path, headers, asked().request_id)
+        answering(request)
+        # Where no key is needed, nothing is taken that fills the memory.
+        if method in _WITHOUT_BODY or not request.scopes:
+            if has_body(headers):
+                raise RequestRefusedError(400, f"{method} {path} takes no body; send none")
+            return receive
         limits = BodyLimits(settings.max_body_bytes, settings.access.body_timeout_s)
         body = await read_body(receive, limits)
         body = await as_json(scope, path, body, settings)
-        check_values(body)
+        check_json(body)
         return replayed(body, receive)

@@ -87,7 +87,8 @@ def parse_keys(text: str, *, source: str) -> list[ApiKey]:
         source: Where it comes from, for messages.
 
     Raises:
-        ConfigError: It is no such list, or two keys share a name or a hash. Values are not shown: one may be a key.
+        ConfigError: It is no such list, or two keys share a name or a hash, or caches by accident. Values are not
+            shown: one may be a key.
     """
     try:
         keys = _LIST.validate_json(text)
@@ -100,7 +101,19 @@ def parse_keys(text: str, *, source: str) -> list[ApiKey]:
     for what in ("name", "sha256"):
         if len({getattr(key, what) for key in keys}) < len(keys):
             raise ConfigError(f"{source} holds two API keys of the same {what}")
+    _check_owners(keys, source)
     return keys
+
+
+def _check_owners(keys: Sequence[ApiKey], source: str) -> None:
+    """Refuse that a key without a tenant, whose caches go by its name, has them with a tenant that is called so."""
+    alone = {key.name: number for number, key in enumerate(keys, 1) if not key.tenant}
+    for number, key in enumerate(keys, 1):
+        if key.tenant in alone:
+            raise ConfigError(
+                f"{source}: the tenant of API key {number} is the name of API key {alone[key.tenant]}, which has no "
+                "tenant; give that one the same tenant if they shall share caches, or choose another tenant"
+            )
 
 
 def read_keys(path: Path) -> list[ApiKey]:
@@ -139,7 +152,7 @@ def add_key(path: Path, make: Callable[[str], ApiKey]) -> str:
         The key: it is nowhere else.
 
     Raises:
-        ConfigError: The file is damaged, or holds a key of this name.
+        ConfigError: The file is damaged, or holds a key of this name, or one that would share caches by accident.
         StorageError: It cannot be written.
     """
     key = PREFIX + secrets.token_urlsafe(32)
@@ -150,6 +163,7 @@ def add_key(path: Path, make: Callable[[str], ApiKey]) -> str:
             raise ConfigError(
                 f"{path} already holds a key {entry.name!r}; choose another name or remove it first"
             )
+        _check_owners([*keys, entry], str(path))
         _write(path, [*keys, entry])
     return key
 

@@ -13,6 +13,7 @@ from pipelines.serving.config import TelemetryConfig
 
 OURS = ("slq", "pipelines")
 SERVE = logging.getLogger("ray.serve")
+_MOST_CHARACTERS = 200  # of a value in a line; some are what clients sent
 
 
 def logging_config(settings: TelemetryConfig) -> LoggingConfig:
@@ -55,10 +56,16 @@ def _write_json_to_stderr() -> None:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """Facts on one line, `key=value`; those that are empty are left out."""
+    """Facts on one line, `key=value`, cut where a value is long; those that are empty are left out."""
     return " ".join(
         f"{key}={_plain(value)}" for key, value in facts.items() if value not in ("", None, [], {})
     )
+
+
+def cut(value: Any) -> Any:
+    """A value as a line may hold it: the beginning of a text that is too long."""
+    is_long = isinstance(value, str) and len(value) > _MOST_CHARACTERS
+    return f"{value[:_MOST_CHARACTERS]}..." if is_long else value
 
 
 def _plain(value: Any) -> str:
@@ -66,4 +73,9 @@ def _plain(value: Any) -> str:
         return ",".join(f"{key}:{_plain(one)}" for key, one in value.items())
     if isinstance(value, list):
         return ",".join(map(_plain, value))
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.1f}" if isinstance(value, float) else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """A text whose line breaks and other control characters are escaped, so that none begins a line of its own."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut(text))

@@ -23,7 +23,12 @@ def picture_of(item_id: str, uri: str | None) -> Response:
     if data is None:
         message = f"item {item_id!r} has no image that can be read"
         return JSONResponse(error_body(message, "not_found"), 404)
-    headers = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
+    headers = {
+        # Whoever has a key may keep it, but no cache that others are answered from.
+        "cache-control": "private, max-age=3600",
+        "vary": "authorization, x-api-key",
+        "x-content-type-options": "nosniff",
+    }
     return Response(data, media_type=content_type(data), headers=headers)
 
 

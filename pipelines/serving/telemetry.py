@@ -157,9 +157,13 @@ def replying(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[Any
     async def replied(*given: Any, told: Told | None = None, **named: Any) -> Any:
         if told is None:
             return await method(*given, **named)
+        outer = asked()  # of the same request, where the deployment is in the process that asks it
         answering(Asked(request_id=told.request_id))
-        with accounting() as account, traces.continued(told.trace):
-            value = await method(*given, **named)
+        try:
+            with accounting() as account, traces.continued(told.trace):
+                value = await method(*given, **named)
+        finally:
+            answering(outer)
         return Reply(value, account.stages)
 
     return replied
@@ -225,16 +229,21 @@ def results_of(name: Stage, passed: Sequence[Passed[T]]) -> list[T]:
 
 
 def begin(settings: TelemetryConfig) -> None:
-    """Let a replica log and trace as its service shall; outside of one it does nothing."""
+    """Let a replica log and trace as its service shall; outside of one, and for its second part, it does nothing."""
     try:
         replica = serve.get_replica_context()
     except RayServeException:
         return
+    _begin(settings, replica.replica_tag, replica.deployment)
+
+
+@functools.cache  # parts that are together in one process each ask for it
+def _begin(settings: TelemetryConfig, replica_tag: str, deployment: str) -> None:
     logs.begin(settings)
     if settings.traces is not None:
         about = {
             "service.name": "slq",
-            "service.instance.id": replica.replica_tag,
-            "slq.deployment": replica.deployment,
+            "service.instance.id": replica_tag,
+            "slq.deployment": deployment,
         }
         traces.begin(settings.traces, settings.trace_share, about)

@@ -1,4 +1,4 @@
-"""What stands before everything else: it tells of each request when it ends, in a log line, in metrics, in a span."""
+"""What stands before everything else: it gives each request its id, and tells of it in a log line, metrics, a span."""
 
 import asyncio
 import json
@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving import logs, metrics, traces
+from pipelines.serving.access import REQUEST_ID, request_id_of
 from pipelines.serving.asked import Asked, answering, asked
 from pipelines.serving.guard import Guarded
 from pipelines.serving.metrics import record
@@ -98,7 +99,8 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope)
+        exchange, headers = Exchange(scope), Headers(scope=scope)
+        request_id = request_id_of(headers)
 
         async def coming() -> Message:
             message = await receive()
@@ -107,12 +109,16 @@ class Watch:
 
         async def going(message: Message) -> None:
             exchange.went(message)
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                answer[REQUEST_ID] = request_id
+                answer["x-content-type-options"] = "nosniff"
             await send(message)
 
-        answering(Asked())
+        answering(Asked(request_id=request_id))
         self._count(1)
         try:
-            with accounting() as account, traces.continued(dict(Headers(scope=scope))):
+            with accounting() as account, traces.continued(dict(headers)):
                 await self._traced(exchange, account, coming, going)
         finally:
             self._count(-1)
@@ -191,7 +197,7 @@ def _log_line(exchange: Exchange, account: Account, seconds: float, *, as_text: 
         "duration_ms": round(1000 * seconds, 3),
         "stages_ms": {name: round(1000 * took, 3) for name, took in account.stages.items()},
         "trace_id": traces.trace_id(),
-        **account.facts,
+        **{name: logs.cut(value) for name, value in account.facts.items()},
     }
     said = logs.as_text(facts) if as_text else f"{exchange.method} {exchange.route}"
     log.log(level, "request %s", said, extra=facts)

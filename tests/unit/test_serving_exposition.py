@@ -12,7 +12,8 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipelines.serve import APP_NAME
-from pipelines.serving.exposition import APPLICATION, agents, exposition
+from pipelines.serving import exposition as module
+from pipelines.serving.exposition import APPLICATION, Gathering, agents, exposition
 from slq.errors import UnavailableError
 
 SCOPE = 'otel_scope_name="ray",otel_scope_schema_url="",otel_scope_version=""'
@@ -131,6 +132,65 @@ def test_only_nodes_that_live_and_export_are_asked(monkeypatch: pytest.MonkeyPat
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert agents() == ["http://10.0.0.1:8080/metrics", "http://[fd00::3]:9090/metrics"]
+
+
+class Numbers:
+    """Gathers when it is let, and counts how often."""
+
+    def __init__(self) -> None:
+        self.now, self.count = 100.0, 0
+        self.let = asyncio.Event()
+        self.fault: Exception | None = None
+        self.gathering = Gathering(self.gather, 1.0, lambda: self.now)
+
+    async def gather(self) -> bytes:
+        self.count += 1
+        number = self.count
+        await self.let.wait()
+        if self.fault is not None:
+            raise self.fault
+        return b"%d" % number
+
+
+def test_whoever_asks_meanwhile_or_soon_after_gets_the_same_numbers() -> None:
+    async def scenario() -> None:
+        numbers = Numbers()
+        asking = [asyncio.create_task(numbers.gathering.text()) for _ in range(5)]
+        await asyncio.sleep(0)
+        asking[0].cancel()  # the one that began it leaves
+        await asyncio.sleep(0)
+        numbers.let.set()
+        assert await asyncio.gather(*asking[1:]) == [b"1"] * 4
+        numbers.now += 0.9
+        assert await numbers.gathering.text() == b"1"
+        numbers.now += 0.2
+        assert await numbers.gathering.text() == b"2"
+        assert numbers.count == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_is_told_to_all_who_wait_and_not_kept() -> None:
+    async def scenario() -> None:
+        numbers = Numbers()
+        numbers.fault = UnavailableError("no node")
+        asking = [asyncio.create_task(numbers.gathering.text()) for _ in range(2)]
+        await asyncio.sleep(0)
+        numbers.let.set()
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        assert found == [numbers.fault] * 2
+        numbers.fault = None
+        assert await numbers.gathering.text() == b"2"
+
+    asyncio.run(scenario())
+
+
+def test_the_route_gathers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = Numbers()
+    numbers.let.set()
+    monkeypatch.setattr(module, "_GATHERING", numbers.gathering)
+    first, second = (asyncio.run(module.metrics()).body for _ in range(2))
+    assert (first, second, numbers.count) == (b"1", b"1", 1)
 
 
 def test_the_application_is_the_one_that_is_started() -> None:

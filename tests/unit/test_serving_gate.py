@@ -10,6 +10,7 @@ import pytest
 from pipelines.serving.access import Access
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.gate import Gate
+from pipelines.serving.watch import Watch
 
 
 class Server:
@@ -21,6 +22,7 @@ class Server:
         self.let = asyncio.Event()
         self.running = 0
         self.cancelled = 0
+        self.fault: Exception | None = None
         self.gate = Gate(self.app, lambda: self)
 
     async def app(self, _scope: Any, _receive: Any, send: Any) -> None:
@@ -32,6 +34,8 @@ class Server:
             raise
         finally:
             self.running -= 1
+        if self.fault is not None:
+            raise self.fault
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
@@ -131,5 +135,54 @@ def test_whoever_watches_is_always_answered(path: str) -> None:
         (watching,) = await begun(server, server.ask(path))
         server.let.set()
         assert (await watching)[0] == 200
+
+    running(scenario)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_a_body_for_whoever_watches_counts_as_any_other(path: str) -> None:
+    async def scenario() -> None:
+        server = Server(max_in_flight_bytes=100, max_body_bytes=60)
+        await begun(server, server.ask(content_length="50"))
+        assert (await server.ask(path, content_length="51"))[0] == 503
+        assert (await server.ask(path, transfer_encoding="chunked"))[0] == 503
+        (watching,) = await begun(server, server.ask(path, content_length="0"))
+        server.let.set()
+        assert (await watching)[0] == 200
+
+    running(scenario)
+
+
+def test_a_length_of_thousands_of_digits_is_left_to_the_guard() -> None:
+    async def scenario() -> None:
+        server = Server()
+        server.let.set()
+        assert (await server.ask(content_length="9" * 5000))[0] == 200
+
+    running(scenario)
+
+
+def test_a_time_limit_of_something_else_is_none_of_the_gate() -> None:
+    async def scenario() -> None:
+        server = Server(timeout_s=60)
+        server.let.set()
+        server.fault = TimeoutError("of a socket")
+        with pytest.raises(TimeoutError, match="of a socket"):
+            await server.ask()
+
+    running(scenario)
+
+
+@pytest.mark.parametrize(("settings", "status"), [({}, 503), ({"timeout_s": 0.05}, 504)])
+def test_a_refusal_has_an_id_and_is_not_sniffed(settings: dict[str, Any], status: int) -> None:
+    async def scenario() -> None:
+        server = Server(max_in_flight=1, **settings)
+        if status == 503:
+            await begun(server, server.ask())
+        server.gate = Watch(server.gate, lambda: server)  # type: ignore[assignment]
+        found, _, told = await server.ask(x_request_id="r-1")
+        assert (found, told["x-request-id"]) == (status, "r-1")
+        assert told["x-content-type-options"] == "nosniff"
+        server.let.set()
 
     running(scenario)

@@ -183,6 +183,35 @@ def test_reading_gives_what_was_sent_within_both_limits() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(("POST", path) for path in ("/", "/docs", "/openapi.json")),
+        *(("PUT", path) for path in ("/healthz", "/readyz", "/metrics")),
+        *((method, "/info") for method in ("GET", "HEAD", "OPTIONS", "DELETE")),
+        ("GET", "/metrics"),
+        ("DELETE", "/admin/adapters/x"),
+    ],
+)
+@pytest.mark.parametrize(
+    "header",
+    [(b"content-length", b"1"), (b"transfer-encoding", b"chunked")],
+    ids=["length", "none"],
+)
+def test_a_body_where_none_is_taken_is_refused_and_not_read(
+    front: Front, method: str, path: str, header: tuple[bytes, bytes]
+) -> None:
+    def unread() -> Iterable[Message]:
+        raise AssertionError("it was read")
+        yield
+
+    status, _, body = asked(unread(), [header], path, method)
+    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+    assert body["error"]["message"] == f"{method} {path} takes no body; send none"
+    answer = front.client.request(method, path, headers={"content-length": "0"})
+    assert answer.status_code != 400
+
+
 # ---- headers ----
 
 
@@ -274,6 +303,30 @@ def test_more_values_than_can_be_read_at_once_are_not_read(
     else:
         answer = form(front, "/search", {"image": ("x.png", png())}, embedding=many)
     assert "more than 100000 values" in refusal(answer, 400)["message"]
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("place", ["json", "body", "field"])
+def test_values_cannot_hide_in_another_encoding(
+    front: Front, monkeypatch: pytest.MonkeyPatch, codec: str, place: str
+) -> None:
+    """In UTF-16 a letter may hold the byte of a quotation mark, behind which values would not be counted."""
+    monkeypatch.setattr(front.ingress, "settings", ServeConfig())
+    many = ("{}," * 100_001)[:-1]
+    sent = f'{{"query":{{"text":"\u0122"}},"x":[{many}],"y":1}}'.encode(codec)
+    if place == "json":
+        answer = front.client.post("/search", content=sent, headers=JSON)
+    else:
+        name = "body" if place == "body" else "filter"
+        parts = {"image": ("x.png", png()), name: (None, sent)}
+        answer = front.client.post("/search", files=parts)
+    assert refusal(answer, 400)["message"] == "the body is not JSON in UTF-8"
+
+
+@pytest.mark.parametrize("text", ["\u0122 \U0001f600", "\ufeff"])
+def test_any_character_is_taken_in_utf8(front: Front, text: str) -> None:
+    body = json.dumps({"query": {"text": text}}, ensure_ascii=False).encode()
+    assert front.client.post("/search", content=body, headers=JSON).status_code == 200
 
 
 def test_texts_may_hold_as_many_marks_as_they_like(
@@ -584,3 +637,9 @@ def test_what_clients_send_cannot_forge_lines_of_the_log(
     front.client.get(f"/{evil}")
     ours = [r.getMessage() for r in caplog.records if r.name.startswith(("pipelines", "slq"))]
     assert not [line for line in ours if "\n" in line]
+
+
+def test_an_image_is_kept_by_no_cache_that_others_are_answered_from(front: Front) -> None:
+    answer = front.client.get("/items/item-0/image")
+    assert answer.headers["cache-control"] == "private, max-age=3600"
+    assert answer.headers["vary"] == "authorization, x-api-key"

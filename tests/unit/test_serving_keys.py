@@ -1,5 +1,6 @@
 """API keys: made once, kept as hashes, asked for, limited, revoked, and never told."""
 
+import contextvars
 import hashlib
 import json
 import logging
@@ -19,7 +20,8 @@ from jobs.searching import KEY_VARIABLE, Question, search_url
 from pipelines.recipe import Recipe
 from pipelines.serve import check_before_start
 from pipelines.serving import access as access_module
-from pipelines.serving.access import KEYS_VARIABLE, Access, KeyRing
+from pipelines.serving.access import KEYS_VARIABLE, Access, KeyRing, require_admin
+from pipelines.serving.asked import Asked, answering, asked
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.keys import ApiKey, add_key, find, parse_keys, read_keys, remove_key
 from pipelines.serving.rates import Bucket, Rates
@@ -133,6 +135,30 @@ def test_two_keys_of_one_name_or_hash_are_refused(what: str) -> None:
     other = {**one, **({"sha256": "1" * 64} if what == "name" else {"name": "b"})}
     with pytest.raises(ConfigError, match=f"two API keys of the same {what}"):
         parse_keys(json.dumps([one, other]), source="x")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_tenant_that_is_the_name_of_a_key_without_one_is_refused(*, is_first: bool) -> None:
+    """They would share caches, which nobody asked for."""
+    alone, named = (
+        {"name": "a", "sha256": "0" * 64},
+        {"name": "b", "sha256": "1" * 64, "tenant": "a"},
+    )
+    keys = [alone, named] if is_first else [named, alone]
+    with pytest.raises(ConfigError, match=r"x: the tenant of API key \d is the name of API key \d"):
+        parse_keys(json.dumps(keys), source="x")
+    together = parse_keys(json.dumps([{**alone, "tenant": "a"}, named]), source="x")
+    assert [key.owner for key in together] == ["a", "a"]
+    apart = parse_keys(json.dumps([alone, {**named, "tenant": "c"}]), source="x")
+    assert [key.owner for key in apart] == ["a", "c"]
+
+
+def test_a_key_that_would_share_caches_by_accident_is_not_added(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    made(path, "a")
+    with pytest.raises(ConfigError, match="choose another tenant"):
+        made(path, "b", tenant="a")
+    assert [key.name for key in read_keys(path)] == ["a"]
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
@@ -582,3 +608,17 @@ def test_a_key_is_in_no_log_no_error_and_no_info(
     for secret in (key, wrong, read_keys(file)[0].sha256):
         assert secret not in said
         assert secret not in logged
+
+
+def test_outside_of_any_request_nothing_may_be_done() -> None:
+    found = contextvars.Context().run(asked)
+    assert (found.scopes, found.client) == (frozenset(), "")
+    with pytest.raises(RequestRefusedError, match="needs the scope 'admin'"):
+        contextvars.Context().run(require_admin)
+    with pytest.raises(RequestRefusedError, match="needs the scope 'admin'"):
+        contextvars.Context().run(_require_after, Asked(request_id="r-1"))
+
+
+def _require_after(request: Asked) -> None:
+    answering(request)
+    require_admin()

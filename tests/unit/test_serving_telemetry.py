@@ -193,6 +193,19 @@ def test_a_deployment_tells_its_stages_only_to_whoever_asks_for_a_request() -> N
     assert Deployment.embed.__doc__ == "Answers."
 
 
+def test_a_part_of_the_same_process_leaves_the_request_as_it_is() -> None:
+    async def scenario() -> Asked:
+        request = Asked("r-1", "alice", "tenant", frozenset({"admin"}))
+        answering(request)
+        await Deployment().embed("a", told=told())
+        assert asked() is request
+        with pytest.raises(TypeError):
+            await Deployment().embed(told=told())  # type: ignore[call-arg]
+        return asked()
+
+    assert asyncio.run(scenario()).scopes == {"admin"}
+
+
 def test_a_pass_counts_once_for_each_request_and_once_as_a_batch(
     clock: Clock, recorded: Heard
 ) -> None:
@@ -510,6 +523,36 @@ def test_our_records_reach_the_handlers_that_serve_has_then() -> None:
 def test_facts_on_one_line_leave_out_what_is_empty() -> None:
     facts = {"a": "", "b": None, "c": 0, "d": 1.25, "e": {"x": 2.0}, "f": ["p", "q"], "g": []}
     assert as_text(facts) == "c=0 d=1.2 e=x:2.0 f=p,q"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("x\n2030 ERROR forged", "x\\n2030 ERROR forged"),
+        ("a\r\x1b[31m\x85\u2028", "a\\r\\x1b[31m\\x85\\u2028"),
+        ("\ud800", "\\ud800"),
+        (["p\n", "q"], "p\\n,q"),
+        ({"k": "\t"}, "k:\\t"),
+        ("für 😀", "für 😀"),
+        ("y" * 200, "y" * 200),
+        ("y" * 201, "y" * 200 + "..."),
+    ],
+)
+def test_no_fact_breaks_its_line_or_fills_it(value: Any, shown: str) -> None:
+    assert as_text({"a": value}) == f"a={shown}"
+
+
+def test_parts_in_one_process_begin_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = SimpleNamespace(replica_tag="one", deployment="Ingress")
+    monkeypatch.setattr(telemetry.serve, "get_replica_context", lambda: replica)
+    begun: list[str] = []
+    monkeypatch.setattr(telemetry.logs, "begin", lambda _: begun.append("logs"))
+    monkeypatch.setattr(telemetry.traces, "begin", lambda *_: begun.append("traces"))
+    telemetry._begin.cache_clear()
+    for _ in range(3):
+        telemetry.begin(TelemetryConfig(traces="http://127.0.0.1:1"))
+    telemetry._begin.cache_clear()
+    assert begun == ["logs", "traces"]
 
 
 def test_outside_of_a_replica_nothing_is_set_up() -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -19,8 +19,9 @@ class Noop:
     """Answers a small JSON."""
 
     @noop_app.post("/")
-    async def answer(self) -> dict[str, Any]:
-        """The same every time; the body is not read."""
+    async def answer(self, request: Request) -> dict[str, Any]:
+        """The same every time; the body is read, for which Ray Serve asks its proxy, and looked at no further."""
+        await request.body()
         return _ANSWER
 
 
@@ -42,8 +43,9 @@ class Composed:
         self._inner = inner
 
     @composed_app.post("/")
-    async def answer(self) -> Any:
-        """What the deployment says."""
+    async def answer(self, request: Request) -> Any:
+        """What the deployment says; the body is read."""
+        await request.body()
         return await self._inner.answer.remote()
 
 
