@@ -331,7 +331,7 @@ async def answered(proxy: Ahead, client: Client) -> Messages:
 @pytest.mark.parametrize("first", [0, 3, 6])
 def test_a_loop_that_was_ended_takes_nothing_from_the_next(first: int) -> None:
     async def scenario() -> None:
-        proxy = Ahead((first, None), (first, None), (6, of_ours(200, {})))
+        proxy = Ahead((first, None), (6, of_ours(200, {})))
         client = Client(part(b"abc"))
         asking = asyncio.create_task(answered(proxy, client))
         await asyncio.sleep(0)
