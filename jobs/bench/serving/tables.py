@@ -56,7 +56,7 @@ def _modes(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _latency(found: Mapping[str, Any]) -> Iterator[Table]:
     for mode, values in _modes(found):
-        columns = ("offered/s", "answered/s", *_PERCENTILES, "refused", "failed", "degraded", "lag")
+        columns = ("sent/s", "done/s", *_PERCENTILES, "refused", "failed", "degr.", "lag")
         table = _table(f"{mode} search: ms from when a request was due", *columns)
         for row in values["rates"]:
             table.add_row(
