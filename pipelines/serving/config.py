@@ -182,6 +182,9 @@ class ServeConfig(Section):
     max_queued_requests: Annotated[int, Field(gt=0)] = 32
     """Calls of one ingress replica that may wait for a busy model or index; more are answered 503 at once, to be tried
     again. With `scaling.backbone.max_ongoing_requests` it bounds how long an answer may take."""
+    max_wait_s: Annotated[float, Field(gt=0)] = 0.5
+    """How long a request may have to wait for those that an ingress replica has in hand, at the pace of its answers;
+    more are answered 503 at once."""
     max_in_flight: Annotated[int, Field(gt=0)] = 512
     """Requests that one ingress replica has in hand, whatever they wait for; more are answered 503 at once."""
     max_in_flight_bytes: Annotated[int, Field(gt=0)] = 512 * 2**20

@@ -14,6 +14,7 @@ from pipelines.messages import error_body
 from pipelines.serving.bodies import MOST_DIGITS
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.guard import Guarded
+from pipelines.serving.pace import Pace
 
 RETRY_AFTER_S = 1
 _ALWAYS = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -33,6 +34,7 @@ class Gate:
         self._guarded = guarded
         self._num = 0
         self._num_bytes = 0
+        self._pace = Pace()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request in its time, or refuse it."""
@@ -44,16 +46,24 @@ class Gate:
         if scope["path"] in _ALWAYS and not size:
             await self._app(scope, receive, send)
             return
-        if self._is_full(settings, size):
+        is_work = scope["method"] == "POST"
+        if self._is_full(settings, size) or (
+            is_work and self._pace.is_too_slow(settings.max_wait_s)
+        ):
             await _refuse(503, "too many requests are in hand; try again later")(
                 scope, receive, send
             )
             return
         self._num, self._num_bytes = self._num + 1, self._num_bytes + size
+        answer = _Answer(send)
+        if is_work:
+            self._pace.begin()
         try:
-            await self._in_time(settings.timeout_s, scope, receive, send)
+            await self._in_time(settings.timeout_s, scope, receive, answer)
         finally:
             self._num, self._num_bytes = self._num - 1, self._num_bytes - size
+            if is_work:
+                self._pace.end(is_answered=answer.status == 200)
 
     def _is_full(self, settings: ServeConfig, size: int) -> bool:
         """A body that is larger than all that may be in hand is taken alone."""
@@ -61,23 +71,39 @@ class Gate:
             return True
         return self._num > 0 and self._num_bytes + size > settings.max_in_flight_bytes
 
-    async def _in_time(self, limit_s: float, scope: Scope, receive: Receive, send: Send) -> None:
-        is_begun = False
-
-        async def told(message: Message) -> None:
-            nonlocal is_begun
-            is_begun = True
-            await send(message)
-
+    async def _in_time(
+        self, limit_s: float, scope: Scope, receive: Receive, answer: "_Answer"
+    ) -> None:
         limit = asyncio.timeout(limit_s)
         try:
             async with limit:
-                await self._app(scope, receive, told)
+                await self._app(scope, receive, answer.send)
         except TimeoutError:
-            if is_begun or not limit.expired():  # it may be one of the app's own
+            if answer.status is not None or not limit.expired():  # it may be one of the app's own
                 raise
             message = f"no answer within {limit_s:g} s (serve.timeout_s); ask for less, or try again later"
-            await _refuse(504, message)(scope, receive, send)
+            await _refuse(504, message)(scope, receive, answer.send)
+
+
+class _Answer:
+    """An answer as it goes by.
+
+    Args:
+        send: To the client.
+
+    Attributes:
+        status: Of it; None before it begins.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        """Pass a part on."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
 
 
 def _size_of(scope: Scope, most: int) -> int:

@@ -39,7 +39,9 @@ class Server:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    async def ask(self, path: str = "/search", **headers: str) -> tuple[int, Any, dict[str, str]]:
+    async def ask(
+        self, path: str = "/search", *, method: str = "POST", **headers: str
+    ) -> tuple[int, Any, dict[str, str]]:
         """Status, body and headers of an answer."""
         sent: list[Any] = []
 
@@ -50,7 +52,7 @@ class Server:
             raise AssertionError("a body is read")
 
         raw = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
-        scope = {"type": "http", "path": path, "method": "POST", "headers": raw}
+        scope = {"type": "http", "path": path, "method": method, "headers": raw}
         await self.gate(scope, receive, send)
         found = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
         return sent[0]["status"], json.loads(sent[1]["body"]), found
@@ -184,5 +186,24 @@ def test_a_refusal_has_an_id_and_is_not_sniffed(settings: dict[str, Any], status
         assert (found, told["x-request-id"]) == (status, "r-1")
         assert told["x-content-type-options"] == "nosniff"
         server.let.set()
+
+    running(scenario)
+
+
+def test_what_would_wait_too_long_is_refused_and_other_routes_are_not() -> None:
+    async def scenario() -> None:
+        server = Server(max_wait_s=0.05)
+        server.let.set()
+        many = await begun(server, *[server.ask() for _ in range(20)])
+        await asyncio.gather(*many)
+        assert [one.result()[0] for one in many] == [200] * 20
+        server.gate._pace._interval_s = 0.02  # fifty a second
+        server.let.clear()
+        four = await begun(server, *[server.ask() for _ in range(4)])
+        assert (await server.ask())[0] == 503
+        (reading,) = await begun(server, server.ask("/info", method="GET"))
+        server.let.set()
+        assert [(await one)[0] for one in [*four, reading]] == [200] * 5
+        assert (await server.ask())[0] == 200
 
     running(scenario)
