@@ -38,15 +38,18 @@ def server(handler: Handler) -> Iterator[str]:
         port.append(runner.addresses[0][1])
         return runner
 
+    async def end_others() -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
     def serve() -> None:
         runner = loop.run_until_complete(begin())
         ready.set()
         loop.run_forever()
         loop.run_until_complete(runner.cleanup())
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(end_others())
         loop.close()
 
     thread = threading.Thread(target=serve)
