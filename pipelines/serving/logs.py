@@ -47,7 +47,9 @@ def _write_json_to_stderr() -> None:
     """Serve writes text there whatever its encoding is (Ray 2.60), and drops what a record holds beside its message."""
     # The formatter and the filters of its files, which add request, deployment and replica.
     files = [one for one in SERVE.handlers if not isinstance(one, logging.StreamHandler)]
-    formatters = [getattr(one, "target", one).formatter for one in files]
+    # A package that sets up logging for itself, as pymilvus does, may have closed them: then they have no target.
+    targets = [getattr(one, "target", one) for one in files]
+    formatters = [one.formatter for one in targets if one is not None]
     for stream in SERVE.handlers:
         if isinstance(stream, logging.StreamHandler) and formatters:
             stream.setFormatter(formatters[0])

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import logging.handlers
 import queue
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from pipelines.messages import error_body
-from pipelines.serving import metrics, telemetry, traces
+from pipelines.serving import logs, metrics, telemetry, traces
 from pipelines.serving.access import Access
 from pipelines.serving.asked import Asked, answering, asked
 from pipelines.serving.candidates import Candidates
@@ -583,3 +584,19 @@ def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_HEADERS") as refusal:
         TelemetryConfig.parse(values, source="recipe")
     assert "hunter2" not in str(refusal.value)
+
+
+def test_handlers_that_a_package_has_closed_keep_no_replica_from_starting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As pymilvus does where it sets up logging for itself."""
+    whole, closed = logging.handlers.MemoryHandler(1), logging.handlers.MemoryHandler(1)
+    target = logging.NullHandler()
+    target.setFormatter(logging.Formatter("%(message)s!"))
+    whole.setTarget(target)
+    stream = logging.StreamHandler()
+    monkeypatch.setattr(logs, "OURS", ())  # the loggers of this process stay as they are
+    for handlers in ([closed, stream], [closed, whole, stream]):
+        monkeypatch.setattr(logs, "SERVE", SimpleNamespace(handlers=handlers))
+        logs.begin(TelemetryConfig())
+    assert stream.formatter is target.formatter
