@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,12 @@ class _Lite:
 
         with self._lock:
             try:
+                Path(target).parent.mkdir(
+                    parents=True, exist_ok=True
+                )  # it makes a file, and no folder
                 client = MilvusClient(target)
+            except OSError as error:
+                raise StorageError(f"{target} cannot be opened: {error}") from None
             except ConnectionConfigException as error:
                 raise StorageError(
                     f"{target} cannot be opened: {error.message}. Only one process at a time can open a file of "

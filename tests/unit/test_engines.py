@@ -343,6 +343,17 @@ def test_what_only_one_process_can_open_says_so_and_is_free_when_it_is_closed(
     assert not engine(kind, "http://127.0.0.1:1", "y").is_exclusive  # type: ignore[attr-defined]
 
 
+def test_a_file_of_milvus_lite_makes_the_folders_that_it_lies_in(tmp_path: Path) -> None:
+    with Milvus(f"{tmp_path}/run/index/milvus.db", "x").connection() as client:
+        assert client.list_collections() == []
+    (tmp_path / "taken").write_text("a file")
+    with (
+        pytest.raises(StorageError, match="cannot be opened"),
+        Milvus(f"{tmp_path}/taken/milvus.db", "x").connection(),
+    ):
+        pass
+
+
 def test_a_file_of_milvus_lite_is_free_when_the_last_of_this_process_has_closed_it(
     tmp_path: Path,
 ) -> None:
