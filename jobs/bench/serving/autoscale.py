@@ -12,7 +12,8 @@ from jobs.bench.load.arrivals import Piece, noisy
 from jobs.bench.load.sending import Outcome, Stream
 from jobs.bench.serving.charts import autoscale_chart
 from jobs.bench.serving.peak import best, peak_of
-from jobs.bench.serving.replicas import ReplicaWatch, Samples
+from jobs.bench.serving.replicas import num_running
+from jobs.bench.serving.sampling import Sampler, Samples
 from jobs.bench.serving.stand import MODES, TEXT, Settings, running, with_defaults
 from jobs.bench.serving.summary import summary
 from pipelines.progress import show
@@ -42,7 +43,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         show(
             f"phases { ({name: sum(p.seconds for p in phase) for name, phase in phases.items()}) } s"
         )
-        with ReplicaWatch() as watch:
+        with Sampler(num_running) as watch:
             outcome = stand.send(
                 "autoscale", stand.plan(bodies), [Stream(range(len(bodies)), pieces)]
             )

@@ -23,7 +23,7 @@ from jobs.bench.serving.processes import (
     serve_actors,
     signal_to,
 )
-from jobs.bench.serving.replicas import Running, running_replicas, wait_until
+from jobs.bench.serving.replicas import Running, num_running, running_replicas, wait_until
 from jobs.bench.serving.stand import (
     EMBEDDING,
     TEXT,
@@ -81,7 +81,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             probes = peak_of(stand, "chaos peak", bodies, seconds=_PROBE_S)
             rate = round(_SHARE * best(probes).good, 1)
         truth = _truth(stand, bodies)
-        replicas = {name: len(actors) for name, actors in running_replicas().items()}
+        replicas = num_running()
         show(f"seed {settings.seed}, {rate:g}/s, replicas {replicas}")
         plan = stand.plan(bodies, keep=True)
         stream = Stream(range(len(bodies)), [Piece(_LONG_S, rate)])

@@ -12,7 +12,8 @@ from jobs.bench.load.sending import Outcome, Stream
 from jobs.bench.serving.charts import overload_chart
 from jobs.bench.serving.noop import NOOP, start_apps, stop_apps
 from jobs.bench.serving.peak import Probe, best, peak_of, probed, told
-from jobs.bench.serving.processes import MemoryWatch, memory_figures
+from jobs.bench.serving.processes import memory_figures, resident_bytes
+from jobs.bench.serving.sampling import Sampler
 from jobs.bench.serving.stand import MODES, TEXT, Settings, Stand, running, with_defaults
 from jobs.bench.serving.summary import percentiles_ms, summary
 from pipelines.progress import show
@@ -95,7 +96,7 @@ def _overloaded(
     streams += [
         Stream([len(bodies) + n], [Piece(seconds, _BESIDE_PER_S)]) for n in range(len(beside))
     ]
-    with MemoryWatch() as memory:
+    with Sampler(resident_bytes) as memory:
         outcome = stand.send(name, plan, streams)
     return overload_figures(outcome, settings, len(bodies)) | {
         "rate": round(rate, 2),

@@ -2,13 +2,10 @@
 
 import os
 import random
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from ray._private import state
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME
 
+from jobs.bench.serving.sampling import Samples
 from pipelines.serving.app import APP_NAME
 from slq.errors import ServiceError
 
@@ -104,43 +102,10 @@ def signal_to(actor: Actor, number: int) -> None:
         os.kill(actor.pid, number)
 
 
-class MemoryWatch:
-    """Memory of Serve's processes, sampled until the block ends.
-
-    Args:
-        every_s: Time between samples.
-    """
-
-    def __init__(self, every_s: float = 1.0) -> None:
-        self._every_s = every_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.samples: list[tuple[float, dict[str, int]]] = []
-
-    def _watch(self) -> None:
-        while True:
-            self.samples.append((time.monotonic(), _resident_bytes(serve_actors())))
-            if self._ended.wait(self._every_s):
-                return
-
-    def __enter__(self) -> "MemoryWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        _: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
-def _resident_bytes(actors: Sequence[Actor]) -> dict[str, int]:
-    """Bytes by kind of process, each with its children (a proxy may have others work for it)."""
+def resident_bytes() -> dict[str, int]:
+    """Bytes of Serve's processes by kind, each with its children (a proxy may have others work for it)."""
     found: dict[str, int] = defaultdict(int)
-    for actor in actors:
+    for actor in serve_actors():
         with suppress(psutil.Error):  # it ended meanwhile
             process = psutil.Process(actor.pid)
             for one in (process, *process.children(recursive=True)):
@@ -148,7 +113,7 @@ def _resident_bytes(actors: Sequence[Actor]) -> dict[str, int]:
     return dict(found)
 
 
-def memory_figures(samples: Sequence[tuple[float, dict[str, int]]]) -> dict[str, Any]:
+def memory_figures(samples: Samples) -> dict[str, Any]:
     """Growth of resident memory: slopes of straight lines, the largest over the first, and each kind's ends.
 
     Queues and threads grow when an overload begins and stay so: what goes on growing shows in the second half's slope.

@@ -1,9 +1,7 @@
 """How many replicas of our service run, now and over time."""
 
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from types import TracebackType
 
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
@@ -13,8 +11,6 @@ from pipelines.serving.app import APP_NAME
 _LOOK_S = 0.2
 Running = Mapping[str, Collection[str]]
 """Names of running replicas' actors by deployment."""
-Samples = list[tuple[float, dict[str, int]]]
-"""Seconds of `time.monotonic`, and running replicas by deployment."""
 
 
 def running_replicas() -> dict[str, list[str]]:
@@ -44,32 +40,6 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-class ReplicaWatch:
-    """Running replicas, looked up every second until the block ends."""
-
-    def __init__(self, every_s: float = 1.0) -> None:
-        self._every_s = every_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.samples: Samples = []
-
-    def _watch(self) -> None:
-        while True:
-            found = {name: len(actors) for name, actors in running_replicas().items()}
-            if found:
-                self.samples.append((time.monotonic(), found))
-            if self._ended.wait(self._every_s):
-                return
-
-    def __enter__(self) -> "ReplicaWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        _: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
+def num_running() -> dict[str, int]:
+    """How many replicas run, by deployment; nothing while Serve does not know."""
+    return {name: len(actors) for name, actors in running_replicas().items()}
