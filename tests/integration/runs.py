@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.embed import embed
+from pipelines.index import index
 from pipelines.ledger_reader import LedgerReader
 from pipelines.loading import backbone_of, untrained_latents
 from pipelines.recipe import Recipe
@@ -42,6 +44,31 @@ def with_untrained_adapter(recipe: Recipe, *, seed: int = 0) -> Recipe:
     backbone = backbone_of(recipe)
     recipe.storage.dir.mkdir(parents=True, exist_ok=True)
     save_adapter(recipe.storage.adapter, backbone, untrained_latents(recipe, backbone))
+    return recipe
+
+
+def indexed_scenes(scenes_dir: Path, run: Path, *, depth: int = 10, **serve: Any) -> Recipe:
+    """The recipe of a small service whose untrained adapter has embedded the scenes, indexed.
+
+    Args:
+        scenes_dir: Of the generated scenes.
+        run: The run folder.
+        depth: Of the fine stage.
+        serve: Further settings of the service.
+    """
+    recipe = with_untrained_adapter(
+        changed(
+            Recipe(),
+            data={"dir": scenes_dir},
+            adapter={"num_latents": 4},
+            embed={"shard_rows": 40},
+            rerank={"depth": depth},
+            serve={"port": free_port(), "num_threads": 1, **serve},
+            storage={"dir": run},
+        )
+    )
+    embed(recipe)
+    index(recipe)
     return recipe
 
 

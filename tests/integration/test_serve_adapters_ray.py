@@ -20,7 +20,7 @@ from pipelines.serve import start, stop
 from slq.artifacts import load_adapter_config
 from slq.encoder import Encoder
 from slq.index import VectorIndex
-from tests.integration.runs import changed, free_port, with_untrained_adapter
+from tests.integration.runs import changed, indexed_scenes, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 QUERIES = ["a red apple left of two dogs", "three blue cars", "a cat above a tree"]
@@ -42,22 +42,9 @@ def other_of(recipe: Recipe) -> Recipe:
 def recipes(
     ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, Recipe]:
-    recipe = changed(
-        Recipe(),
-        data={"dir": scenes_dir},
-        adapter={"num_latents": 4},
-        embed={"shard_rows": 40},
-        rerank={"depth": 3},
-        serve={
-            "port": free_port(),
-            "num_threads": 1,
-            "scaling": {"backbone": {"min_replicas": 2, "max_replicas": 2}},
-        },
-        storage={"dir": tmp_path_factory.mktemp("adapters") / "run"},
-    )
-    recipe = with_untrained_adapter(recipe)
-    embed(recipe)
-    index(recipe)
+    run = tmp_path_factory.mktemp("adapters") / "run"
+    scaling = {"backbone": {"min_replicas": 2, "max_replicas": 2}}
+    recipe = indexed_scenes(scenes_dir, run, depth=3, scaling=scaling)
     return recipe, other_of(recipe)
 
 

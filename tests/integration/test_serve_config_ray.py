@@ -15,11 +15,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from pipelines.embed import embed
-from pipelines.index import index
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import load_recipe
 from pipelines.serving.app import APP_NAME
-from tests.integration.runs import changed, free_port, with_untrained_adapter
+from tests.integration.runs import indexed_scenes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BODY = {"query": {"text": "a red apple left of two dogs"}, "top_k": 5, "mode": "coarse"}
@@ -31,21 +29,8 @@ def recipe_file(
     ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("config")
-    recipe = changed(
-        Recipe(),
-        data={"dir": scenes_dir},
-        adapter={"num_latents": 4},
-        embed={"shard_rows": 40},
-        serve={
-            "port": free_port(),
-            "num_threads": 1,
-            "scaling": {"ingress": TWO, "backbone": TWO, "index": TWO},
-        },
-        storage={"dir": folder / "run"},
-    )
-    recipe = with_untrained_adapter(recipe)
-    embed(recipe)
-    index(recipe)
+    scaling = {"ingress": TWO, "backbone": TWO, "index": TWO}
+    recipe = indexed_scenes(scenes_dir, folder / "run", scaling=scaling)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     return path

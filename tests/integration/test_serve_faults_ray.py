@@ -12,11 +12,9 @@ import httpx
 import psutil
 import pytest
 
-from pipelines.embed import embed
-from pipelines.index import index
 from pipelines.recipe import Recipe
 from pipelines.serve import start, stop
-from tests.integration.runs import changed, free_port, with_untrained_adapter
+from tests.integration.runs import indexed_scenes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BODIES: list[dict[str, Any]] = [
@@ -29,22 +27,9 @@ TWO = {"min_replicas": 2, "max_replicas": 2}
 
 @pytest.fixture(scope="module")
 def recipe(ray_cluster: None, scenes_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    recipe = changed(
-        Recipe(),
-        data={"dir": scenes_dir},
-        adapter={"num_latents": 4},
-        embed={"shard_rows": 40},
-        serve={
-            "port": free_port(),
-            "num_threads": 1,
-            "scaling": {"ingress": TWO, "backbone": TWO, "index": TWO},
-        },
-        storage={"dir": tmp_path_factory.mktemp("faults") / "run"},
-    )
-    recipe = with_untrained_adapter(recipe)
-    embed(recipe)
-    index(recipe)
-    return recipe
+    run = tmp_path_factory.mktemp("faults") / "run"
+    scaling = {"ingress": TWO, "backbone": TWO, "index": TWO}
+    return indexed_scenes(scenes_dir, run, scaling=scaling)
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.embed import embed
-from pipelines.index import index
 from pipelines.loading import encoder_of
 from pipelines.recipe import Recipe
 from slq.encoder import Encoder
 from slq.index import VectorIndex
 from slq.reranker import Reranker
 from slq.schema import Item
-from tests.integration.runs import changed, free_port, with_untrained_adapter
+from tests.integration.runs import indexed_scenes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 QUERY = "a red apple left of two dogs"
@@ -34,19 +32,8 @@ QUERY = "a red apple left of two dogs"
 
 @pytest.fixture(scope="module")
 def recipe(ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    recipe = changed(
-        Recipe(),
-        data={"dir": scenes_dir},
-        adapter={"num_latents": 4},
-        embed={"shard_rows": 40},
-        rerank={"depth": 4},
-        serve={"port": free_port(), "num_threads": 1, "is_together": True},
-        storage={"dir": tmp_path_factory.mktemp("together") / "run"},
-    )
-    recipe = with_untrained_adapter(recipe)
-    embed(recipe)
-    index(recipe)
-    return recipe
+    run = tmp_path_factory.mktemp("together") / "run"
+    return indexed_scenes(scenes_dir, run, depth=4, is_together=True)
 
 
 @pytest.fixture(scope="module")
