@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.serving.access import keys_of
 from pipelines.serving.checks import pinned_to
-from pipelines.serving.config import Scaling
+from pipelines.serving.config import BackboneScaling, Scaling
 from pipelines.serving.index_service import IndexService
 from pipelines.serving.ingress import Ingress
+from pipelines.serving.load import POLICY
 from pipelines.serving.logs import logging_config
 from pipelines.serving.partition import PartitionService
 from pipelines.serving.pinned import Pinned
@@ -113,6 +114,10 @@ def serve_config(recipe: Recipe, arguments: BuildArguments) -> dict[str, Any]:
 
 def _options(scaling: Scaling, max_queued: int) -> dict[str, Any]:
     """Options that all deployments have."""
+    policy = {}
+    if isinstance(scaling, BackboneScaling):
+        arguments = {"target_busy": scaling.target_busy}
+        policy = {"policy": {"policy_function": POLICY, "policy_kwargs": arguments}}
     return {
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,
@@ -122,6 +127,7 @@ def _options(scaling: Scaling, max_queued: int) -> dict[str, Any]:
             "downscale_delay_s": scaling.downscale_delay_s,
             "look_back_period_s": scaling.look_back_s,
             "metrics_interval_s": min(scaling.look_back_s, 2.0),
+            **policy,
         },
         "max_ongoing_requests": scaling.max_ongoing_requests,
         "max_queued_requests": max_queued,

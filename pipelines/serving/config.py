@@ -121,6 +121,14 @@ class Scaling(Section):
         return self
 
 
+class BackboneScaling(Scaling):
+    """Of the model, whose load is the time in which its passes run."""
+
+    target_busy: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Share of time in which each replica should run passes, averaged over `look_back_s`; autoscaling aims at that and
+    at `target_ongoing_requests`, whichever wants more replicas."""
+
+
 class IngressScaling(Scaling):
     """Of the HTTP face, which only waits for the others."""
 
@@ -144,7 +152,7 @@ class ScalingConfig(Section):
 
     ingress: IngressScaling = IngressScaling()
     """HTTP. More of them use more cores for parsing and encoding bodies."""
-    backbone: Scaling = Scaling()
+    backbone: BackboneScaling = BackboneScaling()
     """Embeds and scores: each replica has the weights and `resources.gpus_per_worker` GPUs."""
     index: IndexScaling = IndexScaling()
     """Searches, or asks the partitions. An engine that lets only one process in has one replica all the same."""

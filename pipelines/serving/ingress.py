@@ -92,7 +92,7 @@ class Ingress:
         *partitions: DeploymentHandle,
     ) -> None:
         self._recipe = Recipe.model_validate(recipe)
-        self._parts: list[Any] = []  # those that are in this process
+        self._parts: list[Any] = []  # those that are in this process, the model first
         if backbone is None or index is None:
             model = BackboneService.func_or_class(recipe, pinned)  # type: ignore[attr-defined]
             vectors = IndexService.func_or_class(recipe, pinned, Here(model), *partitions)  # type: ignore[attr-defined]
@@ -112,6 +112,13 @@ class Ingress:
         """Ray Serve replaces a replica of which a part that is in it is not healthy."""
         for part in self._parts:
             await part.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """How busy the model is, where it is in this process; Ray Serve asks for it."""
+        found: dict[str, float] = {}
+        for model in self._parts[:1]:
+            found = await model.record_autoscaling_stats()
+        return found
 
     @app.post("/search", responses=ASKED)
     async def search(self, body: SearchRequest, response: Response) -> SearchResponse:

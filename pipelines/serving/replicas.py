@@ -22,6 +22,7 @@ from pipelines.serving import telemetry
 from pipelines.serving.adapters import OWN, Adapters, Embedded
 from pipelines.serving.candidates import Candidates, Stored
 from pipelines.serving.embedding import Embedding, Wanted, each_alone
+from pipelines.serving.load import BUSY, Busy
 from pipelines.serving.metrics import CacheMeter
 from pipelines.serving.pinned import Pinned
 from pipelines.serving.telemetry import (
@@ -108,6 +109,7 @@ class BackboneService:
         # that came first ends first, where all at once would end late together.
         self._embeds, self._scores = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._embedded_at = self._pass_began = -math.inf
+        self._busy = Busy()
         batch = self._recipe.serve
         self._embed_batch.set_max_batch_size(batch.max_batch)
         self._embed_batch.set_batch_wait_timeout_s(batch.batch_wait_s)
@@ -164,7 +166,8 @@ class BackboneService:
     def _timed_pass(self, wanted: list[Wanted]) -> list[NDArray[np.float32] | Exception]:
         self._pass_began = time.monotonic()
         try:
-            return each_alone(self._embedding.encode, wanted)
+            with self._busy.passing():
+                return each_alone(self._embedding.encode, wanted)
         finally:
             self._pass_began = -math.inf
 
@@ -219,7 +222,7 @@ class BackboneService:
 
         def run() -> list[Ranked]:
             left = None if budget_s is None else budget_s - (time.monotonic() - called)
-            with stage("fine"):
+            with stage("fine"), self._busy.passing():
                 return self._reranker.rank(
                     _read(query),
                     Candidates(candidates),
@@ -254,7 +257,10 @@ class BackboneService:
         return await in_thread(self._scores, self._heat, query, candidate, tenant)
 
     def _heat(self, query: Item | Stored | None, candidate: Stored, tenant: str) -> HeatMap:
-        item = candidate.item()
+        with self._busy.passing():
+            return self._heat_of(query, candidate.item(), tenant)
+
+    def _heat_of(self, query: Item | Stored | None, item: Item, tenant: str) -> HeatMap:
         try:
             if query is not None:
                 return answer_heat(self._reranker, _read(query), item, tenant=tenant)
@@ -293,6 +299,10 @@ class BackboneService:
     async def remove_adapter(self, name: str) -> None:
         """Serve an adapter no longer; see `Adapters.remove`."""
         await asyncio.to_thread(lambda: self._adapters.remove(name, needed=self._searched()))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `load.ByLoad` scales by; Ray Serve asks for it."""
+        return {BUSY: self._busy.share()}
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica whose model cannot embed a word any more.
