@@ -7,6 +7,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from pipelines.serving.here import HereMethod
 from pipelines.serving.metrics import RETRIED, record
 from pipelines.serving.telemetry import heard
 from slq.errors import UnavailableError
@@ -57,6 +58,8 @@ async def ask(method: Any, *arguments: Any, patience_s: float | None = None, **n
     Raises:
         UnavailableError: The deployment's queue is full, or two replicas were lost.
     """
+    if isinstance(method, HereMethod):  # there is nobody else to ask
+        return heard(await method.remote(*arguments, **named))
     asking = _Asking(method, arguments, named)
     try:
         while True:

@@ -30,7 +30,7 @@ def test_overhead_measures_every_side_as_often_as_the_others(ray_cluster: None, 
     sides = found["sides_ms"]
     assert set(sides) == {
         *("noop", "composed", "text", "embedding"),
-        *("direct_text", "direct_embedding"),
+        *("direct_text", "direct_embedding", "paused_text", "paused_embedding"),
     }
     assert all(side["p50"] > 0 for side in sides.values())
     for kind, differences in found["overhead_ms_by_round"].items():

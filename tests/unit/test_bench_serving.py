@@ -127,10 +127,13 @@ def test_overhead_is_ours_without_the_empty_app_and_the_work() -> None:
             "direct_text": rounds(0.006, 0.030, 0.007),
             "embedding": rounds(0.006, 0.030, 0.006),
             "direct_embedding": rounds(0.001, 0.002, 0.001),
+            "paused_text": rounds(0.008, 0.032, 0.009),
+            "paused_embedding": rounds(0.002, 0.003, 0.003),
         }
     )
     assert found["overhead_ms_by_round"] == {"text": [4, 5, 3], "embedding": [3, 8, 2]}
     assert found["overhead_ms"] == {"text": 4, "embedding": 3}
+    assert found["overhead_after_pauses_ms"] == {"text": 2, "embedding": 2}
     assert found["handle_ms"] == 3
     assert found["parts_ms"] == {"text": {"embed": 4}}
     assert found["sides_ms"]["noop"]["p50"] == 19  # of all nine
@@ -363,7 +366,8 @@ def everything(folder: Path) -> dict[str, Any]:
     faults = [Fault("index", name, 3, START + 3, 2.0) for name in ("KILL", "KILL")]
     truth = {0: Found.of(body_of(("a", 1.0)))}
     chaos = fault_figures(outcome, faults, truth, Settings()) | {"rate": 5.0, "seed": 9}
-    sides = ("noop", "composed", "text", "direct_text", "embedding", "direct_embedding")
+    works = ("direct_text", "direct_embedding", "paused_text", "paused_embedding")
+    sides = ("noop", "composed", "text", "embedding", *works)
     rounds = {name: [{"whole": [0.01, 0.02], "embed": [0.005, 0.005]}] for name in sides}
     return {
         "overhead": figures(rounds),

@@ -106,12 +106,13 @@ def autoscale_chart(
             axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=":")
         place: dict[str, Any] = {
             "xycoords": above.get_xaxis_transform(),
+            "va": "top",
             "fontsize": 9,
             "color": INK,
         }
-        above.annotate(f" {name}", (start, 0.02), **place)
+        above.annotate(f" {name}", (start, 0.99), **place)
         start += sum(piece.seconds for piece in pieces)
-    above.set_ylim(bottom=0)
+    above.set_ylim(0, 1.1 * above.get_ylim()[1])  # room for the names
     above.set_ylabel("requests per second", color=MUTED)
     below.set_ylim(bottom=0)
     below.set_ylabel("running replicas", color=MUTED)

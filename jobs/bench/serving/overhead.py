@@ -29,6 +29,7 @@ _TOP_K = 10
 _KINDS = (TEXT, EMBEDDING)
 _WARM_UP = 30
 _LEAST = 20
+_PAUSE_S = 0.008  # what an empty request takes on two shared cores
 Side = Callable[[int], Mapping[str, float]]
 """Asks query number so and so once; gives seconds: `whole`, and parts."""
 Rounds = dict[str, list[dict[str, list[float]]]]
@@ -40,7 +41,8 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     Every round has so many requests of each side, one side after the other: HTTP by one client over one connection, to
     ours, to an app that does nothing, and to one that asks another deployment; and the same encoding and search in this
-    process on the replica's number of threads.
+    process on the replica's number of threads, one after the other and, as a service has it, each after a pause: caches
+    and processors have gone cold by then.
     """
     settings = with_defaults(settings, seconds=60.0, repeats=5)
     with running(settings) as stand, ExitStack() as stack:
@@ -92,10 +94,22 @@ def sides_of(stand: Stand, paths: Mapping[str, str], stack: ExitStack) -> dict[s
         "noop": http(paths[NOOP], TEXT),
         TEXT: http("/search", TEXT, has_timings=True),
         "direct_text": _direct_text(stand),
+        "paused_text": _after_a_pause(_direct_text(stand)),
         "composed": http(paths[COMPOSED], TEXT),
         EMBEDDING: http("/search", EMBEDDING, has_timings=True),
         "direct_embedding": _direct_embedding(stand),
+        "paused_embedding": _after_a_pause(_direct_embedding(stand)),
     }
+
+
+def _after_a_pause(side: Side) -> Side:
+    """The same, each time after as long as HTTP takes without any work; the pause itself does not count."""
+
+    def ask(number: int) -> Mapping[str, float]:
+        time.sleep(_PAUSE_S)
+        return side(number)
+
+    return ask
 
 
 def _direct_text(stand: Stand) -> Side:
@@ -139,28 +153,36 @@ def _asked(side: Side, count: int) -> dict[str, list[float]]:
 def figures(rounds: Rounds) -> dict[str, Any]:
     """What rounds tell: each side's percentiles, and what is ours beyond an empty app and the work.
 
-    Percentiles are over all requests; `overhead_ms` and `handle_ms` are medians over rounds of differences of the
+    Percentiles are over all requests; `overhead_ms` (work one after the other), `overhead_after_pauses_ms` and
+    `handle_ms` are medians over rounds of differences of the
     rounds' medians, so that what disturbs a whole round falls on all its sides.
     """
     middles = {
         name: [1000 * statistics.median(one["whole"]) for one in found]
         for name, found in rounds.items()
     }
-    differences = {
-        kind: [
-            ours - noop - work
-            for ours, noop, work in zip(
-                middles[kind], middles["noop"], middles[f"direct_{kind}"], strict=True
-            )
-        ]
-        for kind in _KINDS
-    }
+
+    def beyond(work: str) -> dict[str, list[float]]:
+        return {
+            kind: [
+                ours - noop - alone
+                for ours, noop, alone in zip(
+                    middles[kind], middles["noop"], middles[f"{work}_{kind}"], strict=True
+                )
+            ]
+            for kind in _KINDS
+        }
+
+    differences = beyond("direct")
     handle = [
         with_handle - without
         for with_handle, without in zip(middles["composed"], middles["noop"], strict=True)
     ]
     return {
         "overhead_ms": {kind: _median(values) for kind, values in differences.items()},
+        "overhead_after_pauses_ms": {
+            kind: _median(values) for kind, values in beyond("paused").items()
+        },
         "bar_ms": BAR_MS,
         "handle_ms": _median(handle),
         "sides_ms": {

@@ -44,6 +44,8 @@ def _overhead(found: Mapping[str, Any]) -> Iterator[Table]:
     table.add_section()
     for kind, value in found["overhead_ms"].items():
         table.add_row(f"{kind}: ours - noop - direct", _number(value), *[""] * 4)
+    for kind, value in found["overhead_after_pauses_ms"].items():
+        table.add_row(f"{kind}: ours - noop - paused", _number(value), *[""] * 4)
     table.add_row("a call by handle", _number(found["handle_ms"]), *[""] * 4)
     yield table
 
