@@ -21,7 +21,15 @@ from pipelines.loading import (
     reranking_backbone,
     use_processors,
 )
-from pipelines.ranking import Scores, run_file, run_table, shared_best, summarise
+from pipelines.ranking import (
+    RANKS_FILE,
+    Scores,
+    rank_table,
+    run_file,
+    run_table,
+    shared_best,
+    summarise,
+)
 from pipelines.recipe import EMBED_AS_SLQ, LENGTH_MARK, VARIANT_MARK, Recipe
 from pipelines.tasks import collect, model_task, parts
 from slq.artifacts import load_adapter_config, require_same_fingerprint
@@ -58,6 +66,9 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
             partial = folder / f".{run_file(system)}.partial"
             pq.write_table(run_table(benchmark, found, depth=max(recipe.eval.ks)), partial)
             partial.replace(folder / run_file(system))
+        partial = folder / ".ranks.parquet.partial"
+        pq.write_table(rank_table(benchmark, scores), partial)
+        partial.replace(folder / RANKS_FILE)
         for stale in folder.glob("run_*.parquet"):
             if stale.name not in map(run_file, scores):
                 stale.unlink()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.benchmark import Benchmark
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe
-from slq.arrow import RUN
+from slq.arrow import RANKS, RUN
 from slq.errors import DataError
 from slq.index import Hit
 from slq.metrics import (
@@ -23,6 +23,8 @@ from slq.metrics import (
     reciprocal_ranks,
 )
 from slq.reranking.profiles import PROFILES, Profile, Reading, fine_score, ordered
+
+RANKS_FILE = "ranks.parquet"
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,34 @@ def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
+def categories(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
+    """Which queries belong to each category of knowledge, of objects that the model has seen; empty without any."""
+    found = np.array([query.columns.get("category") for query in benchmark.queries], dtype=object)
+    split = np.array([query.columns.get("split") for query in benchmark.queries], dtype=object)
+    names = sorted({name for name in found if name is not None})
+    return {name: (found == name) & (split != "unseen") for name in names}
+
+
+def rank_table(benchmark: Benchmark, scores: Mapping[str, Scores]) -> pa.Table:
+    """Where each query's first relevant item stands for each system, as RANKS."""
+    masks = subsets(benchmark)
+    of_query = [
+        [name for name, mask in masks.items() if mask[n]] for n in range(len(benchmark.queries))
+    ]
+    parts = []
+    for system, found in scores.items():
+        order = placed(found, pessimistic_order(found.coarse, benchmark.relevant))
+        first = np.take_along_axis(benchmark.relevant, order, axis=1).argmax(axis=1) + 1
+        columns = {
+            "query_id": [query.id for query in benchmark.queries],
+            "system": [system] * len(first),
+            "rank": first.astype(np.int32),
+            "subsets": of_query,
+        }
+        parts.append(pa.table(columns, schema=RANKS))
+    return pa.concat_tables(parts)
+
+
 def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -> dict[str, Any]:
     """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals."""
     ks = recipe.eval.ks
@@ -171,6 +201,11 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
         per_query[system] = hits(ranked, 1)
         report = {name: _metrics(ranked[mask], ks) for name, mask in subsets(benchmark).items()}
         results["systems"][system] = {"text_to_image": report}
+        by_category = categories(benchmark)
+        if by_category:
+            results["systems"][system]["categories"] = {
+                name: _metrics(ranked[mask], ks) for name, mask in by_category.items() if mask.any()
+            }
         # The fine stage and an index rank items for a query, not the reverse.
         if found.is_whole and found.readings is None:
             reverse = _reverse(benchmark, found.coarse, ks)

@@ -29,6 +29,17 @@ RUN = pa.schema(
 """A ranking; `rank` starts at 1, `fine_score` is null where only the coarse stage ran. `score` sorts into the ranking:
 it is the coarse score that belongs to the place, which after a fine stage need not be the item's own."""
 
+RANKS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("system", pa.string()),
+        ("rank", pa.int32()),
+        ("subsets", pa.list_(pa.string())),
+    ]
+)
+"""Where each query's first relevant item stands (from 1; ties count against it), so that runs can be compared query by
+query; `subsets` are those that are reported and that the query belongs to."""
+
 NEGATIVES = pa.schema(
     [
         ("id", pa.string()),

@@ -84,13 +84,16 @@ def run_study(plan: Plan, flows: Flows) -> dict[str, dict[str, Any]]:
             trials=[recipe_digest(trial.recipe) for trial in run.trials],
             retention_scenes=plan.study.retention_scenes,
             miner=run.miner and results[run.miner.name]["digest"],
+            **({"source": results[run.source.name]["digest"]} if run.source else {}),
         )
         found = _finished(run.folder, digest)
         if found is None:
             miner = None  # as it was trained in the end: a tuned key has its chosen value there
             if run.miner is not None:
                 miner = Recipe.model_validate(results[run.miner.name]["recipe"])
-            found = _saved(run.folder, {"digest": digest, **_run(plan, run, miner, flows, heading)})
+            made = _measure(run, flows, heading) if run.source else None
+            made = made or _run(plan, run, miner, flows, heading)
+            found = _saved(run.folder, {"digest": digest, **made})
         else:
             show(f"{heading}: finished before")
         results[run.name] = found
@@ -162,6 +165,19 @@ def _run(plan: Plan, run: Run, miner: Recipe | None, flows: Flows, heading: str)
         "retention": kept,
         **_described(recipe),
     }
+
+
+def _measure(run: Run, flows: Flows, heading: str) -> dict[str, Any]:
+    """One variant that measures the adapter of another."""
+    assert run.source is not None
+    link = run.recipe.storage.adapter
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.source.recipe.storage.adapter)
+    with flows.connect(run.recipe.resources):
+        show(f"{heading}: measuring the adapter of {run.source.name}")
+        results = flows.evaluate(run.recipe)
+    return {"adapter_of": run.source.name, "results": results, **_described(run.recipe)}
 
 
 def _trained(recipe: Recipe, flows: Flows) -> Path:

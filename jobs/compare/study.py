@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.loading import require_shorter
 from pipelines.recipe import Recipe, StorageConfig, load_recipe
@@ -36,6 +36,9 @@ class RunConfig(Section):
     """One key with the values that are tried before the run."""
     negatives_of: str | None = None
     """An earlier run whose adapter mines the hard negatives of this one, by this one's `mine` section."""
+    adapter_of: str | None = None
+    """An earlier run whose adapter this one measures in another way, by its own `rerank` or `eval` keys; nothing is
+    trained."""
 
     @field_validator("tune")
     @classmethod
@@ -43,6 +46,21 @@ class RunConfig(Section):
         if len(tune) > 1:
             raise ValueError(f"tune one key, not {' and '.join(tune)}")
         return tune
+
+    @model_validator(mode="after")
+    def _trains_nothing_with_the_adapter_of_another(self) -> "RunConfig":
+        if self.adapter_of is None:
+            return self
+        if self.tune or self.negatives_of is not None:
+            raise ValueError(
+                "adapter_of trains nothing, so tune and negatives_of have no place beside"
+            )
+        wrong = [key for key in self.set if key.partition(".")[0] not in ("rerank", "eval")]
+        if wrong:
+            raise ValueError(
+                f"adapter_of measures an adapter as it is, so {wrong[0]} has no place here; set rerank and eval keys"
+            )
+        return self
 
 
 class Study(Section):
@@ -56,6 +74,8 @@ class Study(Section):
     """Held-out scenes on which the model's own skills are asked before and after training; 0 asks nothing."""
     tune_steps: Annotated[int, Field(gt=0)] = 40
     """Optimiser steps of each trial run."""
+    baseline: str | None = None
+    """The run that all others are tested against, query by query; the first one if null."""
     runs: Annotated[dict[str, RunConfig], Field(min_length=1)]
     """The variants by name, in the order of the table."""
 
@@ -86,6 +106,7 @@ class Run:
         key: What is tuned; empty if nothing is.
         trials: One for each value.
         miner: The run whose adapter mines the hard negatives; None where none are wanted.
+        source: The run whose adapter is measured; None where one is trained.
     """
 
     name: str
@@ -94,6 +115,7 @@ class Run:
     key: str
     trials: tuple[Trial, ...]
     miner: "Run | None" = None
+    source: "Run | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +139,12 @@ class Plan:
     @property
     def num_trainings(self) -> int:
         """Trials and final trainings."""
-        return sum(1 + len(run.trials) for run in self.runs)
+        return sum(1 + len(run.trials) for run in self.runs if run.source is None)
+
+    @property
+    def baseline(self) -> str:
+        """The name of the run that all others are tested against."""
+        return self.study.baseline or self.runs[0].name
 
 
 def read_study(path: Path) -> Study:
@@ -157,6 +184,10 @@ def plan_study(path: Path, out_dir: Path, overrides: list[str] | None = None) ->
     _refuse(f"{path.name}: set", study.set, ("storage",), _OUT_DECIDES)
     _refuse("--set", [text.partition("=")[0] for text in given], ("storage",), _OUT_DECIDES)
     resolver = _Resolver(path, study, out_dir.resolve(), given)
+    if study.baseline is not None and study.baseline not in study.runs:
+        raise ConfigError(
+            f"{path.name}: baseline names {study.baseline!r}, which is no run; it has {', '.join(study.runs)}"
+        )
     names: dict[str, str] = {}
     for name in study.runs:
         folder = slug(name)
@@ -199,13 +230,10 @@ class _Resolver:
     def run(self, name: str, config: RunConfig, earlier: Mapping[str, Run]) -> Run:
         """One variant with its trials."""
         where = f"{self._source.name}: run {name!r}"
-        miner = None
-        if config.negatives_of is not None:
-            miner = earlier.get(config.negatives_of)
-            if miner is None:
-                raise ConfigError(
-                    f"{where}: negatives_of names {config.negatives_of!r}, which is no run before this one"
-                )
+        miner = _earlier(config, "negatives_of", earlier, where)
+        source = _earlier(config, "adapter_of", earlier, where)
+        if source is not None:
+            return self._measured(name, config, source, where)
         _refuse(where, config.set, ("storage",), _OUT_DECIDES)
         _refuse(where, [*config.set, *config.tune], ("storage", *_SHARED), _SAME_FOR_ALL)
         wanted = self.recipe(name, config.set, {}).eval
@@ -237,6 +265,29 @@ class _Resolver:
         folder = recipe.storage.dir
         return Run(
             name=name, folder=folder, recipe=recipe, key=key, trials=tuple(trials), miner=miner
+        )
+
+    def _measured(self, name: str, config: RunConfig, source: Run, where: str) -> Run:
+        """A run that measures another one's adapter."""
+        if source.source is not None:
+            raise ConfigError(
+                f"{where}: adapter_of names {source.name!r}, which trains nothing; name the run that it measures"
+            )
+        recipe = self.recipe(name, config.set, {})
+        systems = recipe.eval.systems
+        if not systems or set(systems) - {"slq", "slq_fine"} or 1 not in recipe.eval.ks:
+            raise ConfigError(
+                f"{where}: hit@1 of `slq` or `slq_fine` is compared, not {', '.join(systems)}; set eval.systems to them"
+            )
+        kept = {name: getattr(source.recipe, name) for name in ("adapter", "train")}
+        recipe = recipe.model_copy(update=kept)
+        return Run(
+            name=name,
+            folder=recipe.storage.dir,
+            recipe=recipe,
+            key="",
+            trials=(),
+            source=source,
         )
 
     def recipe(
@@ -274,6 +325,16 @@ class _Resolver:
             "storage": _below(final.storage, final.storage.dir, place),
         }
         return Trial(value=value, recipe=final.model_copy(update=sections), final=final)
+
+
+def _earlier(config: RunConfig, key: str, earlier: Mapping[str, Run], where: str) -> Run | None:
+    """The run that a key of another one names."""
+    wanted = getattr(config, key)
+    if wanted is None:
+        return None
+    if wanted not in earlier:
+        raise ConfigError(f"{where}: {key} names {wanted!r}, which is no run before this one")
+    return earlier[wanted]
 
 
 def _negatives_name(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.compare.pairs import paired_p
 from jobs.compare.study import ZERO_SHOT, Plan
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK
 
@@ -23,28 +24,36 @@ _KEPT = (
     "match, caption kept: match prompts answered rightly and scenes said exactly, in %, with the adapter loaded; "
     "weights: whether the model's own are bit for bit those from before."
 )
+_TESTED = (
+    "p: two-sided, of a paired randomisation test on hit@1 against {baseline}, query by query."
+)
 _SKILLS = {"match_accuracy": "match", "caption_accuracy": "caption"}
 Row = dict[str, Any]
 
 
 def study_summary(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What `study.json` holds: rows of the table, notes, and the results they are made from."""
-    rows = study_rows(results)
+    rows = study_rows(results, paired_p(plan))
     return {
         "study": plan.source.name,
         "recipe": str(plan.study.recipe),
         "metric": "text_to_image/hit@1",
+        "baseline": plan.baseline,
         "rows": rows,
         "notes": notes(results),
         "results": dict(results),
     }
 
 
-def study_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def study_rows(
+    results: Mapping[str, Mapping[str, Any]],
+    paired: Mapping[tuple[str, str], Mapping[str, float]] | None = None,
+) -> list[Row]:
     """One row per zero-shot system, then one per trained system of every run.
 
     Args:
         results: As `jobs.compare.running.run_study` gives them.
+        paired: As `jobs.compare.pairs.paired_p` gives them.
     """
     rows = []
     for run, result in results.items():
@@ -53,8 +62,11 @@ def study_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
             names = {key: name for key, name in _ZERO_SHOT_NAMES.items() if key in systems}
         else:
             trained = sorted((key for key in systems if key.startswith("slq")), key=_order)
-            names = {key: _row_name(run, key) for key in trained}
+            is_whole_run = "adapter_of" in result and len(trained) == 1
+            names = {key: run if is_whole_run else _row_name(run, key) for key in trained}
         rows += [_row(name, run, key, result) for key, name in names.items()]
+    for row in rows:
+        row["p"] = dict((paired or {}).get((row["run"], row["system"]), {}))
     return rows
 
 
@@ -98,6 +110,11 @@ def _row(name: str, run: str, system: str, result: Mapping[str, Any]) -> Row:
             }
             for subset, entry in report.items()
         },
+        "categories": {
+            category: {"value": entry[_METRIC], "interval": list(entry[f"{_METRIC}_interval"])}
+            | {"num_queries": entry["num_queries"]}
+            for category, entry in systems[system].get("categories", {}).items()
+        },
         "retention": result.get("retention") if own else None,
         "tuned": result.get("tuned"),
     }
@@ -133,6 +150,8 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     for subset in rows[0]["hits"]:
         size = rows[0]["hits"][subset]["num_queries"]
         table[f"{subset} (n = {size})"] = [_hit(row["hits"].get(subset)) for row in rows]
+    for subset in main_subsets(rows):
+        table[f"p, {subset}"] = [_p(row.get("p", {}).get(subset)) for row in rows]
     table["training s"] = [_number(row["training_seconds"], 1, "{:.0f}") for row in rows]
     table["peak GiB"] = [_number(row["peak_memory_bytes"], 2**-30, "{:.2f}") for row in rows]
     for skill, name in _SKILLS.items():
@@ -140,6 +159,24 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         table[f"{name} kept"] = [_number(value, 100, "{:.1f}") for value in kept]
     table["weights"] = [_weights(row["retention"]) for row in rows]
     return {name: cells for name, cells in table.items() if any(cells)}
+
+
+def category_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The table of knowledge by category; empty where queries have none."""
+    first = next((row["categories"] for row in rows if row.get("categories")), {})
+    if not first:
+        return {}
+    table = {"run": [row["name"] for row in rows]}
+    for category, entry in first.items():
+        name = f"{category.replace('_', ' ')} (n = {entry['num_queries']})"
+        table[name] = [_hit(row["categories"].get(category)) for row in rows]
+    return table
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _hit(entry: Mapping[str, Any] | None) -> str:
@@ -167,7 +204,11 @@ def study_table(summary: Mapping[str, Any]) -> Group:
     """The table for a terminal, in two parts: hits, and what they cost."""
     found = columns(summary["rows"])
     parts = {"text -> image, hit@1 in % (95% interval)": True, "cost and retention": False}
-    return Group(*(_part(title, found, hits) for title, hits in parts.items()))
+    told = [_part(title, found, hits) for title, hits in parts.items()]
+    by_category = category_columns(summary["rows"])
+    if by_category:
+        told.insert(1, _part("by category of knowledge, hit@1 in %", by_category, hits=True))
+    return Group(*told)
 
 
 def _part(title: str, found: Mapping[str, list[str]], hits: bool) -> Table:
@@ -187,11 +228,22 @@ def _part(title: str, found: Mapping[str, list[str]], hits: bool) -> Table:
 def study_markdown(summary: Mapping[str, Any]) -> str:
     """The table and its notes, to paste into a README."""
     found = columns(summary["rows"])
+    told = [*_LEGEND, *([_KEPT] if "weights" in found else []), *summary["notes"]]
+    if any(name.startswith("p, ") for name in found):
+        told.append(_TESTED.format(baseline=summary["baseline"]))
+    by_category = category_columns(summary["rows"])
+    lines = _lines(found)
+    if by_category:
+        lines += ["", "By category of knowledge, of objects that the model has seen:", ""]
+        lines += _lines(by_category)
+    return "\n".join([*lines, "", *(f"- {_cell(note)}" for note in told), ""])
+
+
+def _lines(found: Mapping[str, list[str]]) -> list[str]:
+    """A table in Markdown."""
     rules = ["---" if name in ("run", "weights") else "---:" for name in found]
     rows = [list(found), rules, *(list(cells) for cells in zip(*found.values(), strict=True))]
-    lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
-    told = [*_LEGEND, *([_KEPT] if "weights" in found else []), *summary["notes"]]
-    return "\n".join([*lines, "", *(f"- {_cell(note)}" for note in told), ""])
+    return ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
 
 
 def _cell(text: str) -> str:

@@ -17,6 +17,7 @@ from slq.errors import ArtifactError, ConfigError
 from slq.files import read_json
 from slq.pretraining.config import PretrainConfig
 from slq.pretraining.evaluation import accuracies_of
+from slq.scenes.sprites import CLUE_CATEGORIES
 from tests.conftest import SCENES
 from tests.integration.runs import fingerprints_of_files, with_untrained_adapter
 
@@ -27,6 +28,7 @@ STUDY = {
     "runs": {
         "SLQ": {},  # a tuned run is the same flows again, in an order that a recorder sees
         "LoRA": {"set": {"adapter.method": "lora", "train.lr": 0.05}},
+        "fine": {"adapter_of": "SLQ", "set": {"eval.systems": ["slq_fine"], "rerank.depth": 2}},
     },
 }
 
@@ -58,7 +60,12 @@ def studied(
 def test_every_run_has_every_figure(studied: tuple[Path, dict[str, Any]]) -> None:
     out, summary = studied
     assert json.loads((out / "study.json").read_text()) == summary
-    *zero_shot, slq, lora = summary["rows"]
+    *zero_shot, slq, lora, fine = summary["rows"]
+    assert (fine["name"], fine["run"], fine["system"]) == ("fine", "fine", "slq_fine")
+    assert fine["retention"] is None
+    assert all(set(row["p"]) >= set(row["hits"]) for row in summary["rows"] if row is not slq)
+    assert set(fine["categories"]) <= set(CLUE_CATEGORIES)
+    assert fine["categories"].keys() == slq["categories"].keys() != set()
     assert [row["run"] for row in zero_shot] == [ZERO_SHOT, ZERO_SHOT]
     subsets = {
         f"{kind}{part}" for kind in ("explicit", "knowledge") for part in ("", ", unseen objects")
@@ -82,7 +89,7 @@ def test_every_run_has_every_figure(studied: tuple[Path, dict[str, Any]]) -> Non
 def test_slq_keeps_the_model_bit_for_bit_and_lora_does_not(
     studied: tuple[Path, dict[str, Any]],
 ) -> None:
-    untouched, _, slq, lora = (row["retention"] for row in studied[1]["rows"])
+    untouched, _, slq, lora, _ = (row["retention"] for row in studied[1]["rows"])
     assert slq == untouched
     assert slq["weights_sha256"] == backbone_of(Recipe()).weights_sha256()
     assert lora["weights_sha256"] != slq["weights_sha256"]
@@ -111,7 +118,7 @@ def test_a_trained_figure_is_that_of_the_run_itself(studied: tuple[Path, dict[st
     out, summary = studied
     results = read_json(out / "lora" / "eval" / "results.json")
     report = results["systems"]["slq"]["text_to_image"]
-    for subset, entry in summary["rows"][-1]["hits"].items():
+    for subset, entry in summary["rows"][-2]["hits"].items():
         assert entry["value"] == report[subset]["hit@1"]
 
 

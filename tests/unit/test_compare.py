@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -21,9 +22,11 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.compare import compare, outline
 from jobs.compare.chart import study_figure, write_study_chart
+from jobs.compare.pairs import paired_p
 from jobs.compare.running import Flows, count_values, training_figures
 from jobs.compare.study import ZERO_SHOT, plan_study, slug
 from jobs.compare.tables import (
+    category_columns,
     columns,
     notes,
     study_markdown,
@@ -32,9 +35,10 @@ from jobs.compare.tables import (
     study_table,
 )
 from jobs.compare.tuning import METRIC, choose, judged, on_edge
+from pipelines.ranking import RANKS_FILE
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, write_history
-from slq.arrow import NEGATIVES
+from slq.arrow import NEGATIVES, RANKS
 from slq.errors import ConfigError, StorageError, TrainingError
 from slq.files import read_json
 from slq.pretraining.config import PretrainConfig
@@ -493,6 +497,117 @@ def test_negatives_come_from_an_earlier_run_only(
     path = study_file(tmp_path, runs={"SLQ": {}, "a": run, "b": {}})
     with pytest.raises(ConfigError, match=message):
         plan_study(path, tmp_path / "out")
+
+
+FINE = {"adapter_of": "SLQ", "set": {"eval.systems": ["slq_fine"], "rerank.profile": "compat"}}
+
+
+def test_a_run_measures_the_adapter_of_an_earlier_one_and_trains_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    runs = {"SLQ": {"set": {"train.lr": 0.001}}, "SLQ, compat": FINE}
+    plan = plan_study(study_file(tmp_path, runs=runs), out)
+    assert plan.num_trainings == 1
+    recorder = Recorder(out)
+    summary = compare(plan, recorder.flows)
+    slq = ["train slq lr=0.001 steps=9", "evaluate slq lr=0.001 steps=9", "retention slq"]
+    assert recorder.calls == [*FIRST, *slq, "evaluate slq-compat lr=0.001 steps=9"]
+    assert (out / "slq-compat/adapter").resolve() == out / "slq/adapter"
+    assert [row["name"] for row in summary["rows"]][2:] == ["SLQ", "SLQ, compat"]
+    assert plan.runs[1].recipe.rerank.profile == "compat"
+    last = Recorder(out)
+    assert compare(plan, last.flows) == summary
+    assert last.calls == FIRST[:1]
+    runs["SLQ"] = {"set": {"train.lr": 0.002}}
+    changed = Recorder(out)
+    compare(plan_study(study_file(tmp_path, runs=runs), out), changed.flows)
+    assert changed.calls[-1] == "evaluate slq-compat lr=0.002 steps=9"  # another adapter by now
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"adapter_of": "b"}, "adapter_of names 'b', which is no run before this"),
+        ({"adapter_of": "first fine"}, "adapter_of names 'first fine', which trains nothing"),
+        (
+            {"adapter_of": "SLQ", "tune": {"train.lr": [1, 2]}},
+            "adapter_of trains nothing, so tune and negatives_of",
+        ),
+        (
+            {"adapter_of": "SLQ", "set": {"train.lr": 1}},
+            "train.lr has no place here; set rerank and eval",
+        ),
+        (
+            {"adapter_of": "SLQ", "set": {"eval.systems": ["last_token"]}},
+            "hit@1 of `slq` or `slq_fine` is compared, not last_token",
+        ),
+    ],
+)
+def test_what_is_measured_is_an_adapter_that_was_trained(
+    tmp_path: Path, run: dict[str, Any], message: str
+) -> None:
+    runs = {"SLQ": {}, "first fine": FINE, "a": run, "b": {}}
+    with pytest.raises(ConfigError, match=message):
+        plan_study(study_file(tmp_path, runs=runs), tmp_path / "out")
+
+
+def test_the_baseline_is_a_run(tmp_path: Path) -> None:
+    message = "baseline names 'CLIP', which is no run; it has SLQ, LoRA r=8"
+    with pytest.raises(ConfigError, match=message):
+        plan_study(study_file(tmp_path, baseline="CLIP"), tmp_path / "out")
+
+
+def write_ranks(folder: Path, **systems: dict[str, int]) -> None:
+    """Ranks of queries; those whose id begins with `k` are of knowledge."""
+    rows = [
+        {
+            "query_id": query,
+            "system": system,
+            "rank": rank,
+            "subsets": ["knowledge" if query.startswith("k") else "explicit"],
+        }
+        for system, ranks in systems.items()
+        for query, rank in ranks.items()
+    ]
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=RANKS), folder / RANKS_FILE)
+
+
+def test_rows_are_tested_against_the_baseline_query_by_query(tmp_path: Path) -> None:
+    plan = plan_study(study_file(tmp_path, baseline="LoRA r=8"), tmp_path / "out")
+    slq, lora = (run.recipe.storage.evaluation for run in plan.runs)
+    right = {**{f"e{n}": 1 for n in range(12)}, **{f"k{n}": 1 for n in range(4)}}
+    wrong = {**{f"e{n}": 7 for n in range(12)}, **{f"k{n}": 1 for n in range(4)}}
+    write_ranks(lora, slq=wrong)
+    write_ranks(slq, slq=dict(reversed(right.items())))
+    write_ranks(plan.zero_shot.storage.evaluation, last_token={"e0": 1})  # other queries
+    found = paired_p(plan)
+    assert list(found) == [("SLQ", "slq")]
+    # All twelve differences have one sign: two of the 2^12 assignments are as extreme.
+    assert found["SLQ", "slq"]["explicit"] == pytest.approx(2 / 2**12, abs=4e-4)
+    assert found["SLQ", "slq"]["knowledge"] == 1
+    rows = study_rows(fake_results(), found)
+    assert columns(rows)["p, explicit"] == ["", "", "< 0.001", "", "", ""]
+    assert columns(rows)["p, knowledge"] == ["", "", "1.000", "", "", ""]
+    text = study_markdown({"rows": rows, "notes": [], "baseline": "LoRA r=8"})
+    assert "on hit@1 against LoRA r=8, query by query" in text
+
+
+def test_without_ranks_of_the_baseline_nothing_is_tested(tmp_path: Path) -> None:
+    plan = plan_study(study_file(tmp_path), tmp_path / "out")
+    write_ranks(plan.runs[1].recipe.storage.evaluation, slq={"e0": 1})
+    assert paired_p(plan) == {}
+
+
+def test_categories_have_a_table_of_their_own() -> None:
+    results = fake_results()
+    entry = {"hit@1": 0.25, "hit@1_interval": [0.125, 0.5], "num_queries": 7}
+    results["SLQ"]["results"]["systems"]["slq"]["categories"] = {"tool_use": entry}
+    rows = study_rows(results)
+    found = category_columns(rows)
+    assert found["tool use (n = 7)"] == ["", "", "25.0 (12.5-50.0)", "", "", ""]
+    text = study_markdown({"rows": rows, "notes": [], "baseline": "SLQ"})
+    assert "| run | tool use (n = 7) |" in text
+    assert category_columns(study_rows(fake_results())) == {}
 
 
 def test_variants_and_cut_vectors_have_rows_and_no_time_of_their_own() -> None:

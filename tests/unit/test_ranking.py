@@ -7,8 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pipelines.benchmark import Benchmark
-from pipelines.ranking import Scores, placed, run_table, shared_best, summarise
+from pipelines.ranking import Scores, placed, rank_table, run_table, shared_best, summarise
 from pipelines.recipe import Recipe
+from slq.arrow import RANKS
 from slq.errors import DataError
 from slq.index import Hit
 from slq.metrics import pessimistic_order
@@ -198,3 +199,46 @@ def test_queries_may_be_scored_to_different_depths_and_fused_with_their_similari
     heavier = Scores(coarse).scored(best, readings, DEFAULT, coarse_weight=3.0)
     # 1.2, 1.3, 1.6
     assert placed(heavier, by_coarse).tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
+
+
+def test_ranks_of_first_relevant_items_are_told_by_query_and_subset() -> None:
+    rng = np.random.default_rng(3)
+    queries = [
+        Item(text="x", id=f"q{n}", columns={"kind": "ab"[n % 2], "split": "test", "hard": n > 6})
+        for n in range(9)
+    ]
+    relevant = rng.random((9, 4)) < 0.5
+    relevant[:, 1] = True
+    coarse = rng.choice([0.1, 0.2, 0.3], (9, 4)).astype(np.float32)
+    benchmark = Benchmark(ITEMS, queries, relevant)
+    table = rank_table(benchmark, {"slq": Scores(coarse), "other": Scores(-coarse)})
+    assert table.schema.equals(RANKS)
+    for row in table.to_pylist():
+        n = int(row["query_id"][1:])
+        values = coarse[n] if row["system"] == "slq" else -coarse[n]
+        best = max(values[i] for i in range(4) if relevant[n, i])
+        before = sum(values[i] > best for i in range(4))
+        equal_but_wrong = sum(values[i] == best and not relevant[n, i] for i in range(4))
+        assert row["rank"] == 1 + before + equal_but_wrong
+        kind = "ab"[n % 2]
+        assert row["subsets"] == [kind, *([f"{kind}, hard subset"] if n > 6 else [])]
+    assert table.num_rows == 18
+
+
+def test_categories_are_measured_apart_on_objects_that_were_seen() -> None:
+    kinds = [("tool_use", "test"), ("tool_use", "unseen"), (None, "test"), ("logic", "test")]
+    queries = [
+        Item(text="x", id=f"q{n}", columns={"kind": "a", "category": name, "split": split})
+        for n, (name, split) in enumerate(kinds)
+    ]
+    coarse = np.eye(4, dtype=np.float32)
+    relevant = np.eye(4, dtype=bool)
+    relevant[3] = [True, False, False, False]
+    recipe = changed(Recipe(), eval={"ks": (1, 4)})
+    found = summarise(recipe, Benchmark(ITEMS, queries, relevant), {"slq": Scores(coarse)})
+    by_category = found["systems"]["slq"]["categories"]
+    assert {name: one["num_queries"] for name, one in by_category.items()} == {
+        "logic": 1, "tool_use": 1,
+    }  # fmt: skip
+    assert by_category["tool_use"]["hit@1"] == 1
+    assert by_category["logic"]["hit@1"] == 0
