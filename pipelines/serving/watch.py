@@ -130,8 +130,6 @@ class Watch:
         with nullcontext() if exchange.is_probe else opened as span:
             try:
                 await self._app(exchange.scope, coming, going)
-                # Another thread of Ray Serve sends the answer; it gets the interpreter before the log line does.
-                await asyncio.sleep(0)
             except asyncio.CancelledError:
                 exchange.status, exchange.kind = _GONE, "client_gone"
                 raise
