@@ -8,7 +8,7 @@ NaN is the worst score, and so is -inf. A relevant item whose score equals that 
 behind all m. Other tools break ties by item id or by position, and agree where no scores are equal.
 """
 
-from slq.metrics.blockwise import blockwise_ranks
+from slq.metrics.blockwise import blockwise_ranks, ranks_of_blocks
 from slq.metrics.named import KNOWN, Metric, figures, parse_metric, parse_metrics, values_of
 from slq.metrics.ranked import (
     Bools,
@@ -55,6 +55,7 @@ __all__ = [
     "parse_metrics",
     "permutation_p_values",
     "pessimistic_order",
+    "ranks_of_blocks",
     "ranks_of_order",
     "ranks_of_scores",
     "recalls",

@@ -12,13 +12,18 @@ from torch import Tensor
 from slq.errors import DataError
 from slq.metrics.ranks import Integers, Ranks, Relevance, within
 
+Scored = Callable[[slice, slice], Tensor]
+"""Given rows of queries and of items, gives the scores of one with the other: a block that may not be overwritten."""
 Allowed = Callable[[slice, slice], Tensor | NDArray[np.bool_]]
 """Given rows of queries and of items, says which of those items are candidates for which query: a bool block."""
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The relevant pairs of a block of queries: row in the block, item, and number within the query, all (pairs,)."""
+    """The relevant pairs of a block of queries: row in the block, item, and number within the query.
+
+    All are (pairs,) and, like what is found for them, on the CPU.
+    """
 
     row: Tensor
     item: Tensor
@@ -29,7 +34,6 @@ class _Pairs:
         return (self.item >= columns.start) & (self.item < columns.stop)
 
 
-@torch.no_grad()
 def blockwise_ranks(
     queries: Tensor,
     items: Tensor,
@@ -42,12 +46,8 @@ def blockwise_ranks(
 ) -> Ranks:
     """The ranks that `ranks_of_scores(queries @ items.T, ...)` would give, from blocks of that matrix.
 
-    Of each relevant item the irrelevant ones with at least its score are counted, block by block; nothing is sorted but
-    the relevant items of a query. An item's own score comes from the same product as those that it is compared with, as
-    two products may round differently, and then equal items would not be equal.
-
-    The work is one product of the sides, and a comparison of each block for every relevant item that the query with
-    most of them has. Where a row of blocks does not fit `kept_bytes`, the product is made twice.
+    An item's own score comes from the same product as those that it is compared with, as two products may round
+    differently, and then equal items would not be equal.
 
     Args:
         queries: (queries, dimension), on any device.
@@ -61,33 +61,74 @@ def blockwise_ranks(
     Raises:
         DataError: The shapes do not fit, or a block is empty.
     """
-    _require_fitting(queries, items, relevance, query_block, item_block)
+    if queries.ndim != 2 or items.ndim != 2 or queries.shape[1] != items.shape[1]:
+        raise DataError(
+            f"queries {tuple(queries.shape)} and items {tuple(items.shape)} must be rows of vectors of one length"
+        )
+    if (relevance.num_queries, relevance.num_items) != (len(queries), len(items)):
+        raise DataError(
+            f"relevance speaks of {relevance.num_queries} queries and {relevance.num_items} items, and there are "
+            f"vectors of {len(queries)} and {len(items)}"
+        )
+    return ranks_of_blocks(
+        lambda rows, columns: queries[rows] @ items[columns].T,
+        relevance,
+        allowed=allowed,
+        query_block=query_block,
+        item_block=item_block,
+        kept_bytes=kept_bytes,
+    )
+
+
+@torch.no_grad()
+def ranks_of_blocks(
+    scored: Scored,
+    relevance: Relevance,
+    *,
+    allowed: Allowed | None = None,
+    query_block: int = 1024,
+    item_block: int = 8192,
+    kept_bytes: int = 2**28,
+) -> Ranks:
+    """The ranks that `ranks_of_scores` would give, from anything that gives blocks of scores.
+
+    Of each relevant item the irrelevant ones with at least its score are counted, block by block; nothing is sorted but
+    the relevant items of a query. The work is one look at every block, in which it is compared once for every relevant
+    item that the query with most of them has. Where a row of blocks does not fit `kept_bytes`, those that hold relevant
+    items are asked for twice.
+
+    Args:
+        scored: Gives blocks.
+        relevance: Which items answer which query.
+        allowed: As of `blockwise_ranks`.
+        query_block: Queries at once.
+        item_block: Items at once.
+        kept_bytes: Scores that may be kept beyond a block.
+
+    Raises:
+        DataError: A block is empty, or `allowed` gives something else than bools for one.
+    """
+    if min(query_block, item_block) < 1:
+        raise DataError(
+            f"blocks of {query_block} queries and {item_block} items: both must be 1 or above"
+        )
+    num_queries = relevance.num_queries
     rank = np.zeros(len(relevance.query), np.int64)
     layers = within(relevance.query) - 1
-    edges = np.searchsorted(relevance.query, np.arange(0, len(queries) + query_block, query_block))
+    edges = np.searchsorted(relevance.query, np.arange(0, num_queries + query_block, query_block))
     for start, first, last in zip(
-        range(0, len(queries), query_block), edges[:-1], edges[1:], strict=True
+        range(0, num_queries, query_block), edges[:-1], edges[1:], strict=True
     ):
         if first == last:
             continue
         chosen = slice(first, last)
-        pairs = _Pairs(
-            *(
-                torch.as_tensor(values, device=queries.device)
-                for values in (
-                    relevance.query[chosen] - start,
-                    relevance.item[chosen],
-                    layers[chosen],
-                )
-            )
-        )
-        rows = slice(start, min(start + query_block, len(queries)))
-        blocks = _Blocks(queries, items, rows, item_block, kept_bytes)
+        numbers = (relevance.query[chosen] - start, relevance.item[chosen], layers[chosen])
+        pairs = _Pairs(*map(torch.tensor, numbers))
+        rows = slice(start, min(start + query_block, num_queries))
+        blocks = _Blocks(scored, rows, relevance.num_items, item_block, kept_bytes)
         own, is_allowed = _own(blocks, pairs, allowed)
         better = _better(blocks, pairs, own, allowed)
-        rank[chosen] = _ranked(
-            relevance, chosen, own.cpu().numpy(), better.cpu().numpy(), is_allowed.cpu().numpy()
-        )
+        rank[chosen] = _ranked(relevance, chosen, own.numpy(), better.numpy(), is_allowed.numpy())
     return Ranks.sorted(relevance.num_queries, relevance.query, rank, relevance.grade)
 
 
@@ -95,24 +136,24 @@ class _Blocks:
     """Scores of one block of queries with the items, (rows, columns) at a time; kept if they are few."""
 
     def __init__(
-        self, queries: Tensor, items: Tensor, rows: slice, item_block: int, kept_bytes: int
+        self, scored: Scored, rows: slice, num_items: int, item_block: int, kept_bytes: int
     ) -> None:
-        self._queries, self._items, self._size = queries[rows], items, item_block
         self.rows = rows
-        num_bytes = len(self._queries) * len(items) * queries.element_size()
-        self._kept: dict[int, Tensor] | None = {} if num_bytes <= kept_bytes else None
+        self._scored, self._num_items, self._size = scored, num_items, item_block
+        is_small = 4 * (rows.stop - rows.start) * num_items <= kept_bytes
+        self._kept: dict[int, Tensor] | None = {} if is_small else None
 
     def columns(self) -> Iterator[slice]:
         """Of each block."""
-        for start in range(0, len(self._items), self._size):
-            yield slice(start, min(start + self._size, len(self._items)))
+        for start in range(0, self._num_items, self._size):
+            yield slice(start, min(start + self._size, self._num_items))
 
     def scores(self, columns: slice) -> Tensor:
         """Of a block; NaN is made -inf."""
         if self._kept is not None and columns.start in self._kept:
             return self._kept[columns.start]
-        scores = self._queries @ self._items[columns].T
-        scores = scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        scores = self._scored(self.rows, columns)
+        scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if self._kept is not None:
             self._kept[columns.start] = scores
         return scores
@@ -120,17 +161,18 @@ class _Blocks:
 
 def _own(blocks: _Blocks, pairs: _Pairs, allowed: Allowed | None) -> tuple[Tensor, Tensor]:
     """(pairs,) scores of the relevant items, and whether they are candidates."""
-    is_allowed = torch.ones(len(pairs.row), dtype=torch.bool, device=pairs.row.device)
-    own = torch.empty(len(pairs.row), dtype=torch.float64, device=pairs.row.device)
+    is_allowed = torch.ones(len(pairs.row), dtype=torch.bool)
+    own = torch.empty(len(pairs.row), dtype=torch.float64)
     for columns in blocks.columns():
         inside = pairs.inside(columns)
         if not inside.any():
             continue
         scores = blocks.scores(columns)
         row, column = pairs.row[inside], pairs.item[inside] - columns.start
-        own[inside] = scores[row, column].double()
+        own[inside] = scores[row, column].double().cpu()
         if allowed is not None:
-            is_allowed[inside] = _mask(allowed, blocks.rows, columns, scores)[row, column]
+            mask = _mask(allowed, blocks.rows, columns, scores)
+            is_allowed[inside] = mask[row, column].cpu()
     return own, is_allowed
 
 
@@ -139,15 +181,15 @@ def _better(blocks: _Blocks, pairs: _Pairs, own: Tensor, allowed: Allowed | None
     num_rows, num_layers = blocks.rows.stop - blocks.rows.start, int(pairs.layer.max()) + 1
     bars = own.new_full((num_layers, num_rows), torch.nan)  # of rows with fewer relevant items
     bars[pairs.layer, pairs.row] = own
-    counts = torch.zeros((num_layers, num_rows), dtype=torch.int64, device=own.device)
+    counts = torch.zeros((num_layers, num_rows), dtype=torch.int64)
     for columns in blocks.columns():
         scores, inside = blocks.scores(columns), pairs.inside(columns)
         # looked at for the last time, so it may be overwritten: NaN is never as good as anything
         scores[pairs.row[inside], pairs.item[inside] - columns.start] = torch.nan
         if allowed is not None:
             scores[~_mask(allowed, blocks.rows, columns, scores)] = torch.nan
-        for layer, bar in enumerate(bars.to(scores.dtype)):
-            counts[layer] += (scores >= bar[:, None]).sum(dim=1)
+        for layer, bar in enumerate(bars.to(scores.device, scores.dtype)):
+            counts[layer] += (scores >= bar[:, None]).sum(dim=1).cpu()
     return counts[pairs.layer, pairs.row]
 
 
@@ -176,21 +218,3 @@ def _ranked(
     before = np.empty(len(order), np.int64)
     before[order] = within(query)  # the order leaves each query's pairs where they are
     return np.where(is_allowed, better + before, 0)
-
-
-def _require_fitting(
-    queries: Tensor, items: Tensor, relevance: Relevance, query_block: int, item_block: int
-) -> None:
-    if queries.ndim != 2 or items.ndim != 2 or queries.shape[1] != items.shape[1]:
-        raise DataError(
-            f"queries {tuple(queries.shape)} and items {tuple(items.shape)} must be rows of vectors of one length"
-        )
-    if (relevance.num_queries, relevance.num_items) != (len(queries), len(items)):
-        raise DataError(
-            f"relevance speaks of {relevance.num_queries} queries and {relevance.num_items} items, and there are "
-            f"vectors of {len(queries)} and {len(items)}"
-        )
-    if min(query_block, item_block) < 1:
-        raise DataError(
-            f"blocks of {query_block} queries and {item_block} items: both must be 1 or above"
-        )

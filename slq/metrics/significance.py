@@ -39,12 +39,21 @@ def bootstrap_intervals(
         resamples: Bootstrap samples.
         seed: Of the resampling.
     """
+    return _intervals(_resampled(values, resamples, seed), confidence)
+
+
+def _resampled(values: Floats, resamples: int, seed: int) -> Floats:
+    """(metrics, resamples) means of (metrics, queries) numbers over the same samples of queries."""
     rng, count = np.random.default_rng(seed), values.shape[1]
     means = np.empty((len(values), resamples))
     for rows in _blocks(resamples, count):
         picks = rng.integers(count, size=(rows.stop - rows.start, count))
         for row, numbers in zip(means, values, strict=True):
             row[rows] = numbers[picks].mean(axis=1)
+    return means
+
+
+def _intervals(means: Floats, confidence: float) -> list[tuple[float, float]]:
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(means, [tail, 1.0 - tail], axis=1)
     return list(zip(low.tolist(), high.tolist(), strict=True))
@@ -120,10 +129,15 @@ def compared(
     if not pairs:
         return {}
     metrics = list(values[pairs[0][0]])
-    differences = np.stack(
-        [values[a][metric] - values[b][metric] for metric in metrics for a, b in pairs]
+    resampled = {
+        name: _resampled(np.stack([values[name][metric] for metric in metrics]), 2000, 0)
+        for name in {name for pair in pairs for name in pair}
+    }
+    differences, means = (
+        np.stack([of[a][key] - of[b][key] for key in keys for a, b in pairs])
+        for of, keys in ((values, metrics), (resampled, range(len(metrics))))
     )
-    intervals, p_values = bootstrap_intervals(differences), permutation_p_values(differences)
+    intervals, p_values = _intervals(means, 0.95), permutation_p_values(differences)
     report: dict[str, list[dict[str, Any]]] = {}
     for n, metric in enumerate(metrics):
         family = slice(n * len(pairs), (n + 1) * len(pairs))
