@@ -12,6 +12,7 @@ from jobs.console import (
     DryRun,
     Overrides,
     RecipePath,
+    command_line,
     err,
     friendly_errors,
     out,
@@ -288,23 +289,67 @@ def rerank(
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage, plan=plan)
 
 
-@app.command("eval", epilog="Example: slq eval jobs/recipes/demo.yaml --json")
+@app.command(
+    "eval", epilog="Example: slq eval jobs/recipes/demo.yaml --set 'eval.metrics=[ndcg@10]'"
+)
 def evaluate(
     recipe: RecipePath,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure hit@k of zero-shot, untrained, trained and re-ranked search, with intervals."""
+    """Measure zero-shot, untrained, trained and re-ranked search: metrics with intervals, and paired tests.
+
+    Writes results.json, results.md, and of each system a run in Parquet and in TREC's format.
+    """
+    from jobs.report.evaluation import write_markdown
     from pipelines.evaluate import evaluate as measure
 
     def stage(resolved: Recipe) -> dict[str, Any]:
-        results = measure(resolved)
+        results = measure(resolved, command=command_line())
+        told = write_markdown(resolved.storage.evaluation, results)
         if not as_json:
             out.print(results_table(results))
+            out.print(f"all figures: {told}", highlight=False, soft_wrap=True)
         return results
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
+
+
+@app.command(
+    epilog="Example: slq score runs/demo/eval/run_slq_fine.trec runs/demo/eval/run_slq.trec "
+    "--qrels runs/demo/eval/qrels.trec --metrics hit@1,ndcg@10"
+)
+def score(
+    run: Annotated[
+        Path, typer.Argument(help="a run: Parquet, or TREC's six columns (.trec, .run, .txt)")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(help="a second run, compared with the first")
+    ] = None,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(help="relevance: Parquet (query_id, item_id, grade), or TREC's four columns"),
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="names, with commas: hit@k, recall@k, precision@k, mrr, map, ndcg@k")
+    ] = "hit@1,hit@5,hit@10,recall@10,mrr,map,ndcg@10",
+    as_json: AsJson = False,
+) -> None:
+    """Score any run by any relevance, with intervals; two runs are compared by a paired test.
+
+    Equal scores count against a run, and queries that it lacks count 0.
+    """
+    from jobs.scoring import notes_of, score_table, scored
+
+    with friendly_errors():
+        found = scored([run] if other is None else [run, other], qrels, metrics)
+    if as_json:
+        print(json.dumps(found))
+        return
+    out.print(score_table(found))
+    for note in notes_of(found):
+        out.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: slq serve jobs/recipes/demo.yaml --set serve.port=8080")

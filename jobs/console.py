@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,11 @@ def run_stage(
     else:
         place = isinstance(result, Path | str)
         out.print(f"[green]done[/] {result}" if place else "[green]done[/]", soft_wrap=True)
+
+
+def command_line() -> str:
+    """The command of this process, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def print_serve_config(recipe_path: Path, overrides: list[str] | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from jobs.console import out
+from jobs.console import command_line, out
 from jobs.report import write_report
 from jobs.report.picture import gallery_picture
 from jobs.results import results_table
@@ -76,9 +76,12 @@ def _make_scenes(recipe: Recipe) -> Path:
 
 
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
+    from jobs.report.evaluation import write_markdown
     from pipelines.evaluate import evaluate
 
-    return evaluate(recipe)
+    results = evaluate(recipe, command=command_line())
+    write_markdown(recipe.storage.evaluation, results)
+    return results
 
 
 def _serve_and_query(recipe: Recipe) -> None:

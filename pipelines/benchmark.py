@@ -1,7 +1,9 @@
 """What an evaluation measures on: gallery, queries and relevance, read into memory."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,12 +27,27 @@ class Benchmark:
         queries: Query items; `columns` hold kind, hard, split where given.
         relevant: (queries, items) bool.
         num_unreadable: Items and queries that could not be read, with the queries that only those answer.
+        grades: Of relevant pairs, by id of query and item, where they are not 1.
     """
 
     items: list[Item]
     queries: list[Item]
     relevant: NDArray[np.bool_]
     num_unreadable: int = 0
+    grades: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    @cached_property
+    def graded(self) -> NDArray[np.bool_] | NDArray[np.float32]:
+        """(queries, items) grades: `relevant` itself where all are 1."""
+        if not self.grades:
+            return self.relevant
+        row = {query.id: n for n, query in enumerate(self.queries)}
+        column = {item.id: n for n, item in enumerate(self.items)}
+        graded = self.relevant.astype(np.float32)
+        for (query, item), grade in self.grades.items():
+            if query in row and item in column and self.relevant[row[query], column[item]]:
+                graded[row[query], column[item]] = grade
+        return graded
 
 
 def load_benchmark(recipe: Recipe) -> Benchmark:
@@ -45,7 +62,7 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
     row = {query.id: n for n, query in enumerate(queries)}
     column = {item.id: n for n, item in enumerate(items)}
     relevant = np.zeros((len(queries), len(items)), dtype=bool)
-    orphaned = set()
+    orphaned, grades = set(), {}
     for entry in pq.read_table(recipe.data.path("relevance")).to_pylist():
         if entry["query_id"] in lost_queries:
             continue
@@ -58,6 +75,8 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
                 "that is not in the files"
             )
         relevant[row[entry["query_id"]], column[entry["item_id"]]] = entry["grade"] > 0
+        if entry["grade"] > 1:
+            grades[entry["query_id"], entry["item_id"]] = float(entry["grade"])
     answered: NDArray[np.bool_] = np.asarray(relevant.any(axis=1))
     missing = [queries[n].id for n in np.flatnonzero(~answered)]
     unknown = [name for name in missing if name not in orphaned]
@@ -74,7 +93,7 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
         )
     if not items or not kept:
         raise DataError("nothing is left to measure: no item or no query can be read")
-    return Benchmark(items, kept, relevant[answered], num_unreadable)
+    return Benchmark(items, kept, relevant[answered], num_unreadable, grades)
 
 
 def _read_items(corpus: Corpus) -> tuple[list[Item], set[str]]:

@@ -7,10 +7,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.benchmark import Benchmark, load_benchmark
+from pipelines.evaluation_files import write_runs
 from pipelines.loading import (
     adapter_folder,
     backbone_of,
@@ -21,12 +21,12 @@ from pipelines.loading import (
     reranking_backbone,
     use_processors,
 )
+from pipelines.provenance import provenance
 from pipelines.ranking import (
-    RANKS_FILE,
     Scores,
-    rank_table,
-    run_file,
-    run_table,
+    compared_systems,
+    deepest,
+    metrics_of,
     shared_best,
     summarise,
 )
@@ -36,7 +36,7 @@ from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
 from slq.encoder import batches_by_length
-from slq.errors import DataError, StorageError
+from slq.errors import DataError
 from slq.files import write_json
 from slq.index import SearchIndex
 from slq.quantization import cut
@@ -49,9 +49,17 @@ from slq.schema import Item
 log = logging.getLogger(__name__)
 
 
-def evaluate(recipe: Recipe) -> dict[str, Any]:
-    """Measure every system of the recipe; writes results.json and run files, and returns the results."""
+def evaluate(recipe: Recipe, *, command: str = "") -> dict[str, Any]:
+    """Measure every system of the recipe; writes results.json, run files and relevance, and returns the results.
+
+    Args:
+        recipe: The resolved recipe.
+        command: The command line, for the record.
+    """
     require_shorter(recipe, "eval.dimensions", recipe.eval.dimensions)
+    compared_systems(
+        system_names(recipe), recipe.eval.baseline
+    )  # a wrong one is found before any work is done
     space = embedding_space(recipe)
     if "slq_index" in recipe.eval.systems:
         with open_index(recipe):
@@ -59,23 +67,9 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     benchmark = _without_fitted(recipe, load_benchmark(recipe))
     scores, facts = score_systems(recipe, benchmark)
     results = {**space, **facts, **summarise(recipe, benchmark, scores)}
+    results["provenance"] = provenance(recipe, command=command)
     folder = recipe.storage.evaluation
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for system, found in scores.items():
-            partial = folder / f".{run_file(system)}.partial"
-            pq.write_table(run_table(benchmark, found, depth=max(recipe.eval.ks)), partial)
-            partial.replace(folder / run_file(system))
-        partial = folder / ".ranks.parquet.partial"
-        pq.write_table(rank_table(benchmark, scores), partial)
-        partial.replace(folder / RANKS_FILE)
-        for stale in folder.glob("run_*.parquet"):
-            if stale.name not in map(run_file, scores):
-                stale.unlink()
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be written: {error}; free space or choose another folder"
-        ) from None
+    write_runs(folder, benchmark, scores, depth=_depth(recipe))
     write_json(folder / "results.json", results)
     return results
 
@@ -124,6 +118,21 @@ def measured_systems(recipe: Recipe) -> list[str]:
         if system == "slq":
             systems += [f"{system}{VARIANT_MARK}{name}" for name in recipe.adapter.variants]
     return systems
+
+
+def system_names(recipe: Recipe) -> list[str]:
+    """All rows of the results: the measured systems, and SLQ with its vectors cut."""
+    cut_ones = [f"slq{LENGTH_MARK}{length}" for length in recipe.eval.dimensions]
+    return [
+        name
+        for system in measured_systems(recipe)
+        for name in (system, *(cut_ones if system == "slq" else ()))
+    ]
+
+
+def _depth(recipe: Recipe) -> int:
+    """How many items of each query any metric looks at."""
+    return deepest(metrics_of(recipe.eval.ks, recipe.eval.metrics))
 
 
 def open_index(recipe: Recipe) -> SearchIndex:
@@ -196,7 +205,7 @@ def _through_index(
     recipe: Recipe, benchmark: Benchmark, queries: NDArray[np.float32], exact: Scores
 ) -> tuple[Scores, dict[str, Any]]:
     """What the index gives for (queries, dimension) vectors, and how much of the exact ranking is in it."""
-    depth = max(recipe.eval.ks)
+    depth = _depth(recipe)
     with open_index(recipe) as index:
         found = Scores.of_hits(benchmark, index.search(queries, depth))
         told = {"engine": recipe.index.engine, "version": index.version, "num_vectors": len(index)}

@@ -7,20 +7,26 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from pipelines.benchmark import Benchmark
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK, Recipe
 from slq.arrow import RANKS, RUN
-from slq.errors import DataError
+from slq.errors import ConfigError, DataError
 from slq.index import Hit
 from slq.metrics import (
-    bootstrap_interval,
-    hits,
+    Metric,
+    Ranks,
+    Relevance,
+    compared,
+    figures,
     paired_permutation,
+    parse_metrics,
     pessimistic_order,
-    recalls,
-    reciprocal_ranks,
+    ranks_of_blocks,
+    ranks_of_order,
+    values_of,
 )
 from slq.reranking.profiles import PROFILES, Profile, Reading, fine_score, ordered
 
@@ -162,7 +168,8 @@ def categories(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
     found = np.array([query.columns.get("category") for query in benchmark.queries], dtype=object)
     split = np.array([query.columns.get("split") for query in benchmark.queries], dtype=object)
     names = sorted({name for name in found if name is not None})
-    return {name: (found == name) & (split != "unseen") for name in names}
+    masks = {name: (found == name) & (split != "unseen") for name in names}
+    return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def rank_table(benchmark: Benchmark, scores: Mapping[str, Scores]) -> pa.Table:
@@ -173,75 +180,136 @@ def rank_table(benchmark: Benchmark, scores: Mapping[str, Scores]) -> pa.Table:
     ]
     parts = []
     for system, found in scores.items():
-        order = placed(found, pessimistic_order(found.coarse, benchmark.relevant))
-        first = np.take_along_axis(benchmark.relevant, order, axis=1).argmax(axis=1) + 1
+        reciprocal = Metric("mrr")(ranks_of(found, benchmark.graded))
         columns = {
             "query_id": [query.id for query in benchmark.queries],
-            "system": [system] * len(first),
-            "rank": first.astype(np.int32),
+            "system": [system] * len(reciprocal),
+            "rank": [round(1 / one) if one else None for one in reciprocal.tolist()],
             "subsets": of_query,
         }
         parts.append(pa.table(columns, schema=RANKS))
     return pa.concat_tables(parts)
 
 
+def metrics_of(ks: Sequence[int], names: Sequence[str] = ()) -> tuple[Metric, ...]:
+    """What is measured: mrr, hit@k and recall@k, and the metrics that are asked for by name."""
+    usual = [f"{kind}@{k}" for k in ks for kind in ("hit", "recall")]
+    return parse_metrics(["mrr", *usual, *names])
+
+
+def deepest(metrics: Sequence[Metric]) -> int:
+    """How many items of each query the metrics look at that have a depth."""
+    return max(metric.depth or 1 for metric in metrics)
+
+
+def compared_systems(systems: Sequence[str], baseline: str | None) -> list[tuple[str, str]]:
+    """Pairs of systems for paired tests: each with the baseline, or each with every one before it.
+
+    Raises:
+        ConfigError: The baseline is not measured.
+    """
+    if baseline is None:
+        return [(systems[n], other) for n in range(len(systems)) for other in systems[:n]]
+    if baseline not in systems:
+        raise ConfigError(
+            f"eval.baseline {baseline!r} is not measured; name one of {', '.join(systems)}"
+        )
+    return [(system, baseline) for system in systems if system != baseline]
+
+
+PerQuery = dict[str, dict[str, dict[str, NDArray[np.float64]]]]
+"""Numbers of each query, by subset, system and metric."""
+
+
 def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -> dict[str, Any]:
-    """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals."""
-    ks = recipe.eval.ks
+    """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals and paired tests."""
+    metrics = metrics_of(recipe.eval.ks, recipe.eval.metrics)
+    pairs = compared_systems(list(scores), recipe.eval.baseline)
+    masks, by_category = subsets(benchmark), categories(benchmark)
+    forward: PerQuery = {name: {} for name in masks}
+    of_categories: PerQuery = {name: {} for name in by_category}
+    reverse: PerQuery = {name: {} for name in masks}
+    first: dict[str, NDArray[np.float64]] = {}
+    for system, found in scores.items():
+        ranks = ranks_of(found, benchmark.graded)
+        values, first[system] = values_of(ranks, metrics), Metric("hit", 1)(ranks)
+        for name, mask in masks.items():
+            forward[name][system] = {metric: value[mask] for metric, value in values.items()}
+        for name, mask in by_category.items():
+            of_categories[name][system] = {metric: value[mask] for metric, value in values.items()}
+        # The fine stage and an index rank items for a query, not the reverse.
+        if found.is_whole and found.readings is None:
+            for name, values in _reverse(benchmark, found, metrics).items():
+                reverse[name][system] = values
+    directions = {"text_to_image": forward, "image_to_text": reverse}
     results: dict[str, Any] = {
         "num_items": len(benchmark.items),
         "num_queries": len(benchmark.queries),
         "num_unreadable": benchmark.num_unreadable,
-        "systems": {},
+        "systems": {
+            system: _metrics({**directions, "categories": of_categories}, system)
+            for system in scores
+        },
+        "paired": {name: _paired(values, pairs) for name, values in directions.items()},
     }
-    per_query: dict[str, NDArray[np.float64]] = {}
-    for system, found in scores.items():
-        order = placed(found, pessimistic_order(found.coarse, benchmark.relevant))
-        ranked = np.take_along_axis(benchmark.relevant, order, axis=1)
-        per_query[system] = hits(ranked, 1)
-        report = {name: _metrics(ranked[mask], ks) for name, mask in subsets(benchmark).items()}
-        results["systems"][system] = {"text_to_image": report}
-        by_category = categories(benchmark)
-        if by_category:
-            results["systems"][system]["categories"] = {
-                name: _metrics(ranked[mask], ks) for name, mask in by_category.items() if mask.any()
-            }
-        # The fine stage and an index rank items for a query, not the reverse.
-        if found.is_whole and found.readings is None:
-            reverse = _reverse(benchmark, found.coarse, ks)
-            results["systems"][system]["image_to_text"] = reverse
     if {"slq", "slq_fine"} <= set(scores):
         results["fine_against_coarse_p"] = {
-            name: paired_permutation(per_query["slq_fine"][mask], per_query["slq"][mask])
-            for name, mask in subsets(benchmark).items()
+            name: paired_permutation(first["slq_fine"][mask], first["slq"][mask])
+            for name, mask in masks.items()
         }
     return results
 
 
-def _metrics(ranked: NDArray[np.bool_], ks: tuple[int, ...]) -> dict[str, Any]:
-    report: dict[str, Any] = {
-        "num_queries": len(ranked),
-        "mrr": float(reciprocal_ranks(ranked).mean()),
+def _metrics(directions: Mapping[str, PerQuery], system: str) -> dict[str, Any]:
+    """Figures of a system by subset, of the directions in which it was measured."""
+    found = {
+        name: {subset: figures(of[system]) for subset, of in values.items() if system in of}
+        for name, values in directions.items()
     }
-    for k in ks:
-        values = hits(ranked, k)
-        report[f"hit@{k}"] = float(values.mean())
-        report[f"hit@{k}_interval"] = bootstrap_interval(values)
-        report[f"recall@{k}"] = float(recalls(ranked, ranked.sum(axis=1), k).mean())
-    return report
+    return {name: report for name, report in found.items() if report}
+
+
+def _paired(values: PerQuery, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Paired tests by subset and metric; of the pairs whose systems were both measured."""
+    found = {
+        subset: compared(of, [pair for pair in pairs if set(pair) <= set(of)])
+        for subset, of in values.items()
+    }
+    return {subset: tests for subset, tests in found.items() if tests}
+
+
+def ranks_of(scores: Scores, grades: NDArray[Any]) -> Ranks:
+    """Ranks of the relevant items by one system; ties count against it, and what has -inf is not ranked.
+
+    Args:
+        scores: Of the system.
+        grades: (queries, items) grades or truth values.
+    """
+    coarse = scores.coarse
+    is_ranked = ~np.isneginf(coarse)
+    allowed = None if is_ranked.all() else is_ranked
+    if scores.readings is not None:
+        order = placed(scores, pessimistic_order(coarse, grades))
+        return ranks_of_order(order, grades, allowed)
+    return ranks_of_blocks(
+        lambda rows, columns: torch.tensor(coarse[rows, columns]),
+        Relevance.of_matrix(grades),
+        allowed=None if allowed is None else lambda rows, columns: is_ranked[rows, columns],
+    )
 
 
 def _reverse(
-    benchmark: Benchmark, coarse: NDArray[np.float32], ks: tuple[int, ...]
-) -> dict[str, Any]:
-    """Image to text, by coarse score: each item against the queries of one kind."""
-    reports = {}
+    benchmark: Benchmark, scores: Scores, metrics: Sequence[Metric]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Image to text, by coarse score: numbers of each item against the queries of one kind."""
+    found = {}
+    grades = benchmark.graded
     for name, mask in subsets(benchmark).items():
-        relevant = benchmark.relevant[mask].T
-        asked = relevant.any(axis=1)
-        order = pessimistic_order(coarse[mask].T[asked], relevant[asked])
-        reports[name] = _metrics(np.take_along_axis(relevant[asked], order, axis=1), ks)
-    return reports
+        asked = benchmark.relevant[mask].any(axis=0)
+        turned = Scores(np.ascontiguousarray(scores.coarse[mask][:, asked].T))
+        ranks = ranks_of(turned, np.ascontiguousarray(grades[mask][:, asked].T))
+        found[name] = values_of(ranks, metrics)
+    return found
 
 
 def shared_best(first: Scores, second: Scores, depth: int) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipelines.serving.config import ServeConfig
 from slq.benchmarks.karpathy import KarpathyConfig
@@ -15,6 +15,7 @@ from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
+from slq.metrics import parse_metric
 from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.framings import framing_by_name
@@ -231,8 +232,20 @@ class EvalConfig(Section):
     """Shorter lengths to which SLQ's vectors are cut and measured again, as `slq@48`; see train.matryoshka."""
     ks: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 5, 10)
     """Depths of hit@k and recall@k."""
+    metrics: tuple[str, ...] = ()
+    """Further metrics beside those and mrr, such as `ndcg@10`, `map`, `precision@5` or `mrr@10`."""
+    baseline: str | None = None
+    """System that each other one is compared with in paired tests; null compares each with each."""
     num_threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of each evaluation task; 0 leaves torch's default."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(parse_metric(name).name for name in names)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 class ResourcesConfig(Section):

@@ -35,9 +35,9 @@ from pipelines.reranking.plan import (
     summarise,
     write_plan,
 )
-from pipelines.reranking.runs import read_run
 from pipelines.reranking.score import ScorePairs, Work, scoring_threads
 from pipelines.reranking.totals import Totals
+from pipelines.runs import read_run
 from pipelines.streaming import WHOLE, rows_alone, staying_actors
 from pipelines.tasks import cluster_errors, require_gpus
 from slq.errors import ConfigError, DataError

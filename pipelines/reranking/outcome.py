@@ -17,7 +17,7 @@ from pipelines.ranking import scores_of_places
 from pipelines.recipe import Recipe
 from pipelines.reranking.judged import Ranking, judge
 from pipelines.reranking.plan import parquet_bytes, read_pairs, read_pool
-from pipelines.reranking.runs import trec_lines
+from pipelines.runs import trec_lines
 from slq.arrow import RUN
 from slq.errors import ArtifactError, DataError
 from slq.reranking.profiles import Reading, fine_score, ordered, profile_by_name

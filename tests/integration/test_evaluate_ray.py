@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.results import results_table
+from jobs.scoring import scored
 from pipelines.benchmark import load_benchmark
 from pipelines.evaluate import evaluate
 from pipelines.loading import backbone_of, encoder_of, untrained_latents
@@ -18,6 +19,7 @@ from pipelines.recipe import Recipe
 from slq.arrow import ITEMS, RELEVANCE
 from slq.artifacts import save_adapter
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
+from slq.files import file_sha256
 from slq.media import decode_image
 from tests.integration.runs import changed, with_untrained_adapter
 
@@ -33,10 +35,11 @@ def measured(
         data={"dir": scenes_dir},
         adapter={"num_latents": 4},
         rerank={"depth": 3},
+        eval={"metrics": ("ndcg@10",), "baseline": "slq"},
         storage={"dir": tmp_path_factory.mktemp("evaluate")},
     )
     recipe = with_untrained_adapter(recipe)
-    return recipe, evaluate(recipe)
+    return recipe, evaluate(recipe, command="slq eval mine.yaml")
 
 
 def test_results_are_written_as_they_are_returned(measured: tuple[Recipe, dict[str, Any]]) -> None:
@@ -45,6 +48,43 @@ def test_results_are_written_as_they_are_returned(measured: tuple[Recipe, dict[s
     assert written == json.loads(json.dumps(results))
     assert (results["num_items"], results["num_queries"]) == (32, 64)
     assert set(results["systems"]) == set(recipe.eval.systems)
+    told = results["provenance"]
+    assert told["command"] == "slq eval mine.yaml"
+    assert told["data"]["queries"] == file_sha256(recipe.data.path("queries"))
+    assert set(told["data"]) == {"dir", "corpus", "queries", "relevance"}
+    assert told["hardware"]["cluster"]["nodes"] == 1
+    tests = results["paired"]["text_to_image"]["explicit"]["ndcg@10"]
+    assert [test["systems"] for test in tests] == [
+        (name, "slq") for name in ("last_token", "untrained", "slq_fine")
+    ]
+    assert tests[1]["difference"] == 0.0  # the same latents
+    assert tests[1]["p"] == 1.0
+
+
+def test_run_files_score_as_the_evaluation_says(measured: tuple[Recipe, dict[str, Any]]) -> None:
+    """In TREC's format, by the command's own way; subsets share the queries out between them."""
+    recipe, results = measured
+    folder = recipe.storage.evaluation
+    for system, of in results["systems"].items():
+        found = scored([folder / f"run_{system}.trec"], folder / "qrels.trec", "hit@5,ndcg@10")
+        (one,) = found["runs"]
+        assert (found["num_queries"], one["missing"]["count"], one["unjudged"]["count"]) == (
+            64,
+            0,
+            0,
+        )
+        disjoint = [of["text_to_image"][k] for k in of["text_to_image"] if "hard" not in k]
+        for name in ("hit@5", "ndcg@10"):
+            mean = sum(entry[name] * entry["num_queries"] for entry in disjoint) / 64
+            assert one["figures"][name] == pytest.approx(mean, abs=1e-9), (system, name)
+
+
+def test_a_baseline_that_is_not_measured_is_refused_before_any_work(
+    measured: tuple[Recipe, dict[str, Any]],
+) -> None:
+    recipe, _ = measured
+    with pytest.raises(ConfigError, match=r"eval\.baseline 'slq@48' is not measured; name one of"):
+        evaluate(changed(recipe, eval={"baseline": "slq@48"}))
 
 
 def test_hits_equal_those_of_a_plain_loop_over_the_encoder(
@@ -116,7 +156,7 @@ def test_variants_are_measured_beside_the_adapter(
         ]
         cosine = pair[0] @ pair[1] / np.linalg.norm(pair[0]) / np.linalg.norm(pair[1])
         assert row["coarse_score"] == pytest.approx(float(cosine), abs=1e-5)
-    runs = {path.name for path in recipe.storage.evaluation.glob("run_*")}
+    runs = {path.name for path in recipe.storage.evaluation.glob("run_*.parquet")}
     names = ("", ".cut.48", ".variant.one", ".variant.same")
     assert runs == {f"run_slq{name}.parquet" for name in names}
     with pytest.raises(

@@ -26,9 +26,9 @@ from pipelines.reranking import catalogue
 from pipelines.reranking.catalogue import located
 from pipelines.reranking.flow import Flow
 from pipelines.reranking.plan import POOL, chosen, pairs_of, read_pairs, shared_image
-from pipelines.reranking.runs import read_run
 from pipelines.reranking.score import ScorePairs
 from pipelines.reranking.windows import windows_of
+from pipelines.runs import read_run
 from slq.errors import (
     ArtifactError,
     ArtifactMismatchError,

@@ -25,6 +25,7 @@ from pipelines.embed import embed
 from pipelines.index import index
 from pipelines.loading import backbone_of, encoder_of, untrained_latents
 from pipelines.progress import show
+from pipelines.provenance import cpu_name
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runtime import connect
 from pipelines.serve import start, stop
@@ -206,19 +207,12 @@ def machine() -> dict[str, Any]:
     """What figures were measured on."""
     return {
         **hardware(torch.device("cpu")),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_before": [round(value, 2) for value in psutil.getloadavg()],
         "python": platform.python_version(),
         "ray": ray.__version__,
     }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def with_defaults(settings: Settings, *, seconds: float, repeats: int = 1) -> Settings:

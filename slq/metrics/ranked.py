@@ -1,8 +1,6 @@
-"""Retrieval metrics by name, with intervals.
+"""Metrics of rankings that are there as arrays of which rank holds a relevant item, and the order that makes them."""
 
-`hit@k` is 1 when at least one relevant item stands in the first k (what papers on COCO and Flickr30K call R@k);
-`recall@k` is the share of the relevant items found in the first k. Ties count against us.
-"""
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,50 +42,15 @@ def ndcg(ranked_relevance: Bools, num_relevant: NDArray[np.int64], k: int) -> Fl
     return np.where(num_relevant > 0, gained / ideal, 0.0)
 
 
-def pessimistic_order(scores: NDArray[np.float32], relevant: Bools) -> NDArray[np.int64]:
+def pessimistic_order(
+    scores: NDArray[np.floating[Any]], relevant: Bools | NDArray[np.floating[Any]]
+) -> NDArray[np.int64]:
     """Item order of each query, best first; among equal scores the irrelevant ones come first.
 
     Args:
         scores: (queries, items), higher is better; NaN counts as the worst score.
-        relevant: (queries, items).
+        relevant: (queries, items), or grades from 0 on: among equal scores the lower grade comes first.
     """
     clean = np.where(np.isnan(scores), -np.inf, scores)
     keys = (np.broadcast_to(np.arange(scores.shape[1]), scores.shape), relevant, -clean)
     return np.lexsort(keys, axis=1)
-
-
-def bootstrap_interval(
-    values: Floats, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over queries.
-
-    Args:
-        values: (queries,) per-query metric.
-        confidence: Probability mass inside.
-        resamples: Bootstrap samples.
-        seed: Of the resampling.
-    """
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(len(values), size=(resamples, len(values)))
-    means = values[picks].mean(axis=1)
-    tail = (1.0 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)
-
-
-def paired_permutation(
-    first: Floats, second: Floats, *, resamples: int = 10_000, seed: int = 0
-) -> float:
-    """Two-sided p-value of a paired randomisation test on the mean difference.
-
-    Args:
-        first: (queries,) per-query metric of one system.
-        second: The same queries in the same order for the other.
-        resamples: Random sign assignments.
-        seed: Of the assignments.
-    """
-    differences = first - second
-    observed = abs(differences.mean())
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(differences)))
-    extreme = (np.abs((signs * differences).mean(axis=1)) >= observed - 1e-12).sum()
-    return float((extreme + 1) / (resamples + 1))
