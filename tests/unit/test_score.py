@@ -295,7 +295,7 @@ def test_the_runs_that_an_evaluation_writes_score_as_it_does(tmp_path: Path, suf
 
 def test_files_of_an_evaluation_are_whole_and_those_of_other_systems_go(tmp_path: Path) -> None:
     write_runs(tmp_path, benchmark(), {"slq": Scores(COARSE), "slq@48": Scores(COARSE)}, depth=3)
-    names = {"qrels.trec"} | {
+    names = {"qrels.trec", "ranks.parquet"} | {
         f"run_slq{part}.{kind}" for part in ("", ".cut.48") for kind in ("parquet", "trec")
     }
     assert {path.name for path in tmp_path.iterdir()} == names
