@@ -109,7 +109,8 @@ def embed(
             rows = scenes.test + scenes.unseen
             shards_needed = -(-rows // resolved.embed.shard_rows)
             return {"plan": {"shards": shards_needed, "rows": rows, "corpus": "generated first"}}
-        if resolved.data.karpathy is not None and not resolved.data.path("corpus").exists():
+        made = resolved.data.karpathy or resolved.data.benchmark
+        if made is not None and not resolved.data.path("corpus").exists():
             return {"plan": {"corpus": "generated first"}}  # how many images only its source knows
         require_files(resolved, "corpus")
         planned = summarise(corpus_of(resolved).shards(resolved.embed.shard_rows))

@@ -30,7 +30,8 @@ class Scores:
     """What one system says of every query and item.
 
     Attributes:
-        coarse: (queries, items) float32 similarities; -inf where an index did not give an item.
+        coarse: (queries, items) float32 similarities; -inf where a query does not rank an item, or an index did not
+            give it.
         readings: Of each query, by column of the item, those of pairs that the fine stage scored; None without one.
         profile: Says what readings are ordered by.
         is_whole: Whether every item has a similarity, so that items can also look for queries.
@@ -93,7 +94,7 @@ class Scores:
                         "data.corpus that the index was built from"
                     )
                 row[column[hit.id]] = hit.score
-        return cls(coarse, is_whole=False)
+        return cls(benchmark.masked(coarse), is_whole=False)
 
 
 def run_file(system: str) -> str:
@@ -150,20 +151,23 @@ def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
         masks[name] = of_kind & seen
         masks[f"{name}, hard subset"] = of_kind & seen & (hard == True)  # noqa: E712 - an object array
         masks[f"{name}, unseen objects"] = of_kind & (split == "unseen")
-    if not masks:  # users' own queries need not have kinds
-        masks["all"] = np.ones(len(benchmark.queries), dtype=bool)
+    overall = benchmark.facts.overall if benchmark.facts else None
+    if overall or not masks:  # users' own queries need not have kinds
+        masks = {overall or "all": np.ones(len(benchmark.queries), dtype=bool), **masks}
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -> dict[str, Any]:
     """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals."""
-    ks = recipe.eval.ks
+    ks = benchmark.depths(recipe.eval.ks)
     results: dict[str, Any] = {
         "num_items": len(benchmark.items),
         "num_queries": len(benchmark.queries),
         "num_unreadable": benchmark.num_unreadable,
         "systems": {},
     }
+    if benchmark.facts is not None:
+        results["benchmark"] = benchmark.facts.plain()
     per_query: dict[str, NDArray[np.float64]] = {}
     for system, found in scores.items():
         order = placed(found, pessimistic_order(found.coarse, benchmark.relevant))
@@ -171,8 +175,10 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
         per_query[system] = hits(ranked, 1)
         report = {name: _metrics(ranked[mask], ks) for name, mask in subsets(benchmark).items()}
         results["systems"][system] = {"text_to_image": report}
-        # The fine stage and an index rank items for a query, not the reverse.
-        if found.is_whole and found.readings is None:
+        results["systems"][system] |= _of_benchmark(benchmark, found, report)
+        # The fine stage and an index rank items for a query, not the reverse; nor do benchmarks of one direction.
+        both_ways = benchmark.facts is None or benchmark.facts.both_ways
+        if both_ways and found.is_whole and found.readings is None:
             reverse = _reverse(benchmark, found.coarse, ks)
             results["systems"][system]["image_to_text"] = reverse
     if {"slq", "slq_fine"} <= set(scores):
@@ -181,6 +187,43 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
             for name, mask in subsets(benchmark).items()
         }
     return results
+
+
+def _of_benchmark(benchmark: Benchmark, scores: Scores, report: dict[str, Any]) -> dict[str, Any]:
+    """What a benchmark asks for beside its subsets: means over kinds, and whether an order of candidates matters."""
+    told: dict[str, Any] = {}
+    if benchmark.facts is not None and benchmark.facts.groups:
+        told["groups"] = group_means(benchmark.facts.groups, report)
+    if benchmark.allowed is not None:
+        told["depends_on_order"] = num_depending_on_order(scores)
+    return told
+
+
+def group_means(
+    groups: Mapping[str, tuple[str, ...]], report: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Means over kinds, each kind once, of every metric; a group lacks one if a kind does.
+
+    Args:
+        groups: Name -> kinds.
+        report: Metrics by kind.
+    """
+    means = {}
+    for name, kinds in groups.items():
+        entries = [report[kind] for kind in kinds if kind in report]
+        if len(entries) == len(kinds):
+            metrics = [key for key, value in entries[0].items() if isinstance(value, float)]
+            means[name] = {key: float(np.mean([one[key] for one in entries])) for key in metrics}
+    return means
+
+
+def num_depending_on_order(scores: Scores) -> int:
+    """Queries whose first item would be another one if the items stood in reverse order: those of ties at the top."""
+    num_items = scores.coarse.shape[1]
+    forward = np.argsort(-scores.coarse, axis=1, kind="stable")
+    backward = num_items - 1 - np.argsort(-scores.coarse[:, ::-1], axis=1, kind="stable")
+    first, last = (placed(scores, order)[:, 0] for order in (forward, backward))
+    return int((first != last).sum())
 
 
 def _metrics(ranked: NDArray[np.bool_], ks: tuple[int, ...]) -> dict[str, Any]:
@@ -216,8 +259,9 @@ def shared_best(first: Scores, second: Scores, depth: int) -> float:
         np.argsort(-scores.coarse, axis=1, kind="stable")[:, :depth] for scores in (first, second)
     )
     given = np.isfinite(np.take_along_axis(second.coarse, other, axis=1))
+    ranked = np.isfinite(np.take_along_axis(first.coarse, best, axis=1))
     same = (best[:, :, None] == np.where(given, other, -1)[:, None, :]).any(axis=2)
-    return float(same.mean())
+    return float(same[ranked].mean())
 
 
 def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:
