@@ -18,6 +18,7 @@ from jobs.console import (
     print_serve_config,
     run_stage,
 )
+from jobs.headlines import headline_table
 from jobs.keys import app as keys_app
 from jobs.results import results_table
 from pipelines.progress import duration
@@ -303,6 +304,8 @@ def evaluate(
         results = measure(resolved)
         if not as_json:
             out.print(results_table(results))
+            if (headlines := headline_table(results)) is not None:
+                out.print(headlines)
         return results
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.corpus import Corpus, Record, corpus_of, open_corpus
+from pipelines.ranked_items import allowed_items
 from pipelines.recipe import Recipe, require_files
 from slq.benchmarks.contract import Facts
 from slq.errors import DataError, MediaError
@@ -112,7 +113,8 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
     column = {item.id: n for n, item in enumerate(items)}
     relevant, orphaned = _relevance(recipe, row, column, gallery.lost, read.lost)
     relevant = _with_same_images(recipe, relevant, gallery.contents)
-    allowed = _allowed(recipe, queries, items, row, column, gallery.lost | read.lost)
+    path, lost = recipe.data.path("candidates"), gallery.lost | read.lost
+    allowed = allowed_items(path, queries, items, lost)
     if allowed is not None:
         relevant &= allowed
     answered: NDArray[np.bool_] = np.asarray(relevant.any(axis=1))
@@ -192,50 +194,6 @@ def _with_same_images(
     queries, items = relevant.nonzero()
     of_content[queries, same[items]] = True
     return of_content[:, same]
-
-
-def _allowed(
-    recipe: Recipe,
-    queries: list[Item],
-    items: list[Item],
-    row: dict[str, int],
-    column: dict[str, int],
-    lost: set[str],
-) -> NDArray[np.bool_] | None:
-    """(queries, items) bool, or None where nothing restricts a query: of pools and of the table of candidates."""
-    allowed = _of_pools(queries, items)
-    path = recipe.data.path("candidates")
-    entries = pq.read_table(path).to_pylist() if path.is_file() else []
-    for entry in entries:
-        if entry["query_id"] in lost:
-            continue
-        if allowed is None:
-            allowed = np.ones((len(queries), len(items)), dtype=bool)
-        named = [entry[name] or () for name in ("item_ids", "excluded_ids")]
-        unknown = [one for ids in named for one in ids if one not in column and one not in lost]
-        if entry["query_id"] not in row or unknown:
-            raise DataError(
-                f"{path}: {entry['query_id']} -> {next(iter(unknown), None)} names a query or item that is not in "
-                "the files"
-            )
-        of_query = allowed[row[entry["query_id"]]]
-        if entry["item_ids"] is not None:
-            only = np.zeros(len(items), dtype=bool)
-            only[[column[one] for one in named[0] if one in column]] = True
-            of_query &= only
-        of_query[[column[one] for one in named[1] if one in column]] = False
-    return allowed
-
-
-def _of_pools(queries: list[Item], items: list[Item]) -> NDArray[np.bool_] | None:
-    """Which items are of each query's pool; a query without one ranks every item."""
-    wanted = [query.columns.get("pool") for query in queries]
-    if all(pool is None for pool in wanted):
-        return None
-    pools = np.array([item.columns.get("pool") for item in items], dtype=object)
-    masks = {pool: pools == pool for pool in set(wanted) if pool is not None}
-    everything = np.ones(len(items), dtype=bool)
-    return np.stack([masks.get(pool, everything) for pool in wanted])
 
 
 def _grouped(read: _Read) -> tuple[list[Item], list[list[Item]] | None]:

@@ -108,6 +108,21 @@ def test_candidates_that_fit_no_file_or_leave_no_answer_are_refused(
         load_benchmark(recipe)
 
 
+def test_a_table_that_holds_no_candidates_is_refused(tmp_path: Path) -> None:
+    recipe = data(tmp_path, items=ABCD, queries=texts("q"), relevance=[("q", "b")])
+    path = tmp_path / "candidates.parquet"
+    pq.write_table(pa.table({"query_id": ["q"]}), path)
+    with pytest.raises(DataError, match=r"cannot be read as candidates.*KeyError\('item_ids'\)"):
+        load_benchmark(recipe)
+    path.write_bytes(b"no table")
+    with pytest.raises(DataError, match="cannot be read as candidates"):
+        load_benchmark(recipe)
+    pq.write_table(pa.table({"query_id": ["q"], "item_ids": [["b", "c"]]}), path)
+    found = load_benchmark(recipe)
+    assert found.allowed is not None
+    assert found.allowed.tolist() == [[False, True, True, False]]
+
+
 def test_wordings_become_one_query_under_the_name_of_their_group(tmp_path: Path) -> None:
     queries = [
         *texts("q-0", "q-1", query_group="q"),
