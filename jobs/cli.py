@@ -19,6 +19,7 @@ from jobs.console import (
     print_serve_config,
     run_stage,
 )
+from jobs.headlines import headline_table
 from jobs.keys import app as keys_app
 from jobs.results import results_table
 from pipelines.progress import duration
@@ -110,7 +111,8 @@ def embed(
             rows = scenes.test + scenes.unseen
             shards_needed = -(-rows // resolved.embed.shard_rows)
             return {"plan": {"shards": shards_needed, "rows": rows, "corpus": "generated first"}}
-        if resolved.data.karpathy is not None and not resolved.data.path("corpus").exists():
+        made = resolved.data.karpathy or resolved.data.benchmark
+        if made is not None and not resolved.data.path("corpus").exists():
             return {"plan": {"corpus": "generated first"}}  # how many images only its source knows
         require_files(resolved, "corpus")
         planned = summarise(corpus_of(resolved).shards(resolved.embed.shard_rows))
@@ -310,6 +312,8 @@ def evaluate(
         told = write_markdown(resolved.storage.evaluation, results)
         if not as_json:
             out.print(results_table(results))
+            if (headlines := headline_table(results)) is not None:
+                out.print(headlines)
             out.print(f"all figures: {told}", highlight=False, soft_wrap=True)
         return results
 

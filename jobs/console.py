@@ -115,7 +115,7 @@ def connected(recipe: Recipe, stage: Callable[[Recipe], Any]) -> Any:
 
 
 def generate_files(data: DataConfig) -> None:
-    """Write the files that `data.scenes`, `data.karpathy` or `data.mmeb` describes, unless they are there.
+    """Write the files that one of `data.scenes`, `karpathy`, `mmeb` and `benchmark` describes, unless they are there.
 
     Raises:
         ConfigError: What they are made from is missing, or files of another origin are in their place.
@@ -125,6 +125,7 @@ def generate_files(data: DataConfig) -> None:
     from slq.benchmarks.karpathy import write_karpathy
     from slq.benchmarks.mmeb import write_mmeb
     from slq.benchmarks.scenes import write_scenes
+    from slq.benchmarks.writing import write_benchmark
 
     if data.scenes is not None:
         write_scenes(data.dir, data.scenes)
@@ -132,3 +133,5 @@ def generate_files(data: DataConfig) -> None:
         write_karpathy(data.dir, data.karpathy, train=data.path("train"))
     if data.mmeb is not None:
         write_mmeb(data.dir, data.mmeb)
+    if data.benchmark is not None:
+        write_benchmark(data.dir, data.benchmark, train=data.path("train"))

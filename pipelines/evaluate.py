@@ -1,7 +1,6 @@
 """Measures several systems on one gallery, in parallel Ray tasks that share each prefix pass."""
 
 import logging
-from dataclasses import replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -43,7 +42,7 @@ from slq.quantization import cut
 from slq.reranker import Reranker
 from slq.reranking.calibration import Calibration, is_held_out
 from slq.reranking.depth import depth_of
-from slq.reranking.profiles import Reading, profile_by_name
+from slq.reranking.profiles import Reading, averaged, profile_by_name
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def evaluate(recipe: Recipe, *, command: str = "") -> dict[str, Any]:
     results = {**space, **facts, **summarise(recipe, benchmark, scores)}
     results["provenance"] = provenance(recipe, command=command)
     folder = recipe.storage.evaluation
-    write_runs(folder, benchmark, scores, depth=_depth(recipe))
+    write_runs(folder, benchmark, scores, depth=_depth(recipe, benchmark))
     write_json(folder / "results.json", results)
     return results
 
@@ -88,11 +87,7 @@ def _without_fitted(recipe: Recipe, benchmark: Benchmark) -> Benchmark:
         )
     fitted = len(benchmark.queries) - len(kept)
     log.info("%d queries are left out: rerank.calibration was fitted to them", fitted)
-    return replace(
-        benchmark,
-        queries=[benchmark.queries[n] for n in kept],
-        relevant=benchmark.relevant[kept],
-    )
+    return benchmark.of_queries(kept)
 
 
 def embedding_space(recipe: Recipe) -> dict[str, Any]:
@@ -130,9 +125,9 @@ def system_names(recipe: Recipe) -> list[str]:
     ]
 
 
-def _depth(recipe: Recipe) -> int:
+def _depth(recipe: Recipe, benchmark: Benchmark) -> int:
     """How many items of each query any metric looks at."""
-    return deepest(metrics_of(recipe.eval.ks, recipe.eval.metrics))
+    return deepest(metrics_of(benchmark.depths(recipe.eval.ks), recipe.eval.metrics))
 
 
 def open_index(recipe: Recipe) -> SearchIndex:
@@ -171,19 +166,25 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> tuple[dict[str, Score
     facts: dict[str, Any] = {}
     for system in measured_systems(recipe):
         found = vectors["slq" if system in EMBED_AS_SLQ else system]
-        exact = Scores(found[num_items:] @ found[:num_items].T)
+        exact = _exact(benchmark, found)
         if system == "slq_index":
-            scores[system], facts = _through_index(recipe, benchmark, found[num_items:], exact)
+            queries = benchmark.averaged(found[num_items:])
+            scores[system], facts = _through_index(recipe, benchmark, queries, exact)
             continue
         scores[system] = exact
         for length in recipe.eval.dimensions if system == "slq" else ():
-            short = cut(found, length)
-            coarse = short[num_items:] @ short[:num_items].T
-            scores[f"{system}{LENGTH_MARK}{length}"] = Scores(coarse)
+            scores[f"{system}{LENGTH_MARK}{length}"] = _exact(benchmark, cut(found, length))
     if "slq_fine" in scores:
         scores["slq_fine"] = _ranked_again(recipe, benchmark, scores["slq_fine"])
         facts["scored_per_query"] = scores["slq_fine"].scored_per_query
     return scores, facts
+
+
+def _exact(benchmark: Benchmark, vectors: NDArray[np.float32]) -> Scores:
+    """Similarities of queries and items, given the vectors of all items and then of all wordings."""
+    num_items = len(benchmark.items)
+    queries = benchmark.averaged(vectors[num_items:])
+    return Scores(benchmark.masked(queries @ vectors[:num_items].T))
 
 
 def _ranked_again(recipe: Recipe, benchmark: Benchmark, scores: Scores) -> Scores:
@@ -191,7 +192,7 @@ def _ranked_again(recipe: Recipe, benchmark: Benchmark, scores: Scores) -> Score
     section = recipe.rerank
     by_coarse = np.argsort(-scores.coarse, axis=1, kind="stable")
     best = [
-        order[: depth_of(coarse, section.depth, section.adaptive)]
+        order[: depth_of(coarse[coarse > -np.inf], section.depth, section.adaptive)]
         for coarse, order in zip(scores.coarse, by_coarse, strict=True)
     ]
     weight = 0.0
@@ -204,19 +205,25 @@ def _ranked_again(recipe: Recipe, benchmark: Benchmark, scores: Scores) -> Score
 def _through_index(
     recipe: Recipe, benchmark: Benchmark, queries: NDArray[np.float32], exact: Scores
 ) -> tuple[Scores, dict[str, Any]]:
-    """What the index gives for (queries, dimension) vectors, and how much of the exact ranking is in it."""
-    depth = _depth(recipe)
+    """What the index gives for (queries, dimension) vectors, and how much of the exact ranking is in it.
+
+    An index knows nothing of what a query may rank, so it is asked for as many items more as that may cut.
+    """
+    depth = _depth(recipe, benchmark)
+    if benchmark.allowed is not None:
+        depth += int((~benchmark.allowed).sum(axis=1).max())
     with open_index(recipe) as index:
-        found = Scores.of_hits(benchmark, index.search(queries, depth))
+        hits = index.search(queries, min(depth, len(benchmark.items)))
+        found = Scores.of_hits(benchmark, hits)
         told = {"engine": recipe.index.engine, "version": index.version, "num_vectors": len(index)}
     kept = {f"kept@{k}": shared_best(exact, found, k) for k in recipe.eval.ks}
     return found, {"index": {**told, **kept}}
 
 
 def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray[np.float32]]:
-    """Vectors of each system, gallery items first, then queries."""
+    """Vectors of each system, gallery items first, then every wording of the queries."""
     task = model_task(embed_part, recipe.resources.gpus_per_worker)
-    everything = [*benchmark.items, *benchmark.queries]
+    everything = [*benchmark.items, *benchmark.worded]
     recipe_json = recipe.model_dump_json()
     found = collect(
         [task.remote(recipe_json, everything[part]) for part in parts(len(everything))],
@@ -228,17 +235,25 @@ def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray
 def _read_best(
     recipe: Recipe, benchmark: Benchmark, best: list[NDArray[np.int64]]
 ) -> list[list[Reading]]:
-    """Readings of each query with its best items."""
+    """Readings of each query with its best items: of several wordings the mean."""
     import ray
 
     task = model_task(score_part, recipe.resources.gpus_per_worker)
     recipe_json = recipe.model_dump_json()
     items = ray.put(benchmark.items)
+    owner = benchmark.query_of_wording.tolist()
+    wordings, of_wording = benchmark.worded, [best[n] for n in owner]
     tasks = [
-        task.remote(recipe_json, benchmark.queries[part], items, best[part])
-        for part in parts(len(best))
+        task.remote(recipe_json, wordings[part], items, of_wording[part])
+        for part in parts(len(wordings))
     ]
-    return [row for part in collect(tasks, "eval fine stage part") for row in part]
+    found = [row for part in collect(tasks, "eval fine stage part") for row in part]
+    if benchmark.wordings is None:
+        return found
+    of_query: list[list[list[Reading]]] = [[] for _ in best]
+    for n, row in zip(owner, found, strict=True):
+        of_query[n].append(row)
+    return [[averaged(one) for one in zip(*rows, strict=True)] for rows in of_query]
 
 
 @cache

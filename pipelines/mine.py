@@ -80,7 +80,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if not data.path("train").exists():
         if data.scenes is not None:
             return {"pairs": data.scenes.train, "images": data.scenes.train, **facts}
-        if data.karpathy is not None or data.mmeb is not None:
+        trains = data.benchmark is not None and data.benchmark.writes_train
+        if data.karpathy is not None or data.mmeb is not None or trains:
             return {"pairs": "generated first", **facts}
     pairs = _minable_pairs(recipe)
     return {"pairs": len(pairs), "images": len(set(pairs.query_keys)), **facts}

@@ -38,7 +38,8 @@ class Scores:
     """What one system says of every query and item.
 
     Attributes:
-        coarse: (queries, items) float32 similarities; -inf where an index did not give an item.
+        coarse: (queries, items) float32 similarities; -inf where a query does not rank an item, or an index did not
+            give it.
         readings: Of each query, by column of the item, those of pairs that the fine stage scored; None without one.
         profile: Says what readings are ordered by.
         is_whole: Whether every item has a similarity, so that items can also look for queries.
@@ -101,7 +102,7 @@ class Scores:
                         "data.corpus that the index was built from"
                     )
                 row[column[hit.id]] = hit.score
-        return cls(coarse, is_whole=False)
+        return cls(benchmark.masked(coarse), is_whole=False)
 
 
 def run_file(system: str) -> str:
@@ -158,8 +159,9 @@ def subsets(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
         masks[name] = of_kind & seen
         masks[f"{name}, hard subset"] = of_kind & seen & (hard == True)  # noqa: E712 - an object array
         masks[f"{name}, unseen objects"] = of_kind & (split == "unseen")
-    if not masks:  # users' own queries need not have kinds
-        masks["all"] = np.ones(len(benchmark.queries), dtype=bool)
+    overall = benchmark.facts.overall if benchmark.facts else None
+    if overall or not masks:  # users' own queries need not have kinds
+        masks = {overall or "all": np.ones(len(benchmark.queries), dtype=bool), **masks}
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
@@ -223,7 +225,8 @@ PerQuery = dict[str, dict[str, dict[str, NDArray[np.float64]]]]
 
 def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -> dict[str, Any]:
     """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals and paired tests."""
-    metrics = metrics_of(recipe.eval.ks, recipe.eval.metrics)
+    metrics = metrics_of(benchmark.depths(recipe.eval.ks), recipe.eval.metrics)
+    both_ways = benchmark.facts is None or benchmark.facts.both_ways
     pairs = compared_systems(list(scores), recipe.eval.baseline)
     masks, by_category = subsets(benchmark), categories(benchmark)
     forward: PerQuery = {name: {} for name in masks}
@@ -237,8 +240,8 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
             forward[name][system] = {metric: value[mask] for metric, value in values.items()}
         for name, mask in by_category.items():
             of_categories[name][system] = {metric: value[mask] for metric, value in values.items()}
-        # The fine stage and an index rank items for a query, not the reverse.
-        if found.is_whole and found.readings is None:
+        # The fine stage and an index rank items for a query, not the reverse; nor do benchmarks of one direction.
+        if both_ways and found.is_whole and found.readings is None:
             for name, values in _reverse(benchmark, found, metrics).items():
                 reverse[name][system] = values
     directions = {"text_to_image": forward, "image_to_text": reverse}
@@ -252,12 +255,53 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
         },
         "paired": {name: _paired(values, pairs) for name, values in directions.items()},
     }
+    if benchmark.facts is not None:
+        results["benchmark"] = benchmark.facts.plain()
+    for system, report in results["systems"].items():
+        report.update(_of_benchmark(benchmark, scores[system], report["text_to_image"]))
     if {"slq", "slq_fine"} <= set(scores):
         results["fine_against_coarse_p"] = {
             name: paired_permutation(first["slq_fine"][mask], first["slq"][mask])
             for name, mask in masks.items()
         }
     return results
+
+
+def _of_benchmark(benchmark: Benchmark, scores: Scores, report: dict[str, Any]) -> dict[str, Any]:
+    """What a benchmark asks for beside its subsets: means over kinds, and whether an order of candidates matters."""
+    told: dict[str, Any] = {}
+    if benchmark.facts is not None and benchmark.facts.groups:
+        told["groups"] = group_means(benchmark.facts.groups, report)
+    if benchmark.allowed is not None:
+        told["depends_on_order"] = num_depending_on_order(scores)
+    return told
+
+
+def group_means(
+    groups: Mapping[str, tuple[str, ...]], report: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Means over kinds, each kind once, of every metric; a group lacks one if a kind does.
+
+    Args:
+        groups: Name -> kinds.
+        report: Metrics by kind.
+    """
+    means = {}
+    for name, kinds in groups.items():
+        entries = [report[kind] for kind in kinds if kind in report]
+        if len(entries) == len(kinds):
+            metrics = [key for key, value in entries[0].items() if isinstance(value, float)]
+            means[name] = {key: float(np.mean([one[key] for one in entries])) for key in metrics}
+    return means
+
+
+def num_depending_on_order(scores: Scores) -> int:
+    """Queries whose first item would be another one if the items stood in reverse order: those of ties at the top."""
+    num_items = scores.coarse.shape[1]
+    forward = np.argsort(-scores.coarse, axis=1, kind="stable")
+    backward = num_items - 1 - np.argsort(-scores.coarse[:, ::-1], axis=1, kind="stable")
+    first, last = (placed(scores, order)[:, 0] for order in (forward, backward))
+    return int((first != last).sum())
 
 
 def _metrics(directions: Mapping[str, PerQuery], system: str) -> dict[str, Any]:
@@ -319,8 +363,9 @@ def shared_best(first: Scores, second: Scores, depth: int) -> float:
         np.argsort(-scores.coarse, axis=1, kind="stable")[:, :depth] for scores in (first, second)
     )
     given = np.isfinite(np.take_along_axis(second.coarse, other, axis=1))
+    ranked = np.isfinite(np.take_along_axis(first.coarse, best, axis=1))
     same = (best[:, :, None] == np.where(given, other, -1)[:, None, :]).any(axis=2)
-    return float(same.mean())
+    return float(same[ranked].mean())
 
 
 def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pipelines.serving.config import ServeConfig
 from slq.benchmarks.karpathy import KarpathyConfig
 from slq.benchmarks.mmeb import MmebConfig
+from slq.benchmarks.registry import AnyBenchmark
 from slq.benchmarks.scenes import ScenesConfig
 from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
@@ -41,7 +42,7 @@ CorpusFormat = Literal["auto", "images", "parquet", "webdataset", "jsonl", "csv"
 
 
 class DataConfig(Section):
-    """Where the records are. With `scenes`, `karpathy` or `mmeb`, missing files are generated into `dir`."""
+    """Where the records are. `scenes`, `karpathy`, `mmeb` or `benchmark` generate missing files into `dir`."""
 
     dir: Path = Path("runs/demo/data")
     """Folder that relative file names below belong to."""
@@ -58,6 +59,8 @@ class DataConfig(Section):
     """Queries: id, text and/or image, kind."""
     relevance: Path = Path("relevance.parquet")
     """query_id, item_id, grade."""
+    candidates: Path = Path("candidates.parquet")
+    """query_id, item_ids, excluded_ids: what a query ranks, if it is not everything; need not exist."""
     negatives: Path = Path("negatives.parquet")
     """Hard negatives of the training pairs: id, negatives, similarities, margins, as `slq mine` writes them."""
     scenes: ScenesConfig | None = None
@@ -66,10 +69,13 @@ class DataConfig(Section):
     """Make tables of COCO or Flickr30K in Karpathy's splits."""
     mmeb: MmebConfig | None = None
     """Make a table of MMEB-train."""
+    benchmark: AnyBenchmark | None = None
+    """Make tables of a benchmark from its publisher's files; `format` says which (`slq/benchmarks/registry.py`)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataConfig":
-        given = [name for name in ("scenes", "karpathy", "mmeb") if getattr(self, name) is not None]
+        origins = ("scenes", "karpathy", "mmeb", "benchmark")
+        given = [name for name in origins if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} would write the same files; keep one of them")
         return self
@@ -231,11 +237,14 @@ class EvalConfig(Section):
     dimensions: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Shorter lengths to which SLQ's vectors are cut and measured again, as `slq@48`; see train.matryoshka."""
     ks: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 5, 10)
-    """Depths of hit@k and recall@k."""
+    """Depths of hit@k and recall@k; those of a benchmark's own metrics are added."""
     metrics: tuple[str, ...] = ()
     """Further metrics beside those and mrr, such as `ndcg@10`, `map`, `precision@5` or `mrr@10`."""
     baseline: str | None = None
     """System that each other one is compared with in paired tests; null compares each with each."""
+    same_images: Literal["apart", "together"] = "apart"
+    """Whether items whose images are the same bytes (and whose texts are equal) all count as right where one is,
+    `together`; published numbers count each item for itself, `apart`. How many there are is logged."""
     num_threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of each evaluation task; 0 leaves torch's default."""
 

@@ -16,6 +16,16 @@ ITEMS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("text", pa.stri
 RELEVANCE = pa.schema([("query_id", pa.string()), ("item_id", pa.string()), ("grade", pa.int32())])
 """Which items answer a query; grade > 0 means relevant."""
 
+CANDIDATES = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("item_ids", pa.list_(pa.string())),
+        ("excluded_ids", pa.list_(pa.string())),
+    ]
+)
+"""What a query ranks, of queries that do not rank everything: only `item_ids` if they are given, and never
+`excluded_ids`; either may be null."""
+
 RUN = pa.schema(
     [
         ("query_id", pa.string()),

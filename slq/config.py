@@ -56,14 +56,24 @@ def _explain(model: type[BaseModel], item: Any, source: str) -> str:
 
 def _fields_at(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     current: Any = model
+    choices: list[type[BaseModel]] = []
     for name in path:
-        if name not in current.model_fields:
-            continue  # a key of a mapping of sections
-        models = _models_in(current.model_fields[name].annotation)
-        if not models:
+        if (
+            name not in current.model_fields
+        ):  # a key of a mapping of sections, or the tag of a union
+            tagged = [choice for choice in choices if _is_tagged(choice, name)]
+            current = tagged[0] if tagged else current
+            continue
+        choices = _models_in(current.model_fields[name].annotation)
+        if not choices:
             return []
-        current = models[0]
+        current = choices[0]
     return list(current.model_fields)
+
+
+def _is_tagged(model: type[BaseModel], tag: str) -> bool:
+    field = model.model_fields.get("format")
+    return field is not None and tag in get_args(field.annotation)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

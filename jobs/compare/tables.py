@@ -163,7 +163,9 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 def category_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     """The table of knowledge by category; empty where queries have none."""
-    first = next((row["categories"] for row in rows if row.get("categories")), {})
+    first: Mapping[str, Any] = next(
+        (row["categories"] for row in rows if row.get("categories")), {}
+    )
     if not first:
         return {}
     table = {"run": [row["name"] for row in rows]}

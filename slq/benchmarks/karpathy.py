@@ -9,7 +9,6 @@ images. So the splits are taken from the ids here, and compared again by id and 
 
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,15 +19,25 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from slq.arrow import RELEVANCE
+from slq.benchmarks.contract import Facts
+from slq.benchmarks.overlap import file_stem
 from slq.benchmarks.tables import generate, uri_prefix, write_rows
+from slq.benchmarks.writing import require_counts, require_images
 from slq.config import Section
 from slq.errors import ConfigError, DataError
 from slq.files import file_sha256
 
 log = logging.getLogger(__name__)
 _KIND = "caption"
+_SOURCE = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+_NAMES = {"dataset_coco": "COCO 5K", "dataset_flickr30k": "Flickr30K 1K"}
+_KNOWN = {  # images and captions of a split; five captions an image become queries
+    ("COCO 5K", "test"): {"gallery": 5000, "captions": 25_010},
+    ("COCO 5K", "val"): {"gallery": 5000},
+    ("Flickr30K 1K", "test"): {"gallery": 1000, "captions": 5000},
+    ("Flickr30K 1K", "val"): {"gallery": 1014, "captions": 5070},
+}
 _EVAL_FILES = ("gallery.parquet", "queries.parquet", "relevance.parquet")
-_COCO_PREFIX = re.compile(r"^COCO_(?:train|val|test)\d{4}_")
 
 PAIRS_BY_URI = pa.schema([(name, pa.string()) for name in ("id", "image_key", "uri", "text")])
 """Training pairs whose images lie elsewhere; pairs with one `image_key` share the image."""
@@ -53,6 +62,17 @@ class KarpathyConfig(Section):
     """Split of the gallery and its queries."""
     eval_captions: Annotated[int, Field(gt=0)] = 5
     """Queries of each gallery image: its first captions."""
+    expected: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """Counts (gallery, captions, queries, train) that must be found, in place of the known ones of `dataset_coco.json`
+    and `dataset_flickr30k.json`; `{}` checks none."""
+
+    def facts(self) -> Facts:
+        """Known by the file's name; another file is not held to any counts."""
+        name = _NAMES.get(self.annotations.stem, self.annotations.stem)
+        counts = dict(_KNOWN.get((name, self.eval_split), {}))
+        if counts and self.eval_captions <= 5:  # every image has five
+            counts["queries"] = counts["gallery"] * self.eval_captions
+        return Facts(name, self.eval_split, _SOURCE, counts=counts, both_ways=True)
 
     @model_validator(mode="after")
     def _apart(self) -> "KarpathyConfig":
@@ -81,11 +101,7 @@ class CaptionedImage:
     @property
     def stem(self) -> str:
         """What names the image in every release of COCO, for example `000000391895`."""
-        return _stem(self.path)
-
-
-def _stem(path: str) -> str:
-    return _COCO_PREFIX.sub("", PurePosixPath(path).stem)
+        return file_stem(self.path)
 
 
 def write_karpathy(folder: Path, config: KarpathyConfig, *, train: Path | None = None) -> None:
@@ -132,15 +148,22 @@ def _write(folder: Path, annotations: Path, config: KarpathyConfig) -> dict[str,
     held_out = _of_splits(images, (config.eval_split,), annotations)
     _require_apart(train, held_out, annotations)
     _require_captions(held_out, annotations)
-    counts = {"empty_captions": sum(image.num_empty for image in (*train, *held_out))}
-    if config.train_splits:
-        rows = _pair_rows(train, prefix)
-        counts["train"] = write_rows(folder / "train.parquet", PAIRS_BY_URI, rows)
-    gallery = ({"id": image.id, "uri": prefix + image.path} for image in held_out)
-    counts["gallery"] = write_rows(folder / "gallery.parquet", GALLERY, gallery)
     queries = list(_queries(held_out, config.eval_captions))
+    counts = {
+        "gallery": len(held_out),
+        "captions": sum(len(image.captions) + image.num_empty for image in held_out),
+        "queries": len(queries),
+        "train": sum(len(image.captions) for image in train),
+        "empty_captions": sum(image.num_empty for image in (*train, *held_out)),
+    }
+    require_counts(config.expected, counts, config.facts(), annotations)
+    require_images(folder, (prefix + image.path for image in held_out))
+    if config.train_splits:
+        write_rows(folder / "train.parquet", PAIRS_BY_URI, _pair_rows(train, prefix))
+    gallery = ({"id": image.id, "uri": prefix + image.path} for image in held_out)
+    write_rows(folder / "gallery.parquet", GALLERY, gallery)
     query_rows = ({"id": name, "text": text, "kind": _KIND} for name, text, _ in queries)
-    counts["queries"] = write_rows(folder / "queries.parquet", QUERIES, query_rows)
+    write_rows(folder / "queries.parquet", QUERIES, query_rows)
     answers = ({"query_id": name, "item_id": item, "grade": 1} for name, _, item in queries)
     write_rows(folder / "relevance.parquet", RELEVANCE, answers)
     if counts["empty_captions"]:
@@ -286,13 +309,13 @@ def _checks(gallery: pa.Table) -> dict[str, Callable[[str], bool]]:
     """For each column of a training file, whether a value of it names an image of the gallery."""
     ids = set(gallery["id"].to_pylist())
     numbers = {name.rpartition("-")[2] for name in ids}
-    stems = {_stem(uri) for uri in gallery["uri"].to_pylist()}
+    stems = {file_stem(uri) for uri in gallery["uri"].to_pylist()}
 
     def by_number(value: str) -> bool:
         return value in ids or value.lstrip("0") in numbers
 
     def by_file(value: str) -> bool:
-        return _stem(value) in stems
+        return file_stem(value) in stems
 
     def by_own_id(value: str) -> bool:  # bare numbers would count the pairs of many a file
         return value in ids or value.rpartition("-")[0] in ids

@@ -15,7 +15,13 @@ from slq.files import write_json
 ROWS_PER_GROUP = 16_384
 
 
-def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
+def write_rows(
+    path: Path,
+    schema: pa.Schema,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    rows_per_group: int = ROWS_PER_GROUP,
+) -> int:
     """Write a Parquet file from a stream, holding one row group at a time.
 
     Returns:
@@ -27,7 +33,7 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]])
     partial = path.with_name(path.name + ".partial")
     stream, count = iter(rows), 0
     with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        while block := list(islice(stream, ROWS_PER_GROUP)):
+        while block := list(islice(stream, rows_per_group)):
             writer.write_table(pa.Table.from_pylist(block, schema=schema))
             count += len(block)
     partial.replace(path)
@@ -39,6 +45,8 @@ def generate(
     files: Sequence[str],
     settings: Mapping[str, Any],
     write: Callable[[], Mapping[str, Any]],
+    *,
+    facts: Mapping[str, Any] | None = None,
 ) -> bool:
     """Let `write` make the files beside `marker`, unless it has done so with the same settings.
 
@@ -50,6 +58,7 @@ def generate(
         files: Names that `write` makes in the marker's folder.
         settings: What the files depend on, as plain data.
         write: Makes the files; its result, plain data too, is kept in the marker.
+        facts: Stands in the marker too, and decides nothing.
 
     Returns:
         Whether anything was written.
@@ -72,7 +81,8 @@ def generate(
         marker.parent.mkdir(parents=True, exist_ok=True)
         write_json(marker, {"settings": dict(settings), "complete": False})
         counts = _counts(marker, files, write)
-        write_json(marker, {"settings": dict(settings), "complete": True, "counts": counts})
+        ours = {"settings": dict(settings), "complete": True, "counts": counts}
+        write_json(marker, {**(facts or {}), **ours})
     except OSError as error:
         raise StorageError(
             f"{marker.parent} cannot be written: {error}; free space or choose another folder"

@@ -43,6 +43,30 @@ class Reading:
         return None if self.label_mass is None else self.label_mass < DOUBTFUL_BELOW
 
 
+def averaged(readings: Sequence[Reading]) -> Reading:
+    """The mean of what was read of one candidate with several wordings of a query; hundredths are cut to whole ones.
+
+    Args:
+        readings: At least one; all with the same fields.
+    """
+    first = readings[0]
+    if len(readings) == 1:
+        return first
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(readings) else None
+
+    hundredths = mean([one.hundredths for one in readings])
+    return Reading(
+        margin=sum(one.margin for one in readings) / len(readings),
+        label_mass=mean([one.label_mass for one in readings]),
+        entropy=mean([one.entropy for one in readings]),
+        hundredths=None if hundredths is None else math.floor(hundredths),
+        context_free=mean([one.context_free for one in readings]),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """A way to score and order.

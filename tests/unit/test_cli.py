@@ -20,6 +20,16 @@ RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 SHIPPED = sorted(p for p in RECIPES.glob("*.yaml") if not p.name.startswith("pretrain_"))
 DEMO = RECIPES / "demo.yaml"
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+MEASURED_ONLY = {
+    "cirr": "/data/cirr",
+    "fashion_iq": "/data/fashion-iq",
+    "karr_bench": "/data/karr",
+    "mbeir": "/data/m-beir",
+    "mmeb_eval": "/data/mmeb-eval",
+    "sugar_crepe": "/data/sugar-crepe",
+    "urban1k": "/data/urban1k",
+}
+"""Recipes of benchmarks, and where they expect the files; nothing is trained there."""
 STAGES = ("train", "mine", "embed", "plan", "index", "eval", "serve")
 
 
@@ -98,6 +108,15 @@ def test_a_dry_run_of_embedding_without_its_corpus_names_the_key_and_path() -> N
     assert "ConfigError: data.corpus: /data/coco/images does not exist" in text
 
 
+@pytest.mark.parametrize("name", sorted(MEASURED_ONLY))
+def test_a_dry_run_of_embedding_a_benchmark_says_that_its_tables_come_first(
+    name: str, tmp_path: Path
+) -> None:
+    where = ("--set", f"data.dir={tmp_path / 'none'}")
+    shown = json.loads(slq("embed", RECIPES / f"{name}.yaml", "--dry-run", "--json", *where).stdout)
+    assert shown["plan"] == {"corpus": "generated first"}
+
+
 def test_a_dry_run_of_embedding_before_the_scenes_exist_knows_their_number(tmp_path: Path) -> None:
     where = ("--set", f"data.dir={tmp_path / 'none'}", "--set", "embed.shard_rows=100")
     shown = json.loads(slq("embed", DEMO, "--dry-run", "--json", *where).stdout)
@@ -109,7 +128,7 @@ def test_a_dry_run_of_mining_knows_the_pairs_or_who_makes_them(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    own = {"hub": "/data/coco", "corpus": "/data/corpus"}.get(path.stem)
+    own = {"hub": "/data/coco", "corpus": "/data/corpus", **MEASURED_ONLY}.get(path.stem)
     if own:
         text = refusal("mine", path, "--dry-run")
         assert f"ConfigError: data.train: {own}/train.parquet does not exist" in text

@@ -55,9 +55,22 @@ def coco(folder: Path, **changes: Any) -> Path:
     images = [coco_record(number, split) for number, split in enumerate(SPLITS, start=1)]
     for key, change in changes.items():
         images[int(key.removeprefix("i"))] |= change
+    for image in images:
+        touch(folder / image["filepath"] / image["filename"])
     path = folder / "dataset_coco.json"
     path.write_text(json.dumps({"images": images, "dataset": "coco"}))
     return path
+
+
+def touch(path: Path) -> None:
+    """An image file, as far as anybody looks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def part(**changes: Any) -> KarpathyConfig:
+    """The config of so small a part of COCO."""
+    return KarpathyConfig(**({"expected": {}} | changes))
 
 
 def table(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -67,7 +80,7 @@ def table(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def test_train_and_restval_become_pairs_with_every_caption(tmp_path: Path) -> None:
     coco(tmp_path)
-    write_karpathy(tmp_path, KarpathyConfig())
+    write_karpathy(tmp_path, part())
     rows = table(tmp_path, "train")
     assert len(rows) == 3 * 6
     assert rows[0] == {
@@ -81,7 +94,7 @@ def test_train_and_restval_become_pairs_with_every_caption(tmp_path: Path) -> No
 
 def test_test_images_become_gallery_queries_and_relevance(tmp_path: Path) -> None:
     coco(tmp_path)
-    write_karpathy(tmp_path, KarpathyConfig(images="s3://bucket/coco/"))
+    write_karpathy(tmp_path, part(images="s3://bucket/coco/"))
     assert table(tmp_path, "gallery") == [
         {"id": f"coco-{n}", "uri": f"s3://bucket/coco/val2014/COCO_val2014_{n:012d}.jpg"}
         for n in (4, 6)
@@ -103,7 +116,7 @@ def test_what_is_written_is_what_the_stages_read(tmp_path: Path) -> None:
         path = tmp_path / "images" / record["filepath"] / record["filename"]
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-    write_karpathy(tmp_path, KarpathyConfig(images="images"))
+    write_karpathy(tmp_path, part(images="images"))
     pairs = Pairs(tmp_path / "train.parquet")
     assert pairs.check(0.0) == (list(range(18)), {})
     assert pairs.image_keys == [f"coco-{n}" for n in (1, 2, 5) for _ in range(6)]
@@ -131,10 +144,11 @@ def test_flickr30k_has_no_cocoid_no_filepath_and_here_no_training(tmp_path: Path
         records.append(
             {k: v for k, v in record.items() if k not in ("cocoid", "filepath")} | {"imgid": number}
         )
+    touch(tmp_path / "flickr30k-images" / "1001.jpg")
     (tmp_path / "dataset_flickr30k.json").write_text(
         json.dumps({"images": records, "dataset": "flickr30k"})
     )
-    config = KarpathyConfig(
+    config = part(
         annotations=Path("dataset_flickr30k.json"), images="flickr30k-images", train_splits=()
     )
     write_karpathy(tmp_path, config)
@@ -155,7 +169,7 @@ def test_a_file_name_in_both_splits_is_refused_in_any_spelling(tmp_path: Path) -
     with pytest.raises(
         DataError, match="coco-1 of split 'train' and coco-6 of split 'test' are the same file"
     ):
-        write_karpathy(tmp_path, KarpathyConfig())
+        write_karpathy(tmp_path, part())
     assert not any((tmp_path / name).exists() for name in TABLES)
 
 
@@ -178,7 +192,7 @@ def test_a_training_file_of_ones_own_with_test_images_is_refused(
     coco(tmp_path)
     own = tmp_path / "own.parquet"
     pq.write_table(pa.Table.from_pylist([row]), own)
-    data = DataConfig(dir=tmp_path, train=Path("own.parquet"), karpathy=KarpathyConfig())
+    data = DataConfig(dir=tmp_path, train=Path("own.parquet"), karpathy=part())
     with pytest.raises(DataError, match=f"own.parquet: {named}.* is an image of .*gallery.parquet"):
         generate_files(data)
 
@@ -187,7 +201,7 @@ def test_a_disjoint_training_file_of_ones_own_passes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     coco(tmp_path)
-    write_karpathy(tmp_path, KarpathyConfig())
+    write_karpathy(tmp_path, part())
     own = tmp_path / "own.parquet"
     # a pair that happens to have the number of a test image is no test image
     rows = [{"id": "6", "image_key": "coco-1", "uri": "a/000000000002.jpg"}]
@@ -237,7 +251,7 @@ def test_empty_captions_are_left_out_and_counted(
     empty = coco_record(1, "train")["sentences"]
     empty[2]["raw"] = " \n"
     path = coco(tmp_path, i0={"sentences": empty})
-    write_karpathy(tmp_path, KarpathyConfig())
+    write_karpathy(tmp_path, part())
     assert len(table(tmp_path, "train")) == 3 * 6 - 1
     assert "1 empty captions left out" in caplog.text
     assert json.loads((tmp_path / "karpathy.json").read_text())["counts"]["empty_captions"] == 1
@@ -247,7 +261,7 @@ def test_empty_captions_are_left_out_and_counted(
 def test_a_test_image_without_caption_is_refused(tmp_path: Path) -> None:
     coco(tmp_path, i3={"sentences": [], "sentids": []})
     with pytest.raises(DataError, match="coco-4 of split 'test' has no caption"):
-        write_karpathy(tmp_path, KarpathyConfig())
+        write_karpathy(tmp_path, part())
 
 
 def test_tables_are_made_once_and_again_when_something_changes(tmp_path: Path) -> None:
@@ -257,10 +271,10 @@ def test_tables_are_made_once_and_again_when_something_changes(tmp_path: Path) -
         write_karpathy(tmp_path, config)
         return [(tmp_path / name).stat().st_mtime_ns for name in TABLES]
 
-    config = KarpathyConfig()
+    config = part()
     first = times()
     assert times() == first
-    config = KarpathyConfig(eval_captions=2)
+    config = part(eval_captions=2)
     assert times() != first
     assert len(table(tmp_path, "queries")) == 4
     second = times()
@@ -277,29 +291,29 @@ def test_tables_are_made_once_and_again_when_something_changes(tmp_path: Path) -
 
 def test_a_run_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
     coco(tmp_path)
-    write_karpathy(tmp_path, KarpathyConfig())
+    write_karpathy(tmp_path, part())
     marker = tmp_path / "karpathy.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"complete": False}))
     (tmp_path / "train.parquet").write_bytes(b"of other settings")
-    write_karpathy(tmp_path, KarpathyConfig())
+    write_karpathy(tmp_path, part())
     assert len(table(tmp_path, "train")) == 18
     marker.write_text('{"comple')
-    write_karpathy(tmp_path, KarpathyConfig())
+    write_karpathy(tmp_path, part())
     assert json.loads(marker.read_text())["complete"]
 
 
 def test_a_run_that_was_refused_claims_nothing(tmp_path: Path) -> None:
     coco(tmp_path, i5={"cocoid": 1})
     with pytest.raises(DataError):
-        write_karpathy(tmp_path, KarpathyConfig())
-    assert {path.name for path in tmp_path.iterdir()} == {"dataset_coco.json"}
+        write_karpathy(tmp_path, part())
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"dataset_coco.json"}
 
 
 def test_files_of_another_origin_are_never_overwritten(tmp_path: Path) -> None:
     coco(tmp_path)
     (tmp_path / "train.parquet").write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"train\.parquet exists and was not made from"):
-        write_karpathy(tmp_path, KarpathyConfig())
+        write_karpathy(tmp_path, part())
     assert (tmp_path / "train.parquet").read_bytes() == b"mine"
 
 
@@ -307,10 +321,10 @@ def test_missing_annotations_and_unknown_splits_name_the_key(tmp_path: Path) -> 
     with pytest.raises(
         ConfigError, match=r"data\.karpathy\.annotations: .*dataset_coco\.json does not exist"
     ):
-        write_karpathy(tmp_path, KarpathyConfig())
+        write_karpathy(tmp_path, part())
     coco(tmp_path)
     with pytest.raises(ConfigError, match="no split 'tset'; it has restval, test, train, val"):
-        write_karpathy(tmp_path, KarpathyConfig(eval_split="tset"))
+        write_karpathy(tmp_path, part(eval_split="tset"))
 
 
 @pytest.mark.parametrize("images", ["..", "/elsewhere", "gs://bucket/x"])
@@ -319,7 +333,7 @@ def test_images_outside_the_data_folder_are_refused(tmp_path: Path, images: str)
     folder.mkdir()
     coco(folder)
     with pytest.raises(ConfigError, match=r"data\.karpathy\.images: "):
-        write_karpathy(folder, KarpathyConfig(images=images))
+        write_karpathy(folder, part(images=images))
 
 
 def test_an_evaluation_split_in_the_training_is_refused() -> None:
@@ -336,12 +350,40 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> N
     annotations = coco(tmp_path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):
-        write_karpathy(tmp_path / "file", KarpathyConfig(annotations=annotations))
+        write_karpathy(tmp_path / "file", part(annotations=annotations))
+
+
+def test_a_part_of_the_data_set_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
+    coco(tmp_path)
+    with pytest.raises(
+        DataError,
+        match=r"COCO 5K \(test\) is not what it should be: gallery: expected 5,000, found 2; captions: expected "
+        r"25,010, found 12; queries: expected 25,000, found 10\. Its files come from https://cs\.stanford\.edu",
+    ):
+        write_karpathy(tmp_path, part(expected=None))
+    assert not any((tmp_path / name).exists() for name in TABLES)
+    write_karpathy(tmp_path, part(expected={"gallery": 2, "train": 18}))
+    with pytest.raises(ConfigError, match=r"expected\.images is none of the counts of COCO 5K: g"):
+        write_karpathy(tmp_path, part(expected={"images": 2}))
+
+
+def test_missing_test_images_are_counted_and_named(tmp_path: Path) -> None:
+    coco(tmp_path)
+    (tmp_path / "val2014" / "COCO_val2014_000000000006.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 images are missing.*val2014_000000000006\.jpg"):
+        write_karpathy(tmp_path, part())
+
+
+def test_known_counts_are_those_of_the_published_splits() -> None:
+    flickr = KarpathyConfig(annotations=Path("dataset_flickr30k.json"), train_splits=())
+    assert flickr.facts().counts == {"gallery": 1000, "captions": 5000, "queries": 5000}
+    assert KarpathyConfig(eval_captions=1).facts().counts["queries"] == 5000
+    assert KarpathyConfig(annotations=Path("dataset_mine.json")).facts().counts == {}
 
 
 def test_counts_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     coco(tmp_path)
     with caplog.at_level(logging.INFO, logger="slq"):
-        write_karpathy(tmp_path, KarpathyConfig())
+        write_karpathy(tmp_path, part())
     assert "'train': 18" in caplog.text
     assert "'gallery': 2" in caplog.text
