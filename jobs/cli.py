@@ -20,6 +20,8 @@ from jobs.console import (
 )
 from jobs.keys import app as keys_app
 from jobs.results import results_table
+from jobs.retaining import EXAMPLE as RETENTION_EXAMPLE
+from jobs.retaining import retention
 from pipelines.progress import duration
 from pipelines.recipe import Recipe
 
@@ -305,6 +307,9 @@ def evaluate(
         return results
 
     run_stage(recipe, overrides, dry_run=dry_run, as_json=as_json, stage=stage)
+
+
+app.command(epilog=RETENTION_EXAMPLE)(retention)
 
 
 @app.command(epilog="Example: slq serve jobs/recipes/demo.yaml --set serve.port=8080")
