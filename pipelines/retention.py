@@ -43,7 +43,7 @@ def measure_retention(recipe: Recipe, adapter: Path | None = None) -> dict[str, 
         adapter: Loaded for the second half; by default that of the run folder, if there is one.
 
     Returns:
-        What `retention.json` holds: `plain` and `adapter` with their `sets` and `scenes`, `compared`, `identity`.
+        What `retention.json` holds: `plain` and `adapted` with their `sets` and `scenes`, `compared`, `identity`.
 
     Raises:
         ConfigError: Nothing is named, or files or a backbone that can be asked are missing.

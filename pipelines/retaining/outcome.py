@@ -25,8 +25,8 @@ ANSWERS = pa.schema(
     ]
 )
 """One row per question: what was answered, the right answers, and 1 or 0."""
-PLAIN, ADAPTED = "plain", "adapter"
-"""Folders of the backbone alone, and with the adapter loaded."""
+PLAIN, ADAPTED = "plain", "adapted"
+"""The backbone alone, and with the adapter loaded: in results, and as folders."""
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
