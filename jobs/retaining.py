@@ -32,13 +32,14 @@ def retention(
     from pipelines.retention import plan as facts
 
     def stage(resolved: Recipe) -> dict[str, Any]:
-        from pipelines.retaining.outcome import identity_lines, left_out_lines
+        from pipelines.retaining.outcome import identity_lines, left_out_lines, score_lines
 
         result = measure_retention(resolved, adapter)
         if not as_json:
             out.print(retention_table(result))
             reports = result["plain"]["sets"].values()
             for line in (
+                *score_lines(result),
                 *identity_lines(result),
                 *(x for one in reports for x in left_out_lines(one)),
             ):

@@ -4,17 +4,14 @@ Each is asked with the backbone as it is and with an adapter loaded. What was as
 settings is not asked again, so a run that was cut short goes on with the next set.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipelines.progress import show
 from pipelines.recipe import Recipe
 from pipelines.retaining.asking import answers_to, identity_of, scene_skills
+from pipelines.retaining.kept import digest_of, finished, kept, revision_of, writing
 from pipelines.retaining.outcome import (
     ADAPTED,
     PLAIN,
@@ -25,14 +22,12 @@ from pipelines.retaining.outcome import (
 )
 from pipelines.tasks import collect, collect_windowed, require_gpus
 from slq.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter_config
-from slq.backbones.loading import backbone_revision
 from slq.benchmarks.answering import Answer
 from slq.benchmarks.questions import Question, QuestionSet, require_count
-from slq.errors import ArtifactError, ConfigError, StorageError
-from slq.files import file_sha256, read_json, write_json
+from slq.errors import ArtifactError, ConfigError
+from slq.files import write_json
 
 FOLDER = "retention"
-_ASKED_WITH = ("batch_size",)  # passes of other sizes differ in their last bits
 
 
 def measure_retention(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
@@ -61,28 +56,18 @@ def measure_retention(recipe: Recipe, adapter: Path | None = None) -> dict[str, 
     identity = _identity(recipe, adapter, folder) if adapter else None
     found = {side: _side(recipe, one, folder / side, counts) for side, one in sides.items()}
     result: dict[str, Any] = {
-        "backbone": {"model": recipe.backbone.name, "revision": _revision(recipe)},
+        "backbone": {"model": recipe.backbone.name, "revision": revision_of(recipe)},
         "adapter": None if adapter is None else str(adapter),
         "scenes": recipe.retention.scenes,
         "identity": identity,
         "compared": _compared(folder, counts) if adapter else {},
         **found,
     }
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "retention.json", result)
         (folder / "retention.md").write_text(page(result))
     return result
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be written: {error}; free space or choose another folder"
-        ) from None
 
 
 def retention(recipe: Recipe, adapter: Path | None, *, num_scenes: int) -> dict[str, Any]:
@@ -127,7 +112,7 @@ def plan(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
         done = [
             side
             for side, one in sides.items()
-            if _finished(folder / side / f"{name}.json", _digest(recipe, one, name)) is not None
+            if finished(folder / side / f"{name}.json", digest_of(recipe, one, name)) is not None
         ]
         shown[name] = {"questions": count, "asked before": done}
     return {**shown, "scenes": recipe.retention.scenes}
@@ -182,9 +167,9 @@ def _side(
     number = recipe.retention.scenes
     if not number:
         return {"sets": sets}
-    digest = _digest(recipe, adapter, "scenes")
-    kept = _kept(folder / "scenes.json", digest, lambda: _scenes(recipe, adapter, number))
-    return {"sets": sets, "scenes": kept}
+    digest = digest_of(recipe, adapter, "scenes")
+    found = kept(folder / "scenes.json", digest, lambda: _scenes(recipe, adapter, number))
+    return {"sets": sets, "scenes": found}
 
 
 def _set(
@@ -195,11 +180,12 @@ def _set(
 
     def ask() -> dict[str, Any]:
         answers = _asked(recipe, adapter, name, count)
-        with _writing(folder):
+        with writing(folder):
             write_answers(folder / f"{name}.parquet", answers)
         return summary(title, answers)
 
-    return _kept(folder / f"{name}.json", _digest(recipe, adapter, name), ask)
+    table = f"{name}.parquet"
+    return kept(folder / f"{name}.json", digest_of(recipe, adapter, name), ask, table=table)
 
 
 def _asked(recipe: Recipe, adapter: Path | None, name: str, count: int) -> list[Answer]:
@@ -229,7 +215,7 @@ def _scenes(recipe: Recipe, adapter: Path | None, num_scenes: int) -> dict[str, 
 
     task = ray.remote(num_cpus=1, max_calls=1)(scene_skills)
     asked = task.remote(recipe.model_dump_json(), adapter, num_scenes)
-    found: list[dict[str, Any]] = collect([asked], "retention")
+    found: list[dict[str, Any]] = collect([asked], "retention, scenes")
     return found[0]
 
 
@@ -246,7 +232,7 @@ def _identity(recipe: Recipe, adapter: Path, folder: Path) -> dict[str, Any]:
         )
         return found[0]
 
-    return _kept(folder / "identity.json", _digest(recipe, adapter, "identity"), compare)
+    return kept(folder / "identity.json", digest_of(recipe, adapter, "identity"), compare)
 
 
 def _compared(folder: Path, counts: Mapping[str, int]) -> dict[str, Any]:
@@ -254,46 +240,3 @@ def _compared(folder: Path, counts: Mapping[str, int]) -> dict[str, Any]:
         name: compared(*(folder / side / f"{name}.parquet" for side in (PLAIN, ADAPTED)))
         for name in counts
     }
-
-
-def _kept(path: Path, digest: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds if it was made with the same digest; else it is made."""
-    found = _finished(path, digest)
-    if found is not None:
-        show(f"retention {path.parent.name}/{path.stem}: finished before")
-        return found
-    made = make()
-    with _writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"digest": digest, "found": made})
-    return made
-
-
-def _finished(path: Path, digest: str) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    written = read_json(path)
-    found: dict[str, Any] | None = written["found"] if written["digest"] == digest else None
-    return found
-
-
-def _digest(recipe: Recipe, adapter: Path | None, name: str) -> str:
-    """sha256 of what answers depend on: model, adapter, files and settings."""
-    found = recipe.retention.sets.get(name)
-    settings = recipe.retention.model_dump(mode="json")
-    asked = {key: settings[key] for key in (name, *_ASKED_WITH) if key in settings}
-    if found is not None:
-        for key in ("dir", "expected"):
-            del asked[name][key]  # the same files are the same anywhere
-    identity = {
-        "asked": asked,
-        "files": {} if found is None else found.digests(),
-        "backbone": recipe.backbone.model_dump(mode="json"),
-        "revision": _revision(recipe),
-        "adapter": adapter and file_sha256(adapter / ADAPTER_WEIGHTS),
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _revision(recipe: Recipe) -> str:
-    return backbone_revision(recipe.backbone.name, recipe.backbone.revision)

@@ -91,6 +91,7 @@ def identity_of(recipe_json: str, adapter: Path) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def probe_logits(backbone: Backbone) -> Tensor:
     """(probes, vocab) logits of what follows each probe."""
     return backbone.token_logits(backbone.prefix(backbone.prompts(probe_items())).last_hidden)

@@ -95,7 +95,7 @@ def page(result: Mapping[str, Any]) -> str:
     heads = ["ability", "n", "backbone", *(["with the adapter", "same answers"] * has_adapter)]
     lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
     lines += [_row(cells) for cells in ability_rows(result)]
-    notes = [_LEGEND, *identity_lines(result)]
+    notes = [_LEGEND, *score_lines(result), *identity_lines(result)]
     notes += [line for report in result[PLAIN]["sets"].values() for line in left_out_lines(report)]
     lines += ["", *(f"- {note}" for note in notes), ""]
     for name, report in result[PLAIN]["sets"].items():
@@ -139,6 +139,21 @@ def identity_lines(result: Mapping[str, Any]) -> list[str]:
         else f"changed by up to {found['largest_logit_difference']:.3g}"
     )
     return [f"{found['method']} adapter loaded: weights {weights}, logits {logits}"]
+
+
+def score_lines(result: Mapping[str, Any]) -> list[str]:
+    """Right answers of each set, which for OCRBench is its published score."""
+    lines = []
+    for name, report in result[PLAIN]["sets"].items():
+        line = f"{report['title']}: {report['right']:,} of {report['num_questions']:,} right"
+        if result["adapter"] is not None:
+            found = result["compared"][name]
+            line += (
+                f", {result[ADAPTED]['sets'][name]['right']:,} with the adapter (p = {found['p']:.2g}, paired "
+                "randomisation)"
+            )
+        lines.append(line)
+    return lines
 
 
 def left_out_lines(report: Mapping[str, Any]) -> list[str]:

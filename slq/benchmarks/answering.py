@@ -103,6 +103,7 @@ class Respondent:
             for n, one in enumerate(questions)
         ]
 
+    @torch.no_grad()
     def chosen(self, prompts: Sequence[Prompt], sizes: Sequence[int]) -> list[str]:
         """The likeliest letter of each prompt; of equals the first; empty where logits are not finite.
 
@@ -110,7 +111,7 @@ class Respondent:
             prompts: Whole turns.
             sizes: How many options each has.
         """
-        states = self.backbone.prefix(self.backbone.collate(prompts)).last_hidden
+        states = self.backbone.last_states(self.backbone.collate(prompts))
         letters = []
         for state, size in zip(states, sizes, strict=True):
             logits = self.letter_logits(state, size)

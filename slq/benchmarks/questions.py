@@ -27,7 +27,7 @@ class Question:
     Attributes:
         id: Unique in its benchmark.
         kind: `multiple-choice` or `open`: whether a letter is chosen or words are said.
-        group: What it is counted with: MMMU's subject, OCRBench's question type.
+        group: What it is counted with: MMMU's subject, OCRBench's question type, RealWorldQA's kind of answer.
         text: The question, with `MARKER`s where images stand; images without one come first.
         answers: Right answers, any of which will do; of a choice its letter.
         options: Of a choice, in the order of the letters.

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -21,6 +21,7 @@ from jobs.retaining import retention_table
 from pipelines.loading import backbone_of
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.retaining.asking import identity_of
+from pipelines.retaining.kept import digest_of, kept
 from pipelines.retaining.outcome import (
     ANSWERS,
     compared,
@@ -30,10 +31,10 @@ from pipelines.retaining.outcome import (
     summary,
     write_answers,
 )
-from pipelines.retention import FOLDER, _digest, chosen_adapter, plan
+from pipelines.retention import FOLDER, chosen_adapter, plan
 from slq.artifacts import save_adapter
 from slq.benchmarks.answering import Answer
-from slq.errors import ArtifactError, ConfigError, DataError
+from slq.errors import ArtifactError, ConfigError, DataError, StorageError
 from slq.files import write_json
 from slq.finetuning import TunedBackbone
 from slq.metrics import bootstrap_interval
@@ -153,13 +154,15 @@ def test_what_was_asked_counts_as_done_until_something_it_depends_on_changes(
     adapter = recipe.storage.adapter
 
     def digest(*overrides: str, name: str = "mmmu", adapter: Path | None = None) -> str:
-        return _digest(load_recipe(path, list(overrides)), adapter, name)
+        return digest_of(load_recipe(path, list(overrides)), adapter, name)
 
     first = digest()
     done = recipe.storage.dir / FOLDER / "plain" / "mmmu.json"
     done.parent.mkdir(parents=True)
-    write_json(done, {"digest": first, "found": {}})
+    write_json(done, {"digest": first, "found": {}, "table": "mmmu.parquet"})
     three = load_recipe(path, ["retention.realworldqa.expected=3"])
+    assert plan(three)["mmmu"]["asked before"] == []  # its table is gone
+    write_answers(done.with_suffix(".parquet"), ANSWERED)
     assert plan(three)["mmmu"]["asked before"] == ["plain"]
     assert digest("retention.mmmu.expected=7", "retention.part_questions=5") == first
     assert digest("retention.ocrbench.max_new_tokens=5", "eval.ks=[1]") == first
@@ -238,7 +241,7 @@ def measured(*, adapter: bool) -> dict[str, Any]:
         "adapter": "run/adapter" if adapter else None,
         "scenes": 128,
         "identity": same if adapter else None,
-        "compared": {"mmmu": {"same_answers": 5}} if adapter else {},
+        "compared": {"mmmu": {"same_answers": 5, "p": 1.0}} if adapter else {},
         "plain": side,
         **({"adapted": side} if adapter else {}),
     }
@@ -251,6 +254,8 @@ def test_the_page_has_every_ability_and_subject_and_says_whether_the_model_is_th
     assert "| captions of scenes | 128 | 50.0 | 50.0 |  |" in both
     assert "| Law | 2 | 1 | 50.0 (0.0-100.0) | 1 | 50.0 (0.0-100.0) |" in both
     assert "- SLQ adapter loaded: weights bit-identical, logits bit-identical\n" in both
+    assert "- MMMU: 3 of 5 right\n" in alone
+    assert "- MMMU: 3 of 5 right, 3 with the adapter (p = 1, paired randomisation)\n" in both
     assert "2 questions were asked with the first of their images only" in alone
     for text in (alone, both):
         widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
@@ -271,7 +276,10 @@ def test_the_terminal_shows_the_same_cells() -> None:
 # The model with an adapter loaded ------------------------------------------------------------------------------
 
 
-def test_slq_leaves_the_shipped_backbone_bit_identical_and_lora_does_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_slq_leaves_the_shipped_backbone_bit_identical_and_baselines_do_not(
+    method: Literal["lora", "full"], tmp_path: Path
+) -> None:
     recipe = with_untrained_adapter(
         Recipe().model_copy(
             update={"storage": Recipe().storage.model_copy(update={"dir": tmp_path})}
@@ -284,13 +292,13 @@ def test_slq_leaves_the_shipped_backbone_bit_identical_and_lora_does_not(tmp_pat
     assert found["largest_logit_difference"] == 0.0
     backbone = backbone_of(recipe)
     assert found["weights_sha256"] == found["weights_sha256_before"] == backbone.weights_sha256()
-    tuned = TunedBackbone(backbone, "lora", rank=2)
+    tuned = TunedBackbone(backbone, method, rank=2)
     for name, value in tuned.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "down_proj" in name:
             torch.nn.init.normal_(value, std=0.1, generator=torch.Generator().manual_seed(1))
-    save_adapter(tmp_path / "lora", backbone, tuned)
-    changed = identity_of(recipe.model_dump_json(), tmp_path / "lora")
-    assert (changed["method"], changed["weights_identical"]) == ("LORA", False)
+    save_adapter(tmp_path / "tuned", backbone, tuned)
+    changed = identity_of(recipe.model_dump_json(), tmp_path / "tuned")
+    assert (changed["method"], changed["weights_identical"]) == (method.upper(), False)
     assert not changed["logits_identical"]
     assert changed["largest_logit_difference"] > 0.1
 
@@ -325,8 +333,8 @@ def test_a_table_of_a_study_has_a_column_for_each_set() -> None:
         "name": "SLQ", "run": "SLQ", "system": "slq", "trained_parameters": 5, "training_seconds": 1.0,
         "peak_memory_bytes": None, "hits": {"explicit": entry}, "tuned": None, "retention": None,
     }  # fmt: skip
-    kept = {"weights_identical": True, "sets": {"mmmu": summary("MMMU", ANSWERED)}}
-    rows = [row, {**row, "retention": kept}]
+    found = {"weights_identical": True, "sets": {"mmmu": summary("MMMU", ANSWERED)}}
+    rows = [row, {**row, "retention": found}]
     assert columns(rows)["MMMU kept"] == ["", "60.0 (20.0-100.0)"]
     text = study_markdown({"rows": rows, "notes": []})
     assert "- kept of a set of questions: right answers in %" in text
@@ -338,3 +346,12 @@ def test_a_damaged_set_is_refused_before_the_model_is_loaded(tmp_path: Path) -> 
     (tmp_path / "ocr" / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="cannot be read"):
         plan(load_recipe(path))
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_a_damaged_result_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"file/plain cannot be written: .*free space or choose"):
+        kept(tmp_path / "file" / "plain" / "mmmu.json", "d", dict)
+    (tmp_path / "mmmu.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"mmmu\.json is damaged"):
+        kept(tmp_path / "mmmu.json", "d", dict)
