@@ -22,6 +22,8 @@ from jobs.console import (
 from jobs.headlines import headline_table
 from jobs.keys import app as keys_app
 from jobs.results import results_table
+from jobs.retaining import EXAMPLE as RETENTION_EXAMPLE
+from jobs.retaining import retention
 from pipelines.progress import duration
 from pipelines.recipe import Recipe
 
@@ -354,6 +356,9 @@ def score(
     out.print(score_table(found))
     for note in notes_of(found):
         out.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+app.command(epilog=RETENTION_EXAMPLE)(retention)
 
 
 @app.command(epilog="Example: slq serve jobs/recipes/demo.yaml --set serve.port=8080")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from pipelines.retaining.config import RetentionConfig
 from pipelines.serving.config import ServeConfig
 from slq.benchmarks.karpathy import KarpathyConfig
 from slq.benchmarks.mmeb import MmebConfig
@@ -266,7 +267,7 @@ class ResourcesConfig(Section):
     embed_workers: Annotated[int, Field(gt=0)] = 1
     """Encoder actors."""
     rerank_workers: Annotated[int, Field(gt=0)] = 1
-    """Scoring actors of `slq rerank`."""
+    """Scoring actors of `slq rerank`, and tasks of `slq retention` at a time."""
     prepare_workers: Annotated[int, Field(gt=0)] | None = None
     """Tasks that read, decode and tokenise beside them, one CPU each; as many as find a CPU if null."""
     index_workers: Annotated[int, Field(gt=0)] = 1
@@ -290,7 +291,7 @@ class StorageConfig(Section):
 
     dir: Path = Path("runs/demo")
     """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `rerank/`,
-    `serve/`."""
+    `retention/`, `serve/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""
@@ -343,6 +344,7 @@ class Recipe(Section):
     index: IndexSettings = Field(default_factory=IndexSettings)
     rerank: RerankConfig = Field(default_factory=RerankConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    retention: RetentionConfig = Field(default_factory=RetentionConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
@@ -411,6 +413,7 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
     sections = {
         "rerank": recipe.rerank.model_copy(update=rerank),
         "embed": recipe.embed.model_copy(update={"adapters": adapters}),
+        "retention": recipe.retention.absolute(),
         "serve": _with_absolute_adapters(recipe.serve),
         "backbone": _with_absolute_name(recipe.backbone),
         "data": recipe.data.model_copy(update={"dir": recipe.data.dir.resolve()}),

@@ -82,7 +82,7 @@ def run_study(plan: Plan, flows: Flows) -> dict[str, dict[str, Any]]:
             run.recipe,
             grid=[trial.value for trial in run.trials],
             trials=[recipe_digest(trial.recipe) for trial in run.trials],
-            retention_scenes=plan.study.retention_scenes,
+            retention_scenes=scenes_asked(plan, run.recipe),
             miner=run.miner and results[run.miner.name]["digest"],
             **({"source": results[run.source.name]["digest"]} if run.source else {}),
         )
@@ -120,7 +120,8 @@ def _saved(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 def _zero_shot(plan: Plan, flows: Flows) -> dict[str, Any]:
     """The untrained systems; first of all, as it also shows whether the model's skills can be asked."""
-    recipe, scenes = plan.zero_shot, plan.study.retention_scenes
+    recipe = plan.zero_shot
+    scenes = scenes_asked(plan, recipe)
     folder = recipe.storage.dir
     digest = recipe_digest(recipe, retention_scenes=scenes)
     found = _finished(folder, digest)
@@ -129,8 +130,10 @@ def _zero_shot(plan: Plan, flows: Flows) -> dict[str, Any]:
     show("compare zero-shot: the backbone without training")
     with flows.connect(recipe.resources):
         try:
-            kept = flows.retention(recipe, None, num_scenes=scenes) if scenes else None
+            kept = _kept(recipe, None, scenes, flows)
         except ConfigError as error:
+            if not scenes:
+                raise
             raise ConfigError(f"{error}; set retention_scenes: 0 to ask nothing") from None
         results = flows.evaluate(recipe)
     return _saved(
@@ -155,8 +158,7 @@ def _run(plan: Plan, run: Run, miner: Recipe | None, flows: Flows, heading: str)
         adapter = _trained(recipe, flows)
         show(f"{heading}: measuring")
         results = flows.evaluate(recipe)
-        scenes = plan.study.retention_scenes
-        kept = flows.retention(recipe, adapter, num_scenes=scenes) if scenes else None
+        kept = _kept(recipe, adapter, scenes_asked(plan, recipe), flows)
     return {
         "tuned": tuned,
         "training": training_figures(run.folder),
@@ -178,6 +180,18 @@ def _measure(run: Run, flows: Flows, heading: str) -> dict[str, Any]:
         show(f"{heading}: measuring the adapter of {run.source.name}")
         results = flows.evaluate(run.recipe)
     return {"adapter_of": run.source.name, "results": results, **_described(run.recipe)}
+
+
+def scenes_asked(plan: Plan, recipe: Recipe) -> int:
+    """Held-out scenes that the study asks about, or else its recipe."""
+    return plan.study.retention_scenes or recipe.retention.scenes
+
+
+def _kept(recipe: Recipe, adapter: Path | None, scenes: int, flows: Flows) -> dict[str, Any] | None:
+    """The model's own skills, if the study or its recipe names any."""
+    if not scenes and not recipe.retention.sets:
+        return None
+    return flows.retention(recipe, adapter, num_scenes=scenes)
 
 
 def _trained(recipe: Recipe, flows: Flows) -> Path:

@@ -21,7 +21,7 @@ from slq.errors import ConfigError
 
 ZERO_SHOT = "zero-shot"
 _RESERVED = ("data", ZERO_SHOT)
-_SHARED = ("backbone", "data")
+_SHARED = ("backbone", "data", "retention")
 _OUT_DECIDES = "--out decides where a study writes"
 _SAME_FOR_ALL = "all runs are measured on one model and data, which the study's own `set` names"
 _Settings = dict[str, Any]
@@ -71,7 +71,8 @@ class Study(Section):
     set: _Settings = Field(default_factory=dict)
     """Overrides of all runs, `section.key: value`."""
     retention_scenes: Annotated[int, Field(ge=0)] = 0
-    """Held-out scenes on which the model's own skills are asked before and after training; 0 asks nothing."""
+    """Held-out scenes on which the model's own skills are asked before and after training; 0 leaves it to
+    `retention.scenes` of the recipe, which also names sets of questions."""
     tune_steps: Annotated[int, Field(gt=0)] = 40
     """Optimiser steps of each trial run."""
     baseline: str | None = None

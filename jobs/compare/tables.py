@@ -27,6 +27,9 @@ _KEPT = (
 _TESTED = (
     "p: two-sided, of a paired randomisation test on hit@1 against {baseline}, query by query."
 )
+_ASKED = (
+    "kept of a set of questions: right answers in %, with 95% bootstrap intervals over questions."
+)
 _SKILLS = {"match_accuracy": "match", "caption_accuracy": "caption"}
 Row = dict[str, Any]
 
@@ -157,6 +160,8 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     for skill, name in _SKILLS.items():
         kept = [(row["retention"] or {}).get(skill) for row in rows]
         table[f"{name} kept"] = [_number(value, 100, "{:.1f}") for value in kept]
+    for title in dict.fromkeys(title for row in rows for title in _sets(row)):
+        table[f"{title} kept"] = [_hit(_sets(row).get(title)) for row in rows]
     table["weights"] = [_weights(row["retention"]) for row in rows]
     return {name: cells for name, cells in table.items() if any(cells)}
 
@@ -179,6 +184,12 @@ def _p(value: float | None) -> str:
     if value is None:
         return ""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _sets(row: Row) -> dict[str, Mapping[str, Any]]:
+    """What was measured of sets of questions, by title, in the form of a hit."""
+    sets = ((row["retention"] or {}).get("sets") or {}).values()
+    return {one["title"]: {"value": one["accuracy"], **one} for one in sets}
 
 
 def _hit(entry: Mapping[str, Any] | None) -> str:
@@ -230,7 +241,8 @@ def _part(title: str, found: Mapping[str, list[str]], hits: bool) -> Table:
 def study_markdown(summary: Mapping[str, Any]) -> str:
     """The table and its notes, to paste into a README."""
     found = columns(summary["rows"])
-    told = [*_LEGEND, *([_KEPT] if "weights" in found else []), *summary["notes"]]
+    asked = [_ASKED] if any(_sets(row) for row in summary["rows"]) else []
+    told = [*_LEGEND, *([_KEPT] if "weights" in found else []), *asked, *summary["notes"]]
     if any(name.startswith("p, ") for name in found):
         told.append(_TESTED.format(baseline=summary["baseline"]))
     by_category = category_columns(summary["rows"])

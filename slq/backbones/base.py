@@ -4,12 +4,12 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from slq.backbones.attention import use_grouped_attention
 from slq.backbones.prompting import Prompt, PromptBuilder, Prompts, PromptSettings
@@ -295,6 +295,59 @@ class Backbone(PromptBuilder):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
+        """What the model says next, greedily: its own `generate`, with nothing of its generation settings but the end.
+
+        Args:
+            prompts: Whole ones, padded on the left.
+            max_new_tokens: Tokens at most.
+
+        Returns:
+            New tokens of each row, without those from the end of its turn on.
+
+        Raises:
+            DataError: A row is padded on the right, where the model would go on.
+        """
+        if not prompts.mask[:, -1].all():
+            raise DataError("what is generated follows the last token; pad prompts on the left")
+        ends = self.end_ids
+        found: Tensor = self.model.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.mask.long(),
+            generation_config=_greedy(max_new_tokens, ends, self.tokenizer.pad_token_id),
+            **self._vision(prompts),
+        )
+        self._forget()
+        said = found[:, prompts.input_ids.shape[1] :].tolist()
+        return [list(takewhile(lambda token: token not in ends, row)) for row in said]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens with which a turn ends."""
+        own = self.model.generation_config.eos_token_id
+        named = [] if own is None else [own] if isinstance(own, int) else list(own)
+        begun = self.tokenizer.convert_ids_to_tokens(self.closing_ids[:1])
+        closing = [self.closing_ids[0]] if set(begun) <= set(self.special_tokens) else []
+        spoken = self.tokenizer.eos_token_id
+        return sorted({*named, *closing, *([] if spoken is None else [spoken])})
+
+    def token_logits(self, states: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+        """Logits of some tokens, or of all, float32 or wider whatever the type of the weights.
+
+        Args:
+            states: (batch, hidden) after the final norm.
+            ids: The tokens; the whole vocabulary by default.
+
+        Returns:
+            (batch, num_ids).
+        """
+        head: Any = self.model.get_output_embeddings()
+        kind = torch.promote_types(states.dtype, torch.float32)
+        rows = head.weight if ids is None else head.weight[list(ids)]
+        logits: Tensor = states.to(kind) @ rows.to(kind).T
+        return logits
+
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Input embeddings (batch, n, hidden) of token ids (batch, n)."""
         embeds: Tensor = self.model.get_input_embeddings()(ids)
@@ -345,6 +398,22 @@ def prefix_of(output: Any, mask: Tensor, positions: Tensor, shows_image: Tensor)
         next_position=furthest + 1,
         last_hidden=output.last_hidden_state[last_places(mask)],
         shows_image=shows_image,
+    )
+
+
+def _greedy(max_new_tokens: int, ends: Sequence[int], padding: int | None) -> GenerationConfig:
+    """The likeliest token each time; what is not set here would come from the model's own settings for chats."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=list(ends),
+        pad_token_id=padding or 0,
     )
 
 

@@ -57,13 +57,13 @@ class LevelImages(PromptBuilder):
             vision.append(levels)
         return ids, vision
 
-    def collate(self, prompts: Sequence[Prompt]) -> Prompts:
+    def collate(self, prompts: Sequence[Prompt], *, padding_side: str | None = None) -> Prompts:
         """See `PromptBuilder.collate`.
 
         Raises:
             DataError: There are none; or they come from a processor that could be followed, and this one cannot.
         """
-        batch = super().collate(prompts)
+        batch = super().collate(prompts, padding_side=padding_side)
         pixels = batch.vision.get(_PIXELS)
         if pixels is None or pixels.dtype != torch.uint8 or len(pixels) == 0:
             return batch  # there are none where all images have been seen before

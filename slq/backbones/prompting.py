@@ -70,6 +70,12 @@ class Prompts:
     vision: dict[str, Tensor] = field(default_factory=dict)
 
 
+def join_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Vision arguments of several images, as of a batch; empty ones count as none."""
+    shown = [part for part in parts if part]
+    return {name: torch.cat([part[name] for part in shown]) for name in (shown[0] if shown else ())}
+
+
 class PromptBuilder(ABC):
     """Turns items into token sequences for one model.
 
@@ -252,8 +258,12 @@ class PromptBuilder(ABC):
         instruction = self.token_ids(self.settings.prompt) if self.settings.prompt else []
         return [*ids, *instruction, *self._closing_ids]
 
-    def collate(self, prompts: Sequence[Prompt]) -> Prompts:
+    def collate(self, prompts: Sequence[Prompt], *, padding_side: str | None = None) -> Prompts:
         """A padded batch of token sequences, on the backbone's device.
+
+        Args:
+            prompts: One at least.
+            padding_side: As of `pad`.
 
         Raises:
             DataError: There are none.
@@ -266,13 +276,16 @@ class PromptBuilder(ABC):
             for name in self.vision_inputs
             if vision
         }
-        return Prompts(*self.pad([prompt.ids for prompt in prompts]), merged)
+        padded = self.pad([prompt.ids for prompt in prompts], padding_side)
+        return Prompts(*padded, merged)
 
-    def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(batch, seq) ids and mask of ragged token sequences, padded on the configured side."""
+    def pad(
+        self, sequences: Sequence[Sequence[int]], padding_side: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(batch, seq) ids and mask of ragged token sequences, padded on the configured side or a given one."""
         seq = max(len(ids) for ids in sequences)
         filler = self.tokenizer.pad_token_id or 0
-        left = self.settings.padding_side == "left"
+        left = (padding_side or self.settings.padding_side) == "left"
         ids = torch.full((len(sequences), seq), int(filler))
         mask = torch.zeros((len(sequences), seq), dtype=torch.bool)
         for row, sequence in enumerate(sequences):

@@ -1,7 +1,6 @@
 """The words that answer, as tokens of one model, and what its states say of them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +58,4 @@ class Labels:
 
     def logits(self, states: Tensor, ids: Sequence[int] | None = None) -> Tensor:
         """(batch, num_ids) logits of some tokens, or of all, float32 or wider whatever the type of the weights."""
-        head: Any = self._backbone.model.get_output_embeddings()
-        kind = torch.promote_types(states.dtype, torch.float32)
-        rows = head.weight if ids is None else head.weight[list(ids)]
-        logits: Tensor = states.to(kind) @ rows.to(kind).T
-        return logits
+        return self._backbone.token_logits(states, ids)

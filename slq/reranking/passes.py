@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from slq.backbones.base import Backbone, Prompt, Prompts, last_places
+from slq.backbones.prompting import join_vision
 from slq.backbones.vision import VisionFeatures
 from slq.enhancement import EnhancementConfig, Enhancer, Sight
 from slq.kept import Kept
@@ -192,7 +193,7 @@ class Passes:
             ids += [*backbone.token_ids(text), *shown]
             text = tail
         ids += [*backbone.token_ids(text), *backbone.closing_ids]
-        vision = _joined([view.opening.vision for view in others])
+        vision = join_vision([view.opening.vision for view in others])
         return Suffix(Prompt(ids, vision), tuple(others))
 
     def _one_line(self, text: str) -> str:
@@ -231,7 +232,7 @@ class Passes:
         whole = []
         for (head, view), suffix in zip(shared, suffixes, strict=True):
             opening = self.opening(head, view)
-            vision = _joined([opening.vision, suffix.prompt.vision])
+            vision = join_vision([opening.vision, suffix.prompt.vision])
             whole.append(Prompt([*opening.ids, *suffix.prompt.ids], vision))
         prompts, seen = self.backbone.collate(whole), _seen(shared, suffixes)
         with self._seeing(seen, prompts):
@@ -309,9 +310,3 @@ def _without_pixels(prompt: Prompt) -> Prompt:
         for name, value in prompt.vision.items()
     }
     return Prompt(prompt.ids, light)
-
-
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Vision arguments of several images, as of a batch."""
-    shown = [part for part in parts if part]
-    return {name: torch.cat([part[name] for part in shown]) for name in (shown[0] if shown else ())}

@@ -114,6 +114,10 @@ def study_file(folder: Path, **changes: Any) -> Path:
         ),
         ({"set": {"storage.dir": "x"}}, "study.yaml: set: storage.dir has no place here: --out"),
         (
+            {"runs": {"a": {"set": {"retention.scenes": 5}}}},
+            "run 'a': retention.scenes has no place here: all",
+        ),
+        (
             {"runs": {"a": {"set": {"backbone.name": "x"}}}},
             "run 'a': backbone.name has no place here: all",
         ),

@@ -1,0 +1,1 @@
+"""Parts of `pipelines.retention`: its settings, the work of its tasks, and what is made of their answers."""
