@@ -7,7 +7,6 @@ import typer
 from rich.table import Table
 
 from jobs.console import AsJson, DryRun, Overrides, RecipePath, out, run_stage
-from jobs.planning import amount
 from pipelines.recipe import Recipe
 
 EXAMPLE = "Example: slq sweep jobs/recipes/demo.yaml --set sweep.dimensions=[48,96,192] --price 0.5"
@@ -50,6 +49,8 @@ def sweep(
 
 def columns(result: Mapping[str, Any]) -> dict[str, list[str]]:
     """The table as text, column by column."""
+    from jobs.planning import amount
+
     rows = result["cells"]
     found: dict[str, list[str]] = {"cell": [row["name"] for row in rows]}
     for name in ("hit@1", "hit@5", "hit@10", "recall@10"):
