@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from jobs import diffing, piloting, sweeping
 from jobs.console import (
     AsJson,
     DryRun,
@@ -35,6 +36,9 @@ app = typer.Typer(
     epilog="Start with: slq demo",
 )
 app.add_typer(keys_app)
+app.command(epilog=diffing.EXAMPLE)(diffing.diff)
+app.command(epilog=piloting.EXAMPLE)(piloting.pilot)
+app.command(epilog=sweeping.EXAMPLE)(sweeping.sweep)
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 

@@ -22,6 +22,7 @@ from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.framings import framing_by_name
 from slq.reranking.profiles import profile_by_name
+from slq.sweeps import SweepConfig
 from slq.training import AdapterSettings, TrainConfig
 
 
@@ -291,7 +292,7 @@ class StorageConfig(Section):
 
     dir: Path = Path("runs/demo")
     """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `rerank/`,
-    `retention/`, `serve/`."""
+    `retention/`, `sweep/`, `serve/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""
@@ -331,6 +332,11 @@ class StorageConfig(Section):
         """Results of `slq eval`."""
         return self.dir / "eval"
 
+    @property
+    def sweep(self) -> Path:
+        """What `slq sweep` writes."""
+        return self.dir / "sweep"
+
 
 class Recipe(Section):
     """Every setting of a run."""
@@ -345,6 +351,7 @@ class Recipe(Section):
     rerank: RerankConfig = Field(default_factory=RerankConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)

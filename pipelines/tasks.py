@@ -22,13 +22,18 @@ def parts(count: int, number: int = 8) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
 
-def collect(tasks: list[Any], what: str) -> list[Any]:
+def collect(tasks: list[Any], what: str, keep: Callable[[Any], object] | None = None) -> list[Any]:
     """Results in order, with a line of progress as tasks end.
+
+    Args:
+        tasks: That are started.
+        what: What is done, for people.
+        keep: Is given each result as it comes, in any order.
 
     Raises:
         SlqError: Ours that ended a task, as it was raised there; so are errors of the file system.
     """
-    return collect_windowed(iter(tasks), len(tasks), what, len(tasks))
+    return collect_windowed(iter(tasks), len(tasks), what, len(tasks), keep)
 
 
 class Countdown:
@@ -57,7 +62,13 @@ class Countdown:
                 show(f"{self._what} {self._ended}/{self._count}  ETA {duration(eta)}")
 
 
-def collect_windowed(starting: Iterator[Any], count: int, what: str, at_once: int) -> list[Any]:
+def collect_windowed(
+    starting: Iterator[Any],
+    count: int,
+    what: str,
+    at_once: int,
+    keep: Callable[[Any], object] | None = None,
+) -> list[Any]:
     """The same of tasks that are started as others end.
 
     Args:
@@ -65,6 +76,7 @@ def collect_windowed(starting: Iterator[Any], count: int, what: str, at_once: in
         count: How many they are.
         what: What is done, for people.
         at_once: Tasks at work at a time.
+        keep: Is given each result as it comes, in any order.
     """
     import ray
 
@@ -77,7 +89,9 @@ def collect_windowed(starting: Iterator[Any], count: int, what: str, at_once: in
             tasks += fresh
             waiting += fresh
             ready, waiting = ray.wait(waiting, num_returns=1)
-            ray.get(ready)  # raises what ended it
+            for result in ray.get(ready):  # raises what ended it
+                if keep is not None:
+                    keep(result)
             countdown.ended(len(ready))
         results: list[Any] = ray.get(tasks)
     except BaseException as error:

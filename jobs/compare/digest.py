@@ -16,7 +16,9 @@ def recipe_digest(recipe: Recipe, **others: Any) -> str:
         recipe: The resolved recipe.
         others: What a result depends on beside it.
     """
-    left_out = {"storage", "index", "serve"} - ({"index"} if recipe.train.negatives else set())
+    left_out = {"storage", "index", "sweep", "serve"} - (
+        {"index"} if recipe.train.negatives else set()
+    )
     settings = recipe.model_dump(mode="json", exclude=left_out)
     del settings["resources"]["address"]
     if recipe.data.scenes is not None:

@@ -39,7 +39,7 @@ def write_report(recipe: Recipe, timings: dict[str, float]) -> Path:
     results = read_results(recipe)
     runs = read_runs(recipe, results["systems"])
     history = recipe.storage.dir / "train" / HISTORY
-    page = _template().render(
+    page = template("report.html.j2").render(
         recipe=recipe,
         results=results,
         settings=settings(recipe, results),
@@ -57,7 +57,8 @@ def write_report(recipe: Recipe, timings: dict[str, float]) -> Path:
     return path
 
 
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page's template; whatever is put into it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(JOBS / "templates"),
         autoescape=True,  # jinja's own rule goes by the suffix, and .j2 would not be escaped
@@ -65,4 +66,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

@@ -1,0 +1,1 @@
+"""The parts of `slq sweep`: vectors, cells, the fine stage, and the table."""
