@@ -18,6 +18,7 @@ from jobs.console import (
     print_serve_config,
     run_stage,
 )
+from jobs.karr import karr
 from jobs.keys import app as keys_app
 from jobs.results import results_table
 from pipelines.progress import duration
@@ -31,6 +32,7 @@ app = typer.Typer(
     epilog="Start with: slq demo",
 )
 app.add_typer(keys_app)
+app.command(epilog="Example: slq karr jobs/recipes/karr.yaml --set karr.seed=1")(karr)
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 

@@ -15,6 +15,7 @@ from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
+from slq.karr.config import KarrConfig
 from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.framings import framing_by_name
@@ -268,12 +269,14 @@ class StorageConfig(Section):
 
     dir: Path = Path("runs/demo")
     """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `rerank/`,
-    `serve/`."""
+    `serve/`, `karr/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""
     rerank_dir: str | None = None
     """Where `slq rerank` writes: a folder or `s3://bucket/prefix`; `dir`/rerank if null. All workers must reach it."""
+    karr_dir: Path | None = None
+    """Folder that `slq karr` writes into; `dir`/karr if null. All workers must reach it."""
     retry_s: Annotated[float, Field(gt=0)] = 60.0
     """How long failures of an object store are tried again before the run ends; it can be resumed."""
     checkpoints: str | None = None
@@ -304,6 +307,11 @@ class StorageConfig(Section):
         return self.rerank_dir or str(self.dir / "rerank")
 
     @property
+    def karr(self) -> Path:
+        """What `slq karr` writes."""
+        return self.karr_dir or self.dir / "karr"
+
+    @property
     def evaluation(self) -> Path:
         """Results of `slq eval`."""
         return self.dir / "eval"
@@ -321,6 +329,7 @@ class Recipe(Section):
     index: IndexSettings = Field(default_factory=IndexSettings)
     rerank: RerankConfig = Field(default_factory=RerankConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    karr: KarrConfig = Field(default_factory=KarrConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
@@ -398,6 +407,7 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
                 "dir": recipe.storage.dir.resolve(),
                 "embedding_dir": _absolute(recipe.storage.embedding_dir),
                 "rerank_dir": _absolute(recipe.storage.rerank_dir),
+                "karr_dir": recipe.storage.karr_dir and recipe.storage.karr_dir.resolve(),
             }
         ),
         "train": recipe.train.model_copy(
