@@ -194,7 +194,7 @@ class Endpoint:
         if status in _FATAL:
             raise ConfigError(
                 f"karr: {self._config.url} answered {status}: it {_FATAL[status]} (model {self._config.model}, key "
-                f"from {self._config.api_key_env or 'nowhere'}); mend the endpoint section and run the same command again"
+                f"from {self._config.api_key_env or 'nowhere'}); mend the endpoint section and run it again"
             )
         if status in _AGAIN:
             raise _TryAgainError(f"status {status}", _seconds(headers.get("retry-after")))

@@ -4,9 +4,13 @@ from slq.karr.categories import CATEGORIES
 from slq.karr.lexicon import Lexicon
 from slq.karr.reasons import RejectedError
 from slq.karr.targets import Rewriting, Target, replaced_words
-from slq.karr.words import tokens
+from slq.karr.words import tokens, without_articles
 from slq.scenes.sprites import Sprite
 
+_JOINING = (
+    "of",
+    "shown",
+)  # as in "two of the animal that barks", "the animal that barks shown small"
 PASSED = ("length", "category", "rest_unchanged", "target_unnamed", "clue_table")
 """Names of the checks, in their order, as a row's provenance lists them."""
 
@@ -62,16 +66,35 @@ def check_words(
         named = names.named_by(rewriting.caption, clue)
         if named is not None:
             raise RejectedError(named[0], f"it says {named[1]!r}")
-    if sprites is None:
-        return PASSED[:-1]
-    _require_own_clue(target, words, sprites)
-    return PASSED
+    if sprites is not None:
+        _require_own_clue(target, words, sprites)
+    if rewriting.clue:
+        _require_clue_alone(target.phrase(caption), words, rewriting.clue)
+    return PASSED if sprites is not None else PASSED[:-1]
 
 
 def _unaltered(caption: str, target: Target, rewritten: str) -> str:
     """The replaced words as they are written, about: spelling tricks go with punctuation, which `words` lacks."""
     tail = len(caption) - target.end
     return rewritten[min(target.start, len(rewritten)) : max(0, len(rewritten) - tail)]
+
+
+def _require_clue_alone(phrase: str, words: list[str], clue: str) -> None:
+    """Refuse what slipped in beside the clue: at either end of a caption it would pass for a part of it.
+
+    Raises:
+        RejectedError: `changes_rest`.
+    """
+    wanted = without_articles(tokens(clue))
+    starts = [n for n in range(len(words)) if words[n : n + len(wanted)] == wanted]
+    if not wanted or not starts:
+        raise RejectedError("changes_rest", f"the new caption does not hold its clue {clue!r}")
+    others = [*words[: starts[0]], *words[starts[0] + len(wanted) :]]
+    slipped = [word for word in others if word not in {*tokens(phrase), *_JOINING}]
+    if slipped:
+        raise RejectedError(
+            "changes_rest", f"{' '.join(slipped)!r} is neither of {phrase!r} nor of the clue"
+        )
 
 
 def _require_own_clue(target: Target, words: list[str], sprites: dict[str, Sprite]) -> None:

@@ -109,7 +109,7 @@ class IdentifyConfig(Section):
     """Whether a new caption finds its own image among that image's nearest neighbours."""
 
     by: Literal["off", "coarse", "fine"] = "off"
-    """`coarse`: by cosine of `system`; `fine`: by the fine stage's margin; `off`: not checked, as the funnel then says."""
+    """`coarse`: by cosine of `system`; `fine`: by the fine stage's margin; `off`: unchecked, as the funnel says."""
     system: Literal["slq", "untrained", "last_token"] = "slq"
     """Whose vectors say which images are neighbours: the trained adapter's, or a zero-shot system's."""
     neighbours: Positive = 8
