@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
-from tenacity.wait import wait_exponential_jitter
+from tenacity.wait import wait_exponential, wait_random
 
 from slq.errors import ConfigError
 from slq.karr.config import EndpointConfig
@@ -162,7 +162,7 @@ class Endpoint:
         config = self._config
         error = state.outcome.exception() if state.outcome else None
         asked = error.wait_s if isinstance(error, _TryAgainError) else None
-        growing = wait_exponential_jitter(initial=0.5, max=config.max_wait_s, jitter=0.5)(state)
+        growing = (wait_exponential(multiplier=0.5) + wait_random(0, 0.5))(state)
         return min(config.max_wait_s, max(asked or 0.0, growing))
 
     def _body(self, chat: list[Message], seed: int) -> dict[str, Any]:
