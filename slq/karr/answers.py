@@ -47,11 +47,11 @@ def _value(name: str, value: Any, kind: type) -> Any:
         raise _rubbish(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
     if not isinstance(value, str):
         return value
-    text = " ".join(value.split(" ")).strip()
+    if any(unicodedata.category(sign) in {"Cc", "Cs", "Co", "Cf"} for sign in value.strip()):
+        raise _rubbish(f"{name} holds a control or an invisible character")
+    text = " ".join(value.split())
     if not text or len(text) > MAX_WORD_CHARS:
         raise _rubbish(f"{name} has {len(text)} characters; 1 to {MAX_WORD_CHARS} are read")
-    if any(unicodedata.category(sign) in {"Cc", "Cs", "Co", "Cf"} for sign in text):
-        raise _rubbish(f"{name} holds a control or an invisible character")
     return text
 
 
