@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
@@ -15,7 +15,7 @@ from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
-from slq.karr.config import KarrConfig
+from slq.karr.config import KarrConfig, LocalConfig
 from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth
 from slq.reranking.framings import framing_by_name
@@ -107,6 +107,7 @@ class MineConfig(Section):
 
 
 Output = Literal["float16", "int8", "binary"]
+Named = TypeVar("Named", BackboneConfig, LocalConfig)
 
 
 class EmbedConfig(Section):
@@ -397,6 +398,7 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
     rerank["backbone"] = scorer and _with_absolute_name(scorer)
     sections = {
         "rerank": recipe.rerank.model_copy(update=rerank),
+        "karr": _with_absolute_models(recipe.karr),
         "embed": recipe.embed.model_copy(update={"adapters": adapters}),
         "serve": _with_absolute_adapters(recipe.serve),
         "backbone": _with_absolute_name(recipe.backbone),
@@ -423,7 +425,16 @@ def _with_absolute_adapters(serve: ServeConfig) -> ServeConfig:
     return serve.model_copy(update={"adapters": adapters, "adapters_dir": root and root.resolve()})
 
 
-def _with_absolute_name(backbone: BackboneConfig) -> BackboneConfig:
+def _with_absolute_models(karr: KarrConfig) -> KarrConfig:
+    def absolute(section: Any) -> Any:
+        local = section.local and _with_absolute_name(section.local)
+        return section.model_copy(update={"local": local})
+
+    judges = tuple(map(absolute, karr.judges))
+    return karr.model_copy(update={"rewriter": absolute(karr.rewriter), "judges": judges})
+
+
+def _with_absolute_name(backbone: Named) -> Named:
     """A folder from the root on; a hub id is left as it is."""
     name = backbone.name
     if "/" in name and Path(name).is_dir():

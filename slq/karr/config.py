@@ -31,7 +31,9 @@ class EndpointConfig(Section):
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     """Rate limit, of all workers together; none if null."""
     max_tokens: Positive = 400
+    """Of an answer; more than any good one has."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """Another seed gives another answer above 0 only."""
     json_mode: bool = True
     """Ask for `response_format: json_object`; some servers do not know it."""
     max_answer_bytes: Positive = 2**18
@@ -44,10 +46,15 @@ class LocalConfig(Section):
     name: str
     """A folder or a hub id with a chat template."""
     revision: str | None = None
+    """Commit of a hub id."""
     device: str = "cpu"
+    """`cpu` or `cuda`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
     max_tokens: Positive = 400
+    """Of an answer."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """0 takes the likeliest token each time; then `tries` above 1 gives the same answer again."""
 
 
 class ModelConfig(Section):
@@ -56,7 +63,9 @@ class ModelConfig(Section):
     kind: Literal["clues", "endpoint", "local"] = "clues"
     """`clues`: no model, the clue table of the shipped scenes. `endpoint` or `local`: that section."""
     endpoint: EndpointConfig | None = None
+    """A model behind HTTP."""
     local: LocalConfig | None = None
+    """A model in the actors' own memory."""
 
     @model_validator(mode="after")
     def _has_its_section(self) -> "ModelConfig":
@@ -85,10 +94,13 @@ class JudgeConfig(Section):
     """Somebody who accepts or rejects a new caption."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    """Under which its votes stand."""
     kind: Literal["clues", "endpoint", "local", "frozen"] = "frozen"
     """`frozen`: the recipe's own model, which is asked whether image and caption match. `clues`: the clue table."""
     endpoint: EndpointConfig | None = None
+    """A model behind HTTP."""
     local: LocalConfig | None = None
+    """A model in the actors' own memory."""
     with_image: bool = False
     """Send the image to the endpoint, too."""
     framing: str = "mcq"
@@ -138,18 +150,24 @@ class KarrConfig(Section):
     captions_per_image: Positive = 1
     """The first captions of an image that are taken; 1 gives pairs one to one."""
     rewriter: RewriterConfig = RewriterConfig()
+    """Who chooses targets and words captions anew."""
     wordnet: tuple[str, ...] = ()
     """Lexicons of the package `wn`, such as `oewn:2024` and `omw-fr:1.4`: the first is of the captions' language and
     gives synonyms, the others give translations. They must be there on every node."""
     identify: IdentifyConfig = IdentifyConfig()
+    """Whether a new caption must find its image."""
     judges: tuple[JudgeConfig, ...] = ()
+    """Who votes on what has passed all checks."""
     min_accept_share: Share = 0.5
     """Share of the judges' votes that must accept a candidate."""
     review: ReviewConfig = ReviewConfig()
+    """What people's decisions are worth, and their sheet."""
     gallery: Literal["kept", "all"] = "kept"
     """Images of the benchmark's gallery: those of its rows, or all that were read."""
     max_caption_chars: Positive = 400
+    """Of a new caption."""
     max_clue_words: Positive = 30
+    """That stand for the target, articles left out."""
     shard_rows: Positive = 64
     """Captions per shard, the unit of retry and of commit."""
     workers: Positive = 1

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,11 +24,11 @@ from pipelines.karr.endpoint import Endpoint
 from pipelines.karr.identifying import CosineIdentifier, FineIdentifier
 from pipelines.karr.judges import Candidate, ClueJudge, FrozenJudge, ModelJudge
 from pipelines.karr.kept import KeptAnswers
-from pipelines.karr.models import Models
+from pipelines.karr.models import Models, load_models
 from pipelines.karr.neighbours import Neighbours
 from pipelines.karr.rows import ROWS, ShardMaker
 from pipelines.karr.source import captions, planned_rows, read_captions, source_state, write_plan
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, load_recipe
 from pipelines.storage import open_store
 from slq.arrow import vector_column
 from slq.errors import ArtifactError, ConfigError, DataError
@@ -406,6 +407,41 @@ def test_a_dry_run_says_how_much_would_be_asked(recipe: Recipe, tmp_path: Path) 
     assert shown.exit_code == 0, shown.output
     assert '"captions": 640' in shown.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_are_loaded_once_and_from_the_root_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, endpoint = {"name": "models/small"}, {"model": "m"}
+    judges = [
+        {"name": "same", "kind": "endpoint", "endpoint": endpoint},
+        {"name": "other", "kind": "endpoint", "endpoint": {"model": "n"}},
+        {"name": "here", "kind": "local", "local": local},
+    ]
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    path = tmp_path / "recipe.yaml"
+    rewriter = {
+        "kind": "endpoint",
+        "endpoint": {**endpoint, "concurrency": 6},
+        "ask_whether_named": True,
+    }
+    path.write_text(yaml.safe_dump({"karr": {"rewriter": rewriter, "judges": judges}}))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path)
+    here = recipe.karr.judges[2].local
+    assert here is not None
+    assert here.name == str((tmp_path / "models" / "small").resolve())
+    with pytest.raises(ConfigError, match=r"model .*models/small.* cannot be loaded"):
+        load_models(recipe, open_store(tmp_path), 2)
+    fewer = changed(recipe, karr={"judges": judges[:2]})
+    found = load_models(fewer, open_store(tmp_path), 2)
+    assert found.threads == 3
+    assert found.asked_whether_named is found.rewriter.language_model  # type: ignore[attr-defined]
+    assert len(found.answers) == 3  # its concurrency makes the rewriter's endpoint another one
+    assert found.sprites is None
+    assert load_models(
+        changed(recipe, karr={"judges": [], "rewriter": {}}), open_store(tmp_path), 1
+    ).sprites
 
 
 def test_the_commands_help_has_an_example() -> None:
