@@ -55,6 +55,7 @@ class LanguageServer:
         self.seed = seed
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
+        self.told: set[str] = set()
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.at_once = self.most_at_once = 0
@@ -87,6 +88,7 @@ class LanguageServer:
             bad = self.pick("which bad", question, BAD_WORDS)
         with self.counting:
             self.answered[bad or "good"] += 1
+            self.told.add(question)
         if "original" in data:
             return json.dumps({"accept": self.draw("accept", question) < 0.8})
         if "phrase" in data:

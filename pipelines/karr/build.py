@@ -202,7 +202,8 @@ def _require_room(recipe: Recipe, workers: int) -> None:
     cpus = ray.cluster_resources().get("CPU", 0.0)
     if not gpus and workers > cpus:
         raise ConfigError(
-            f"karr.workers is {workers}, but the cluster has {cpus:g} CPUs; set it to at most {max(1, int(cpus))}"
+            f"karr.workers is {recipe.karr.workers}, but the cluster has {cpus:g} CPUs; set it to at most "
+            f"{max(1, int(cpus))}"
         )
     require_gpus("karr.workers x resources.gpus_per_worker", workers * gpus, "lower either")
 

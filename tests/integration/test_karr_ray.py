@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 from pipelines.benchmark import load_benchmark
@@ -42,7 +44,11 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_scenes(data: Path, run: Path, **section: Any) -> Recipe:
     settings = {"kinds": ("explicit",), "shard_rows": 50, "workers": 2, **section}
-    return changed(Recipe(), data={"dir": data, "scenes": {}}, karr=settings, storage={"dir": run})
+    scenes = json.loads((data / "scenes.json").read_text())
+    del scenes["generator"]
+    return changed(
+        Recipe(), data={"dir": data, "scenes": scenes}, karr=settings, storage={"dir": run}
+    )
 
 
 def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
@@ -168,7 +174,7 @@ def test_the_frozen_model_identifies_and_judges_and_slq_eval_measures(
 def asking(data: Path, run: Path, server: LanguageServer, **section: Any) -> Recipe:
     """A recipe that asks a server, as rewriter and as one of two judges."""
     endpoint = {
-        "url": server.url, "model": "stub", "timeout_s": 0.5, "attempts": 2, "max_wait_s": 0.05, "concurrency": 8,
+        "url": server.url, "model": "stub", "timeout_s": 2.0, "attempts": 3, "max_wait_s": 0.05, "concurrency": 8,
     }  # fmt: skip
     rewriter = {"kind": "endpoint", "endpoint": endpoint, "tries": 2, "ask_whether_named": True}
     judges = [
@@ -187,7 +193,7 @@ def asking(data: Path, run: Path, server: LanguageServer, **section: Any) -> Rec
 
 def bad_server(**changes: Any) -> LanguageServer:
     return LanguageServer(
-        **{"faults": 0.15, "lost": 0.05, "bad": 0.5, "slow_s": 0.8, "seed": 3, **changes}
+        **{"faults": 0.06, "lost": 0.05, "bad": 0.5, "slow_s": 2.5, "seed": 3, **changes}
     )
 
 
@@ -241,14 +247,25 @@ recipe = load_recipe(Path({str(file)!r}))
         killed(driver + "connected(recipe, karr)", "commit_after:2", mark)
         committed = Ledger(recipe.storage.karr).commits()
         assert len(committed) == 2
-        before = Counter(server.asked)
+        wait_until_quiet(server)
+        told, before = set(server.told), Counter(server.asked)
         karr(recipe)
-        again = {question: server.asked[question] - count for question, count in before.items()}
+        again = [question for question in told if server.asked[question] > before[question]]
     require_whole(recipe, 300)
     assert without_times(recipe) == uninterrupted["content"]
-    # At most what was under way when it died is asked for again, and what is never answered.
-    assert sum(bool(more) for more in again.values()) < 60
-    assert len(server.asked) == len(uninterrupted["asked"])
+    assert len(told) > 100
+    assert len(again) <= 8  # answers that were under way when it died; the others were kept
+    assert server.asked.keys() == uninterrupted["asked"].keys()
+
+
+def wait_until_quiet(server: LanguageServer) -> None:
+    """Workers of a dead driver live on for a moment; return once none of them asks any more."""
+    deadline = time.monotonic() + 60
+    asked, since = -1, time.monotonic()
+    while time.monotonic() < deadline and time.monotonic() - since < 3:
+        if (now := server.asked.total()) != asked:
+            asked, since = now, time.monotonic()
+        time.sleep(0.1)
 
 
 def killed(code: str, failpoint: str, mark: Path) -> None:
@@ -313,8 +330,10 @@ def test_what_no_worker_could_do_is_refused_before_any_starts(
     recipe = of_scenes(scenes_dir, tmp_path, rewriter={"kind": "endpoint", "endpoint": endpoint})
     with pytest.raises(ConfigError, match="environment variable SLQ_TEST_KEY is not set"):
         karr(recipe)
-    with pytest.raises(ConfigError, match=r"karr.workers is 99, but the cluster has"):
-        karr(of_scenes(scenes_dir, tmp_path, workers=99, shard_rows=1).model_copy())
+    workers = int(ray.cluster_resources()["CPU"]) + 1
+    if workers <= 32:  # shards
+        with pytest.raises(ConfigError, match=rf"karr.workers is {workers}, but the cluster has"):
+            karr(of_scenes(scenes_dir, tmp_path, workers=workers, shard_rows=1))
     assert not (tmp_path / "karr" / "commits").exists()
 
 

@@ -265,6 +265,50 @@ def test_clues_have_a_form(clue: str, kind: str) -> None:
     assert kind in CLUE_TYPES
 
 
+@pytest.mark.parametrize(
+    ("caption", "phrase", "name", "rewritten", "clue", "reason"),
+    [
+        (
+            "A grey cat sitting on a bookshelf.",
+            "A grey cat",
+            "cat",
+            "The animal with (2+7) lives sitting on a bookshelf.",
+            "The animal with (2+7) lives",
+            None,
+        ),
+        (
+            "A carrot stick.",
+            "A carrot stick",
+            "carrot",
+            "A long, orange root vegetable commonly used in salads and soups.",
+            "A long, orange root vegetable commonly used in salads and soups",
+            None,
+        ),
+        (  # the paper's own drops the tabletop, which we do not allow
+            "A Sharp white colored microwave on a tabletop.",
+            "A Sharp white colored microwave",
+            "microwave",
+            "A kitchen appliance used for heating food, branded by a Japanese electronics company known for its "
+            "precision technology.",
+            "A kitchen appliance used for heating food, branded by a Japanese electronics company known for its "
+            "precision technology",
+            "changes_rest",
+        ),
+    ],
+)
+def test_the_papers_examples(  # figure 3 of the poster
+    caption: str, phrase: str, name: str, rewritten: str, clue: str, reason: str | None
+) -> None:
+    target = target_of(caption, phrase, name)
+    rewriting = Rewriting(rewritten, clue, "encyclopaedic")
+    if reason is None:
+        check_words(caption, target, rewriting, LEXICON)
+        return
+    with pytest.raises(RejectedError) as caught:
+        check_words(caption, target, rewriting, LEXICON)
+    assert caught.value.reason == reason
+
+
 def test_categories_are_those_of_the_clues_and_the_paper_accounts_for_all() -> None:
     assert tuple(CATEGORIES) == CLUE_CATEGORIES
     assert sum(one.paper_share for one in CATEGORIES.values()) == pytest.approx(1.0)

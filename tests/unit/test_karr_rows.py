@@ -93,8 +93,8 @@ def test_a_bad_server_gets_nothing_through_and_all_is_accounted_for(
     ]
     config = KarrConfig.parse({"rewriter": {"tries": 2}}, source="karr")
     assert isinstance(config, KarrConfig)
-    with serving(LanguageServer(faults=0.2, lost=0.1, bad=0.7, slow_s=0.3, seed=5)) as server:
-        settings = EndpointConfig(url=server.url, timeout_s=0.2, attempts=2, concurrency=8)
+    with serving(LanguageServer(faults=0.06, lost=0.1, bad=0.7, slow_s=1.3, seed=5)) as server:
+        settings = EndpointConfig(url=server.url, timeout_s=1.0, attempts=2, concurrency=8)
         kept = KeptAnswers(Endpoint(settings, sleep=lambda _: None), open_store(tmp_path))
         judge = ModelJudge(JudgeConfig(name="llm", kind="clues"), kept, 0, 4)
         models = Models(
