@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import torch
 
 from pipelines.commits import Commit, attempt_name, errors_name, new_attempt, shard_name
 from pipelines.failpoints import reach
@@ -18,7 +19,7 @@ from pipelines.recipe import Recipe
 from pipelines.shard_files import write_shard
 from pipelines.storage import Store
 from slq.arrow import ERRORS
-from slq.errors import SlqError
+from slq.errors import HardwareError, SlqError
 from slq.karr.reasons import ERRORS as ERROR_REASONS
 
 COMMAND = "slq karr"
@@ -76,9 +77,8 @@ class MakeShards:
             return _told(failure=failure_text(self._refusal))
         shard_id, before = (block[name][0].as_py() for name in ("shard_id", "generation"))
         counts = self._models.counts()
-        maker = ShardMaker(self._recipe.karr, self._models, self._recipe.storage.retry_s)
         try:
-            rows = maker.made(read_captions(self._store, shard_id))
+            rows = self._made(shard_id)
             commit = written(self._store, shard_id, rows, 0 if before is None else before + 1)
         except SlqError as error:
             return _told(failure=failure_text(error))
@@ -92,6 +92,16 @@ class MakeShards:
             "problem": f"{errors[0]['source_id']}: {errors[0]['detail']}" if errors else "",
         }
         return _told(commit=commit.to_json(), work=json.dumps(work))
+
+    def _made(self, shard_id: int) -> list[Row]:
+        maker = ShardMaker(self._recipe.karr, self._models, self._recipe.storage.retry_s)
+        try:
+            return maker.made(read_captions(self._store, shard_id))
+        except torch.OutOfMemoryError as error:
+            raise HardwareError(
+                f"memory ran out over shard {shard_id}: {error}; lower rerank.batch_size, embed.batch_size or "
+                "karr.workers and run the same command again"
+            ) from None
 
 
 def ledger_of(recipe: Recipe) -> Ledger:
