@@ -26,7 +26,7 @@ from slq.benchmarks.scenes import ScenesConfig, write_scenes
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
 from slq.files import file_sha256
 from slq.scenes import load_sprites
-from tests.integration.runs import changed, fingerprints_of_files
+from tests.integration.runs import changed, fingerprints_of_files, killing_after_a_commit
 from tests.language_server import LanguageServer, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -39,6 +39,14 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 scenes."""
     folder = tmp_path_factory.mktemp("many")
     write_scenes(folder, ScenesConfig(train=2, test=240, unseen=60, seed=7))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 scenes."""
+    folder = tmp_path_factory.mktemp("some")
+    write_scenes(folder, ScenesConfig(train=2, test=80, unseen=20, seed=7))
     return folder
 
 
@@ -142,8 +150,8 @@ def test_300_scenes_become_a_benchmark_that_can_be_measured_on(many: Path, tmp_p
 def test_the_frozen_model_identifies_and_judges_and_slq_eval_measures(
     scenes_dir: Path, tmp_path: Path
 ) -> None:
-    judges = [{"name": name, "framing": name} for name in ("mcq", "true_false", "yes_no")]
-    identify = {"by": "fine", "system": "untrained", "neighbours": 3}
+    judges = [{"name": name, "framing": name} for name in ("mcq", "true_false")]
+    identify = {"by": "fine", "system": "untrained", "neighbours": 2}
     recipe = of_scenes(
         scenes_dir, tmp_path, shard_rows=16, identify=identify, judges=judges, workers=1
     )
@@ -152,12 +160,12 @@ def test_the_frozen_model_identifies_and_judges_and_slq_eval_measures(
     rejected = found["funnel"]["rejected"]
     assert rejected["not_identified"] + rejected["judges"] == 32 - found["funnel"]["num_out"]
     stats = found["agreement"]["judges"]
-    assert stats["judges"] == 3
+    assert stats["judges"] == 2
     assert stats["rows"] == 32 - rejected["not_identified"]
     assert 0 <= stats["percent_agreement"] <= 1
     for row in rows_of(recipe):
         assert row["lead"] > 0
-        assert sum(vote["accept"] for vote in row["votes"]) >= 2
+        assert sum(vote["accept"] for vote in row["votes"]) >= 1
         assert all((vote["margin"] >= 0) == vote["accept"] for vote in row["votes"])
     measured = changed(
         recipe,
@@ -185,6 +193,7 @@ def asking(data: Path, run: Path, server: LanguageServer, **section: Any) -> Rec
         "rewriter": rewriter,
         "judges": judges,
         "max_error_share": 0.5,
+        "shard_rows": 20,
         "min_accept_share": 0.6,
         **section,
     }
@@ -193,19 +202,19 @@ def asking(data: Path, run: Path, server: LanguageServer, **section: Any) -> Rec
 
 def bad_server(**changes: Any) -> LanguageServer:
     return LanguageServer(
-        **{"faults": 0.06, "lost": 0.05, "bad": 0.5, "slow_s": 2.5, "seed": 3, **changes}
+        **{"faults": 0.06, "lost": 0.04, "bad": 0.75, "slow_s": 2.5, "seed": 5, **changes}
     )
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    ray_cluster: None, many: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: None, some: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What the bad server's answers become where nothing is killed; `asked` counts questions."""
     with serving(bad_server()) as server:
-        recipe = asking(many, tmp_path_factory.mktemp("whole"), server)
+        recipe = asking(some, tmp_path_factory.mktemp("whole"), server)
         karr(recipe)
-        require_whole(recipe, 300)
+        require_whole(recipe, 100)
         return {"recipe": recipe, "content": without_times(recipe), "asked": server.asked}
 
 
@@ -229,10 +238,10 @@ def test_a_bad_endpoint_gets_nothing_through(uninterrupted: dict[str, Any]) -> N
 
 
 def test_a_killed_driver_and_a_killed_worker_cost_no_answer_and_change_no_row(
-    uninterrupted: dict[str, Any], many: Path, tmp_path: Path
+    uninterrupted: dict[str, Any], some: Path, tmp_path: Path
 ) -> None:
     with serving(bad_server()) as server:
-        recipe = asking(many, tmp_path / "run", server)
+        recipe = asking(some, tmp_path / "run", server)
         file, mark = tmp_path / "recipe.yaml", tmp_path / "died"
         file.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json())))
         driver = f"""
@@ -249,9 +258,10 @@ recipe = load_recipe(Path({str(file)!r}))
         assert len(committed) == 2
         wait_until_quiet(server)
         told, before = set(server.told), Counter(server.asked)
-        karr(recipe)
+        with killing_after_a_commit(recipe.storage.karr, "MakeShards"):
+            karr(recipe)
         again = [question for question in told if server.asked[question] > before[question]]
-    require_whole(recipe, 300)
+    require_whole(recipe, 100)
     assert without_times(recipe) == uninterrupted["content"]
     assert len(told) > 100
     assert len(again) <= 8  # answers that were under way when it died; the others were kept
@@ -285,9 +295,8 @@ def killed(code: str, failpoint: str, mark: Path) -> None:
     assert done.returncode != 0
 
 
-@pytest.mark.parametrize("failpoint", ["manifest_before", "manifest_after"])
 def test_a_driver_killed_while_it_tells_the_outcome_goes_on(
-    uninterrupted: dict[str, Any], many: Path, tmp_path: Path, failpoint: str
+    uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = uninterrupted["recipe"]
     shutil.copytree(recipe.storage.karr, tmp_path / "run" / "karr")
@@ -301,9 +310,9 @@ from pipelines.karr.build import karr
 from pipelines.recipe import Recipe
 karr(Recipe.model_validate_json(Path({str(file)!r}).read_text()))
 """
-    killed(code, failpoint, tmp_path / "died")
+    killed(code, "manifest_before", tmp_path / "died")
     karr(recipe)  # nothing is left to be asked, so the server may be gone
-    require_whole(recipe, 300)
+    require_whole(recipe, 100)
     assert without_times(recipe) == uninterrupted["content"]
 
 
@@ -311,13 +320,13 @@ def test_too_many_errors_fail_the_run_and_retry_errors_mends_it(
     scenes_dir: Path, tmp_path: Path
 ) -> None:
     with serving(LanguageServer(lost=0.4, seed=1)) as server:
-        recipe = asking(scenes_dir, tmp_path, server, max_error_share=0.2, workers=1, shard_rows=8)
+        recipe = asking(scenes_dir, tmp_path, server, max_error_share=0.2, workers=1, shard_rows=16)
         with pytest.raises(
             DataError, match=r"of 32 captions .* more than karr.max_error_share allows \(20.0%\)"
         ):
             karr(recipe)
     with serving(LanguageServer(seed=1)) as server:
-        mended = asking(scenes_dir, tmp_path, server, max_error_share=0.2, workers=1, shard_rows=8)
+        mended = asking(scenes_dir, tmp_path, server, max_error_share=0.2, workers=1, shard_rows=16)
         found = karr(mended, retry_errors=True)
         assert found["funnel"]["rejected"]["unanswered"] == 0
     require_whole(mended, 32)
