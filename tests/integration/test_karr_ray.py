@@ -16,6 +16,7 @@ import pytest
 import ray
 import yaml
 
+from jobs.report.karr_review import write_review_pages
 from pipelines.benchmark import load_benchmark
 from pipelines.evaluate import evaluate
 from pipelines.failpoints import MARK, VARIABLE
@@ -360,7 +361,13 @@ def test_decisions_of_people_are_read_back_by_the_next_run(
     recipe = of_scenes(scenes_dir, tmp_path)
     first = karr(recipe)
     assert first["funnel"]["num_out"] == 32
-    sheet = recipe.storage.karr / "review" / "review.csv"
+    folder = recipe.storage.karr / "review"
+    short = changed(recipe, karr={"review": {"page_rows": 20}})
+    assert len(write_review_pages(short, folder)) == 2
+    (page,) = write_review_pages(recipe, folder)
+    assert [path.name for path in folder.glob("*.html")] == ["review-001.html"] == [page.name]
+    assert page.read_text().count('src="data:image/png;base64,') == 32
+    sheet = folder / "review.csv"
     lines = list(csv.DictReader(sheet.read_text().splitlines()))
     lines[0] |= {"decision": "reject", "annotator": "ann"}
     edited = lines[1]["caption"].replace("on a", "on the")  # articles may change
