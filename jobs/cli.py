@@ -21,6 +21,7 @@ from jobs.console import (
     run_stage,
 )
 from jobs.headlines import headline_table
+from jobs.karr import karr
 from jobs.keys import app as keys_app
 from jobs.results import results_table
 from jobs.retaining import EXAMPLE as RETENTION_EXAMPLE
@@ -39,6 +40,7 @@ app.add_typer(keys_app)
 app.command(epilog=diffing.EXAMPLE)(diffing.diff)
 app.command(epilog=piloting.EXAMPLE)(piloting.pilot)
 app.command(epilog=sweeping.EXAMPLE)(sweeping.sweep)
+app.command(epilog="Example: slq karr jobs/recipes/karr.yaml --set karr.seed=1")(karr)
 DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -17,6 +17,7 @@ from slq.config import Section
 from slq.engines import IndexPlace, IndexSettings
 from slq.enhancement import EnhancementConfig
 from slq.errors import ConfigError
+from slq.karr.config import KarrConfig, LocalConfig
 from slq.metrics import parse_metric
 from slq.reranking.context_free import ContextFree
 from slq.reranking.depth import AdaptiveDepth
@@ -115,6 +116,7 @@ class MineConfig(Section):
 
 
 Output = Literal["float16", "int8", "binary"]
+Named = TypeVar("Named", BackboneConfig, LocalConfig)
 
 
 class EmbedConfig(Section):
@@ -292,12 +294,14 @@ class StorageConfig(Section):
 
     dir: Path = Path("runs/demo")
     """Run folder: `train/`, `adapter/`, `variants/`, `embeddings/`, `index/`, `eval/`, `rerank/`,
-    `retention/`, `sweep/`, `serve/`."""
+    `retention/`, `sweep/`, `karr/`, `serve/`."""
     embedding_dir: str | None = None
     """Where the embedding data set goes: a folder or `s3://bucket/prefix`; `dir`/embeddings if null. All workers must
     reach it."""
     rerank_dir: str | None = None
     """Where `slq rerank` writes: a folder or `s3://bucket/prefix`; `dir`/rerank if null. All workers must reach it."""
+    karr_dir: Path | None = None
+    """Folder that `slq karr` writes into; `dir`/karr if null. All workers must reach it."""
     retry_s: Annotated[float, Field(gt=0)] = 60.0
     """How long failures of an object store are tried again before the run ends; it can be resumed."""
     checkpoints: str | None = None
@@ -328,6 +332,11 @@ class StorageConfig(Section):
         return self.rerank_dir or str(self.dir / "rerank")
 
     @property
+    def karr(self) -> Path:
+        """What `slq karr` writes."""
+        return self.karr_dir or self.dir / "karr"
+
+    @property
     def evaluation(self) -> Path:
         """Results of `slq eval`."""
         return self.dir / "eval"
@@ -352,6 +361,7 @@ class Recipe(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     sweep: SweepConfig = Field(default_factory=SweepConfig)
+    karr: KarrConfig = Field(default_factory=KarrConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
@@ -419,6 +429,7 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
     rerank["backbone"] = scorer and _with_absolute_name(scorer)
     sections = {
         "rerank": recipe.rerank.model_copy(update=rerank),
+        "karr": _with_absolute_models(recipe.karr),
         "embed": recipe.embed.model_copy(update={"adapters": adapters}),
         "retention": recipe.retention.absolute(),
         "serve": _with_absolute_adapters(recipe.serve),
@@ -430,6 +441,7 @@ def _with_absolute_folders(recipe: Recipe) -> Recipe:
                 "dir": recipe.storage.dir.resolve(),
                 "embedding_dir": _absolute(recipe.storage.embedding_dir),
                 "rerank_dir": _absolute(recipe.storage.rerank_dir),
+                "karr_dir": recipe.storage.karr_dir and recipe.storage.karr_dir.resolve(),
             }
         ),
         "train": recipe.train.model_copy(
@@ -445,7 +457,16 @@ def _with_absolute_adapters(serve: ServeConfig) -> ServeConfig:
     return serve.model_copy(update={"adapters": adapters, "adapters_dir": root and root.resolve()})
 
 
-def _with_absolute_name(backbone: BackboneConfig) -> BackboneConfig:
+def _with_absolute_models(karr: KarrConfig) -> KarrConfig:
+    def absolute(section: Any) -> Any:
+        local = section.local and _with_absolute_name(section.local)
+        return section.model_copy(update={"local": local})
+
+    judges = tuple(map(absolute, karr.judges))
+    return karr.model_copy(update={"rewriter": absolute(karr.rewriter), "judges": judges})
+
+
+def _with_absolute_name(backbone: Named) -> Named:
     """A folder from the root on; a hub id is left as it is."""
     name = backbone.name
     if "/" in name and Path(name).is_dir():

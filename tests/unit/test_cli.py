@@ -134,7 +134,7 @@ def test_a_dry_run_of_mining_knows_the_pairs_or_who_makes_them(
         assert f"ConfigError: data.train: {own}/train.parquet does not exist" in text
         return
     shown = json.loads(slq("mine", path, "--dry-run", "--json").stdout)
-    scenes = {"demo": 3072, "serving": 8}
+    scenes = {"demo": 3072, "serving": 8, "karr": 2}
     assert shown["plan"]["pairs"] == scenes.get(path.stem, "generated first")
     assert shown["plan"]["depth"] == shown["recipe"]["mine"]["depth"] == 30
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"

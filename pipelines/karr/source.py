@@ -1,0 +1,175 @@
+"""The captions of a run, with the place of the image that each belongs to; planned once, a row group per shard."""
+
+import io
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.corpus import Record, corpus_of, open_corpus
+from pipelines.recipe import Recipe, require_files
+from pipelines.storage import Store
+from slq.errors import ArtifactError, ConfigError, DataError
+from slq.files import file_sha256
+
+PLAN = "plan.parquet"
+CAPTIONS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("source_id", pa.string()),
+        ("item_id", pa.string()),
+        ("uri", pa.string()),
+        ("caption", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+"""One caption each; `reason` is set where it is rejected before anything is asked, `detail` says more."""
+
+
+def captions_path(recipe: Recipe) -> Path | None:
+    """The table of captioned images, where the recipe names one."""
+    path = recipe.karr.captions
+    return path if path is None or path.is_absolute() else recipe.data.dir / path
+
+
+def source_state(recipe: Recipe) -> dict[str, str]:
+    """What the captions come from, and digests of it.
+
+    Raises:
+        ConfigError: A file is missing.
+    """
+    path = captions_path(recipe)
+    if path is not None:
+        if not path.is_file():
+            raise ConfigError(f"karr.captions: {path} does not exist")
+        return {"captions_sha256": file_sha256(path)}
+    require_files(recipe, "corpus", "queries", "relevance")
+    files = {name: recipe.data.path(name) for name in ("queries", "relevance")}
+    digests = {f"{name}_sha256": file_sha256(path) for name, path in files.items()}
+    return {**digests, "corpus_state": corpus_of(recipe).digest()}
+
+
+def captions(recipe: Recipe) -> list[dict[str, Any]]:
+    """Every caption as a row of `CAPTIONS`, in the order of the source.
+
+    Raises:
+        ConfigError: A file is missing.
+        DataError: An id stands there twice, a relevance names no item, or there is no caption at all.
+        StorageError: A store cannot be read.
+    """
+    path = captions_path(recipe)
+    rows = list(_of_pairs(recipe, path) if path is not None else _of_benchmark(recipe))
+    if not rows:
+        kinds = f" of kinds {', '.join(recipe.karr.kinds)}" if recipe.karr.kinds else ""
+        raise DataError(f"{path or recipe.data.path('queries')} holds no caption{kinds}")
+    twice = [name for name, count in Counter(row["source_id"] for row in rows).items() if count > 1]
+    if twice:
+        raise DataError(f"id {twice[0]!r} stands twice among the captions; ids must be unique")
+    taken: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        row["row"] = number
+        if row["reason"] is None:
+            taken[row["item_id"]] += 1
+            if taken[row["item_id"]] > recipe.karr.captions_per_image:
+                row["reason"] = "further_caption"
+    return rows
+
+
+def _row(source: Record, item_id: str, image: Record | None, **rejected: str) -> dict[str, Any]:
+    """One caption; its image's problem, or an empty text, rejects it."""
+    text = " ".join((source.text or "").split())
+    row = {
+        "source_id": source.id,
+        "item_id": item_id,
+        "uri": image.uri if image else None,
+        "caption": text,
+        "reason": None,
+        "detail": "",
+        **rejected,
+    }
+    if row["reason"] is None and not text:
+        row["reason"] = "no_caption"
+    if row["reason"] is None and image is not None and (image.problem or image.image is None):
+        row["reason"] = "unreadable_image"
+        row["detail"] = image.problem or "the row has no image"
+    return row
+
+
+def _of_pairs(recipe: Recipe, path: Path) -> Iterator[dict[str, Any]]:
+    for record in open_corpus(path, retry_s=recipe.storage.retry_s).all_records():
+        yield _row(record, str(record.columns.get("image_key") or record.id), record)
+
+
+def _of_benchmark(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    images = {record.id: _light(record) for record in corpus_of(recipe).all_records()}
+    answers: dict[str, list[str]] = {}
+    for entry in pq.read_table(recipe.data.path("relevance")).to_pylist():
+        if entry["grade"] > 0:
+            answers.setdefault(entry["query_id"], []).append(entry["item_id"])
+    kinds = recipe.karr.kinds
+    for query in open_corpus(recipe.data.path("queries")).all_records():
+        if kinds and query.columns.get("kind") not in kinds:
+            continue
+        found = answers.get(query.id, [])
+        unknown = [name for name in found if name not in images]
+        if unknown:
+            raise DataError(
+                f"{recipe.data.path('relevance')}: {query.id} -> {unknown[0]} names no item of the corpus"
+            )
+        if len(found) != 1 or query.image is not None:
+            detail = f"{len(found)} images" if query.image is None else "the query has an image"
+            yield _row(
+                query, found[0] if found else "", None, reason="not_one_image", detail=detail
+            )
+            continue
+        yield _row(query, found[0], images[found[0]])
+
+
+def _light(record: Record) -> Record:
+    """The record without its image's bytes: only whether there are any matters."""
+    image = None if record.image is None else b""
+    return Record(record.id, record.uri, image, None, {}, record.problem, record.reason)
+
+
+def write_plan(store: Store, rows: list[dict[str, Any]], shard_rows: int) -> None:
+    """Store the plan; where two drivers do, the first one's stays."""
+    sink = io.BytesIO()
+    table = pa.Table.from_pylist(rows, schema=CAPTIONS)
+    pq.write_table(table, sink, compression="zstd", row_group_size=shard_rows)
+    store.create(PLAN, sink.getvalue())
+
+
+def planned_rows(store: Store) -> list[int]:
+    """Captions of each shard.
+
+    Raises:
+        ArtifactError: The plan is missing or damaged.
+    """
+    try:
+        with store.open(PLAN) as file:
+            plan = pq.ParquetFile(file).metadata
+            return [plan.row_group(group).num_rows for group in range(plan.num_row_groups)]
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise _damaged(store, error) from None
+
+
+def read_captions(store: Store, shard_id: int | None = None) -> list[dict[str, Any]]:
+    """The captions of one shard, or of all; errors as `planned_rows`."""
+    try:
+        with store.open(PLAN) as file:
+            plan = pq.ParquetFile(file)
+            table = plan.read() if shard_id is None else plan.read_row_group(shard_id)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise _damaged(store, error) from None
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _damaged(store: Store, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"the plan in {store.location} cannot be read: {error}; remove the folder and run `slq karr` again"
+    )
