@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slq.encoder import Encoder
 from slq.errors import DataError
+from slq.pooling import unit_norm
 
 _PARTS = ("text", "image")
 
@@ -106,5 +107,5 @@ def _items(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(vectors: Any) -> Tensor:
-    rows = torch.as_tensor(vectors)
-    return torch.nn.functional.normalize(torch.atleast_2d(rows).float(), dim=1)
+    rows = torch.as_tensor(vectors).float()
+    return unit_norm(rows if rows.ndim == 2 else rows[None])

@@ -31,7 +31,8 @@ class _Pairs:
 
     def inside(self, columns: slice) -> Tensor:
         """(pairs,) whether the item is among these."""
-        return (self.item >= columns.start) & (self.item < columns.stop)
+        is_inside: Tensor = (self.item >= columns.start) & (self.item < columns.stop)
+        return is_inside
 
 
 def blockwise_ranks(
@@ -211,10 +212,8 @@ def _ranked(
     is_allowed: NDArray[np.bool_],
 ) -> Integers:
     """(pairs,) ranks: irrelevant items at least as good, and the relevant ones that come first."""
-    query, item, grade = (
-        values[chosen] for values in (relevance.query, relevance.item, relevance.grade)
-    )
-    order = np.lexsort((item, grade, -own, ~is_allowed, query))
+    query = relevance.query[chosen]
+    order = np.lexsort((relevance.item[chosen], relevance.grade[chosen], -own, ~is_allowed, query))
     before = np.empty(len(order), np.int64)
     before[order] = within(query)  # the order leaves each query's pairs where they are
     return np.where(is_allowed, better + before, 0)

@@ -59,7 +59,8 @@ def _ndcg(ranks: Ranks, depth: int) -> Floats:
 
 
 def _gains(grade: Floats, rank: Integers) -> Floats:
-    return grade / np.log2(np.maximum(rank, 1) + 1)
+    gains: Floats = grade / np.log2(np.maximum(rank, 1) + 1)
+    return gains
 
 
 _KINDS: dict[str, Callable[[Ranks, int], Floats]] = {

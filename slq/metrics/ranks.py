@@ -11,7 +11,7 @@ from slq.errors import DataError
 from slq.metrics.ranked import Bools, Floats, pessimistic_order
 
 Integers = NDArray[np.int64]
-Grades = Bools | NDArray[np.floating[Any]] | NDArray[np.integer[Any]]
+Grades = NDArray[Any]
 """(queries, items): whether an item is relevant, or its grade; 0 and below is irrelevant."""
 
 
@@ -43,7 +43,7 @@ class Relevance:
             DataError: A number is outside of `shape`, or a pair stands there twice.
         """
         kept = np.asarray(grade) > 0
-        query, item, grade = (np.asarray(values)[kept] for values in (query, item, grade))
+        query, item, grade = query[kept], item[kept], grade[kept]
         for name, numbers, size in (("query", query, shape[0]), ("item", item, shape[1])):
             wrong = numbers[(numbers < 0) | (numbers >= size)]
             if len(wrong):
@@ -61,8 +61,9 @@ class Relevance:
     @classmethod
     def of_matrix(cls, grades: Grades) -> "Relevance":
         """From (queries, items) grades or truth values."""
-        query, item = np.nonzero(np.asarray(grades) > 0)
-        return cls(*grades.shape, query, item, np.asarray(grades)[query, item].astype(np.float64))
+        query, item = np.nonzero(grades > 0)
+        num_queries, num_items = grades.shape
+        return cls(num_queries, num_items, query, item, grades[query, item].astype(np.float64))
 
     def matrix(self) -> NDArray[np.float32]:
         """(queries, items) float32 grades, 0 where an item is irrelevant."""
@@ -157,7 +158,7 @@ def ranks_of_order(order: Integers, grades: Grades, allowed: Bools | None = None
         grades: (queries, items).
         allowed: (queries, items) whether an item is a candidate for the query; others have no rank, and take up none.
     """
-    graded = np.take_along_axis(np.asarray(grades), order, axis=1)
+    graded = np.take_along_axis(grades, order, axis=1)
     query, column = np.nonzero(graded > 0)
     if allowed is None:
         rank = column + 1

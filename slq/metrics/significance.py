@@ -133,9 +133,11 @@ def compared(
         name: _resampled(np.stack([values[name][metric] for metric in metrics]), 2000, 0)
         for name in {name for pair in pairs for name in pair}
     }
-    differences, means = (
-        np.stack([of[a][key] - of[b][key] for key in keys for a, b in pairs])
-        for of, keys in ((values, metrics), (resampled, range(len(metrics))))
+    differences = np.stack(
+        [values[a][metric] - values[b][metric] for metric in metrics for a, b in pairs]
+    )
+    means = np.stack(
+        [resampled[a][n] - resampled[b][n] for n in range(len(metrics)) for a, b in pairs]
     )
     intervals, p_values = _intervals(means, 0.95), permutation_p_values(differences)
     report: dict[str, list[dict[str, Any]]] = {}
