@@ -2,38 +2,23 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jobs.report.tables import p_text, signed
 from jobs.results import SYSTEM_NAMES
+from slq.benchmarks.published import Published, published
 from slq.errors import StorageError
 
 FILE = "results.md"
 DIRECTIONS = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
 
 
-class Published(Protocol):
-    """A number that somebody has published."""
-
-    @property
-    def method(self) -> str:
-        """What it was measured of."""
-
-    @property
-    def value(self) -> float:
-        """In %."""
-
-    @property
-    def source(self) -> str:
-        """Paper and table."""
-
-
 PublishedOf = Callable[[str, str, str], Sequence[Published]]
-"""Given the name of a benchmark, a direction (a key of `DIRECTIONS`) and the name of a metric."""
+"""Given the name of a benchmark, a direction such as `text -> image`, and the name of a metric."""
 
 
 def write_markdown(
-    folder: Path, results: Mapping[str, Any], published_of: PublishedOf | None = None
+    folder: Path, results: Mapping[str, Any], published_of: PublishedOf = published
 ) -> Path:
     """Write `results.md`; gives its path.
 
@@ -57,7 +42,7 @@ def write_markdown(
     return path
 
 
-def lines(results: Mapping[str, Any], published_of: PublishedOf | None = None) -> Iterator[str]:
+def lines(results: Mapping[str, Any], published_of: PublishedOf = published) -> Iterator[str]:
     """The lines of `results.md`; arguments as of `write_markdown`."""
     yield "# Evaluation"
     yield ""
@@ -67,7 +52,7 @@ def lines(results: Mapping[str, Any], published_of: PublishedOf | None = None) -
         "equal scores count against a system. hit@k: a right item is among the first k (papers on COCO call it R@k); "
         "recall@k: the share of the right items that are."
     )
-    for direction, title in DIRECTIONS.items():
+    for direction, title in _directions(results).items():
         reports = {
             name: of[direction] for name, of in results["systems"].items() if direction in of
         }
@@ -76,11 +61,17 @@ def lines(results: Mapping[str, Any], published_of: PublishedOf | None = None) -
             names = metric_names(entry)
             rows = {system: report[subset] for system, report in reports.items()}
             yield from _table(["system", *names], _figures(rows, names))
-            yield from _published(results, direction, names, published_of)
+            yield from _published(results, title, names, published_of)
             tests = results.get("paired", {}).get(direction, {}).get(subset, {})
             yield from _tests(tests, names)
     yield from ("", "## How it was measured", "")
     yield from _table(["", ""], _measured(results))
+
+
+def _directions(results: Mapping[str, Any]) -> dict[str, str]:
+    """The directions by key, as they are called; the first one as the benchmark calls it."""
+    facts = results.get("benchmark") or {}
+    return {**DIRECTIONS, "text_to_image": facts.get("direction", DIRECTIONS["text_to_image"])}
 
 
 def metric_names(entry: Mapping[str, Any]) -> list[str]:
@@ -124,24 +115,24 @@ def _published(
     results: Mapping[str, Any],
     direction: str,
     names: Sequence[str],
-    published_of: PublishedOf | None,
+    published_of: PublishedOf,
 ) -> Iterator[str]:
     """A table of others' numbers, one row for each method and source."""
     benchmark = (results.get("benchmark") or {}).get("name")
-    if published_of is None or benchmark is None:
+    if benchmark is None:
         return
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for name in names:
         for one in published_of(benchmark, direction, name):
-            rows.setdefault((one.method, one.source), {})[name] = one.value
+            rows.setdefault((one.model, one.source), {})[name] = one.value
     if not rows:
         return
     yield from ("", f"Published on {benchmark}:", "")
     yield from _table(
-        ["method", *names, "source"],
+        ["model", *names, "source"],
         [
-            [method, *(f"{found[n]:.1f}" if n in found else "" for n in names), source]
-            for (method, source), found in rows.items()
+            [model, *(f"{found[n]:.1f}" if n in found else "" for n in names), source]
+            for (model, source), found in rows.items()
         ],
     )
 

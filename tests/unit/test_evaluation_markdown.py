@@ -5,7 +5,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from pipelines.benchmark import Benchmark
 from pipelines.provenance import cpu_name, data_digests, git_revision, provenance
 from pipelines.ranking import Scores, summarise
 from pipelines.recipe import Recipe
+from slq.benchmarks.published import FLICKR, Published
 from slq.errors import StorageError
 from slq.schema import Item
 from tests.integration.runs import changed
@@ -78,28 +79,38 @@ def test_metrics_stand_by_kind_and_depth() -> None:
     ]  # fmt: skip
 
 
-class Number(NamedTuple):
-    method: str
-    value: float
-    source: str
+def number(model: str, value: float, source: str) -> Published:
+    return Published(model, "coco", "text -> image", "hit@1", value, source)
+
+
+def test_the_papers_numbers_are_those_that_are_looked_up() -> None:
+    told = results(benchmark={"name": FLICKR})
+    text = "\n".join(lines(told))
+    assert f"Published on {FLICKR}:" in text
+    (row,) = {
+        one
+        for one in text.splitlines()
+        if one.startswith("| SLQ (InternVL3-1B) |") and "74.4" in one
+    }
+    assert "92.9" in row
 
 
 def test_published_numbers_stand_below_ours_where_there_are_any() -> None:
     asked = []
 
-    def published_of(benchmark: str, direction: str, metric: str) -> Sequence[Number]:
+    def published_of(benchmark: str, direction: str, metric: str) -> Sequence[Published]:
         asked.append((benchmark, direction, metric))
-        if (direction, metric) == ("text_to_image", "hit@1"):
-            return [Number("SLQ-1B", 48.5, "arXiv 1, table 2"), Number("other", 50.0, "arXiv 2")]
-        if (direction, metric) == ("text_to_image", "hit@5"):
-            return [Number("SLQ-1B", 74.3, "arXiv 1, table 2")]
+        if (direction, metric) == ("text -> image", "hit@1"):
+            return [number("SLQ-1B", 48.5, "arXiv 1, table 2"), number("other", 50.0, "arXiv 2")]
+        if (direction, metric) == ("text -> image", "hit@5"):
+            return [number("SLQ-1B", 74.3, "arXiv 1, table 2")]
         return []
 
     told = results(benchmark={"name": "coco"})
     found = sections("\n".join(lines(told, published_of)))
     rows = found["text -> image, c (n = 7)"]
     assert "Published on coco:" in rows
-    head = next(row for row in rows if row.startswith("| method"))
+    head = next(row for row in rows if row.startswith("| model"))
     names = head.strip("| ").split(" | ")
     first, second = (next(r for r in rows if r.startswith(f"| {m} |")) for m in ("SLQ-1B", "other"))
     values = dict(zip(names, (c.strip() for c in first.strip("|").split("|")), strict=True))
@@ -107,7 +118,7 @@ def test_published_numbers_stand_below_ours_where_there_are_any() -> None:
     assert values["source"] == "arXiv 1, table 2"
     assert "50.0" in second
     assert not any("Published" in row for row in found["image -> text, c (n = 7)"])
-    assert ("coco", "image_to_text", "ndcg@10") in asked
+    assert ("coco", "image -> text", "ndcg@10") in asked
     asked.clear()
     assert "Published" not in "\n".join(lines(results(), published_of))  # of one's own data
     assert not asked
