@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jobs.compare.chart import write_study_chart
+from jobs.compare.chart import write_category_chart, write_study_chart
+from jobs.compare.page import write_study_page
 from jobs.compare.running import Flows, real_flows, run_study
 from jobs.compare.study import Plan, plan_study
 from jobs.compare.tables import study_markdown, study_summary, study_table
@@ -13,7 +14,9 @@ __all__ = ["compare", "outline", "plan_study", "study_table"]
 
 
 def compare(plan: Plan, flows: Flows | None = None) -> dict[str, Any]:
-    """Run a study and write `study.json`, `study.md` and `study.png`; run it again to finish what is missing.
+    """Run a study and write `study.json`, `.md`, `.png` and `.html`; run it again to finish what is missing.
+
+    Where queries have categories, `categories.png` shows them.
 
     Args:
         plan: The resolved study.
@@ -31,6 +34,8 @@ def compare(plan: Plan, flows: Flows | None = None) -> dict[str, Any]:
         write_json(plan.out_dir / "study.json", summary)
         (plan.out_dir / "study.md").write_text(study_markdown(summary))
         write_study_chart(summary, plan.out_dir / "study.png")
+        write_category_chart(summary, plan.out_dir / "categories.png")
+        write_study_page(summary, plan.out_dir / "study.html")
     except OSError as error:
         raise StorageError(
             f"{plan.out_dir} cannot be written: {error}; free space or choose another folder"

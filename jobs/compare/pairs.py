@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from jobs.compare.study import ZERO_SHOT, Plan
 from pipelines.ranking import RANKS_FILE
-from slq.metrics import paired_permutation
+from slq.metrics import holm, paired_permutation
 
 OWN = "slq"
 Ranks = Mapping[str, tuple[int, tuple[str, ...]]]
@@ -33,6 +33,18 @@ def paired_p(plan: Plan) -> dict[tuple[str, str], dict[str, float]]:
         for system, ranks in systems.items()
         if (run, system) != (plan.baseline, OWN) and ranks.keys() == first.keys()
     }
+
+
+def corrected(
+    paired: Mapping[tuple[str, str], Mapping[str, float]],
+) -> dict[tuple[str, str], dict[str, float]]:
+    """The same, corrected by Holm's rule for the number of systems that are tested on a subset."""
+    found: dict[tuple[str, str], dict[str, float]] = {key: {} for key in paired}
+    for subset in {name for of in paired.values() for name in of}:
+        keys = [key for key, of in paired.items() if subset in of]
+        for key, value in zip(keys, holm([paired[key][subset] for key in keys]), strict=True):
+            found[key][subset] = value
+    return found
 
 
 def read_ranks(path: Path) -> dict[str, Ranks]:

@@ -9,23 +9,24 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.compare.pairs import paired_p
+from jobs.compare.pairs import corrected, paired_p
 from jobs.compare.study import ZERO_SHOT, Plan
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK
 
 _METRIC = "hit@1"
 _ZERO_SHOT_NAMES = {"last_token": "zero-shot last token", "untrained": "untrained latents"}
-_LEGEND = (
+LEGEND = (
     "hit@1 in %, text to image, with 95% bootstrap intervals over queries.",
     "training s: reading, frozen passes and updates of all steps; peak GiB: of one worker's process (on a GPU, of its "
     "tensors).",
 )
-_KEPT = (
+KEPT = (
     "match, caption kept: match prompts answered rightly and scenes said exactly, in %, with the adapter loaded; "
     "weights: whether the model's own are bit for bit those from before."
 )
 _TESTED = (
-    "p: two-sided, of a paired randomisation test on hit@1 against {baseline}, query by query."
+    "p: two-sided, of a paired randomisation test on hit@1 against {baseline}, query by query; in brackets, corrected "
+    "for the number of rows (Holm)."
 )
 _ASKED = (
     "kept of a set of questions: right answers in %, with 95% bootstrap intervals over questions."
@@ -68,8 +69,10 @@ def study_rows(
             is_whole_run = "adapter_of" in result and len(trained) == 1
             names = {key: run if is_whole_run else _row_name(run, key) for key in trained}
         rows += [_row(name, run, key, result) for key, name in names.items()]
+    raised = corrected(paired or {})
     for row in rows:
-        row["p"] = dict((paired or {}).get((row["run"], row["system"]), {}))
+        key = row["run"], row["system"]
+        row["p"], row["p_holm"] = dict((paired or {}).get(key, {})), raised.get(key, {})
     return rows
 
 
@@ -154,7 +157,7 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         size = rows[0]["hits"][subset]["num_queries"]
         table[f"{subset} (n = {size})"] = [_hit(row["hits"].get(subset)) for row in rows]
     for subset in main_subsets(rows):
-        table[f"p, {subset}"] = [_p(row.get("p", {}).get(subset)) for row in rows]
+        table[f"p, {subset}"] = [_p(row, subset) for row in rows]
     table["training s"] = [_number(row["training_seconds"], 1, "{:.0f}") for row in rows]
     table["peak GiB"] = [_number(row["peak_memory_bytes"], 2**-30, "{:.2f}") for row in rows]
     for skill, name in _SKILLS.items():
@@ -164,6 +167,11 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         table[f"{title} kept"] = [_hit(_sets(row).get(title)) for row in rows]
     table["weights"] = [_weights(row["retention"]) for row in rows]
     return {name: cells for name, cells in table.items() if any(cells)}
+
+
+def is_quality(column: str) -> bool:
+    """Whether a column of the table tells how well a system finds, and not what it costs."""
+    return "(n = " in column or column.startswith("p, ")
 
 
 def category_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -180,10 +188,14 @@ def category_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     return table
 
 
-def _p(value: float | None) -> str:
-    if value is None:
+def _p(row: Row, subset: str) -> str:
+    if subset not in row.get("p", {}):
         return ""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    alone, among = (
+        "<.001" if one < 0.001 else f"{one:.3f}".lstrip("0")
+        for one in (row["p"][subset], row["p_holm"][subset])
+    )
+    return f"{alone} ({among})"
 
 
 def _sets(row: Row) -> dict[str, Mapping[str, Any]]:
@@ -225,7 +237,7 @@ def study_table(summary: Mapping[str, Any]) -> Group:
 
 
 def _part(title: str, found: Mapping[str, list[str]], hits: bool) -> Table:
-    wanted = {name: cells for name, cells in found.items() if ("(n = " in name) == hits}
+    wanted = {name: cells for name, cells in found.items() if is_quality(name) == hits}
     wanted = {"run": found["run"], **wanted}
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in wanted:
@@ -242,7 +254,7 @@ def study_markdown(summary: Mapping[str, Any]) -> str:
     """The table and its notes, to paste into a README."""
     found = columns(summary["rows"])
     asked = [_ASKED] if any(_sets(row) for row in summary["rows"]) else []
-    told = [*_LEGEND, *([_KEPT] if "weights" in found else []), *asked, *summary["notes"]]
+    told = [*LEGEND, *([KEPT] if "weights" in found else []), *asked, *summary["notes"]]
     if any(name.startswith("p, ") for name in found):
         told.append(_TESTED.format(baseline=summary["baseline"]))
     by_category = category_columns(summary["rows"])

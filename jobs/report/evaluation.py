@@ -65,7 +65,7 @@ def lines(results: Mapping[str, Any], published_of: PublishedOf = published) -> 
             tests = results.get("paired", {}).get(direction, {}).get(subset, {})
             yield from _tests(tests, names)
     yield from ("", "## How it was measured", "")
-    yield from _table(["", ""], _measured(results))
+    yield from _table(["", ""], measured_with(results))
 
 
 def _directions(results: Mapping[str, Any]) -> dict[str, str]:
@@ -163,7 +163,7 @@ def _tests(tests: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str
     yield from _table(["systems", "points", "p", "Holm"], rows)
 
 
-def _measured(results: Mapping[str, Any]) -> list[list[str]]:
+def measured_with(results: Mapping[str, Any]) -> list[list[str]]:
     """Label and value of all that the figures depend on."""
     told, backbone = results.get("provenance", {}), results.get("backbone", {})
     machine, data = told.get("hardware", {}), told.get("data", {})

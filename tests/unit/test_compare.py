@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +22,14 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.compare import compare, outline
-from jobs.compare.chart import study_figure, write_study_chart
-from jobs.compare.pairs import paired_p
+from jobs.compare.chart import (
+    category_figure,
+    study_figure,
+    write_category_chart,
+    write_study_chart,
+)
+from jobs.compare.page import write_study_page
+from jobs.compare.pairs import corrected, paired_p
 from jobs.compare.running import Flows, count_values, training_figures
 from jobs.compare.study import ZERO_SHOT, plan_study, slug
 from jobs.compare.tables import (
@@ -590,10 +597,50 @@ def test_rows_are_tested_against_the_baseline_query_by_query(tmp_path: Path) -> 
     assert found["SLQ", "slq"]["explicit"] == pytest.approx(2 / 2**12, abs=4e-4)
     assert found["SLQ", "slq"]["knowledge"] == 1
     rows = study_rows(fake_results(), found)
-    assert columns(rows)["p, explicit"] == ["", "", "< 0.001", "", "", ""]
-    assert columns(rows)["p, knowledge"] == ["", "", "1.000", "", "", ""]
+    assert columns(rows)["p, explicit"] == ["", "", "<.001 (<.001)", "", "", ""]
+    assert columns(rows)["p, knowledge"] == ["", "", "1.000 (1.000)", "", "", ""]
     text = study_markdown({"rows": rows, "notes": [], "baseline": "LoRA r=8"})
     assert "on hit@1 against LoRA r=8, query by query" in text
+
+
+def test_p_values_are_corrected_among_the_systems_of_a_subset() -> None:
+    paired = {
+        ("a", "slq"): {"explicit": 0.01, "knowledge": 0.5},
+        ("b", "slq"): {"explicit": 0.02},
+        ("c", "slq"): {"explicit": 0.04},
+    }
+    found = corrected(paired)
+    assert found["a", "slq"] == {"explicit": pytest.approx(0.03), "knowledge": 0.5}
+    assert found["b", "slq"] == {"explicit": pytest.approx(0.04)}
+    assert found["c", "slq"] == {"explicit": pytest.approx(0.04)}
+
+
+def test_the_page_holds_every_figure_and_asks_for_nothing_else(tmp_path: Path) -> None:
+    results = fake_results()
+    entry = {"hit@1": 0.25, "hit@1_interval": [0.125, 0.5], "num_queries": 7}
+    for result in results.values():
+        for report in result["results"]["systems"].values():
+            report["categories"] = {"tool_use": entry}
+    rows = study_rows(results, {("full | all", "slq"): {"explicit": 0.02, "knowledge": 1.0}})
+    rows[3]["name"] = "<script>alert(1)</script>"
+    summary = {
+        "study": "s.yaml", "baseline": "SLQ", "rows": rows, "notes": ["a < b"], "results": results,
+    }  # fmt: skip
+    page = write_study_page(summary, tmp_path / "study.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    for text in ("80.0", "70.0-90.0", "12.5-50.0", "3,841", ".020", "changed", "a &lt; b"):
+        assert text in page
+    assert "tool use (n = 7)" in page
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    plain = {**summary, "rows": study_rows(fake_results())}
+    page = write_study_page(plain, tmp_path / "study.html").read_text()
+    assert "Knowledge by category" not in page
+    assert write_category_chart(plain, tmp_path / "c.png") is None
+    assert write_category_chart(summary, tmp_path / "c.png") == tmp_path / "c.png"
+    axes = category_figure(rows).axes
+    assert axes[0].get_title(loc="left") == "tool use  (n = 7)"
+    assert [bar.get_width() for bar in axes[0].patches] == [25.0] * len(rows)
 
 
 def test_without_ranks_of_the_baseline_nothing_is_tested(tmp_path: Path) -> None:
