@@ -46,7 +46,8 @@ def write_runs(
             written |= {name} | _write_trec(folder, name, partial(trec_lines, table, system))
         qrels = partial(qrels_lines, relevance_table(benchmark))
         written |= _write_trec(folder, QRELS, qrels)
-        for stale in (*folder.glob("run_*.parquet"), *folder.glob("*.trec")):
+        patterns = ("run_*.parquet", "run_*.trec", QRELS)
+        for stale in (path for pattern in patterns for path in folder.glob(pattern)):
             if stale.name not in written:
                 stale.unlink()
     except OSError as error:
