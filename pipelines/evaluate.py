@@ -56,9 +56,8 @@ def evaluate(recipe: Recipe, *, command: str = "") -> dict[str, Any]:
         command: The command line, for the record.
     """
     require_shorter(recipe, "eval.dimensions", recipe.eval.dimensions)
-    compared_systems(
-        system_names(recipe), recipe.eval.baseline
-    )  # a wrong one is found before any work is done
+    # found before any work is done
+    compared_systems(system_names(recipe), recipe.eval.baseline)
     space = embedding_space(recipe)
     if "slq_index" in recipe.eval.systems:
         with open_index(recipe):

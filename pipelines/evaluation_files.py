@@ -49,7 +49,8 @@ def write_runs(
         unfinished.replace(folder / RANKS_FILE)
         qrels = partial(qrels_lines, relevance_table(benchmark))
         written |= _write_trec(folder, QRELS, qrels)
-        for stale in (*folder.glob("run_*.parquet"), *folder.glob("*.trec")):
+        patterns = ("run_*.parquet", "run_*.trec", QRELS)
+        for stale in (path for pattern in patterns for path in folder.glob(pattern)):
             if stale.name not in written:
                 stale.unlink()
     except OSError as error:

@@ -116,9 +116,10 @@ def _ranks(run: pa.Table, judged: _Judged) -> Ranks:
         pc.index_in(ids, items).to_numpy().astype(np.int64) for ids in (run["item_id"], judged.item)
     )
     keys, relevant = query * len(items) + item, judged.query * len(items) + relevant_item
-    place = {key: n for n, key in enumerate(relevant.tolist())}
-    of_row = np.array([place.get(key, -1) for key in keys.tolist()], dtype=np.int64)
-    grade = np.where(of_row >= 0, judged.grade[of_row], 0.0)
+    by_key = np.argsort(relevant)
+    near = by_key[np.searchsorted(relevant, keys, sorter=by_key).clip(max=len(relevant) - 1)]
+    of_row = np.where(relevant[near] == keys, near, -1)  # the relevant pair of a row of the run
+    grade = np.where(of_row >= 0, judged.grade[near], 0.0)
     order = np.lexsort((item, grade, -run["coarse_score"].to_numpy(), query))
     rank = np.zeros(len(relevant), np.int64)
     ranked = of_row[order]

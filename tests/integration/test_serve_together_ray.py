@@ -131,7 +131,9 @@ def test_a_sigterm_lets_what_is_being_answered_be_answered(
 
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(ask, number) for number in range(6)]
-        time.sleep(1.0)  # they are all there by now, also where other work is done, and take seconds
+        time.sleep(
+            1.0
+        )  # they are all there by now, also where other work is done, and take seconds
         assert not all(answer.done() for answer in answers)
         command.send_signal(signal.SIGTERM)
         assert [answer.result() for answer in answers] == [200] * 6

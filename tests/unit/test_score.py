@@ -299,9 +299,17 @@ def test_files_of_an_evaluation_are_whole_and_those_of_other_systems_go(tmp_path
         f"run_slq{part}.{kind}" for part in ("", ".cut.48") for kind in ("parquet", "trec")
     }
     assert {path.name for path in tmp_path.iterdir()} == names
-    (tmp_path / "results.json").write_text("{}")
+    for own in ("results.json", "bm25.trec"):
+        (tmp_path / own).write_text("{}")
     write_runs(tmp_path, benchmark(), {"slq": Scores(COARSE)}, depth=3)
-    kept = {"qrels.trec", "ranks.parquet", "results.json", "run_slq.parquet", "run_slq.trec"}
+    kept = {
+        "bm25.trec",
+        "qrels.trec",
+        "ranks.parquet",
+        "results.json",
+        "run_slq.parquet",
+        "run_slq.trec",
+    }
     assert {path.name for path in tmp_path.iterdir()} == kept
     relevance = relevance_table(benchmark()).to_pylist()
     assert [tuple(row.values()) for row in relevance] == [
