@@ -1,5 +1,6 @@
 """Which items a query of a benchmark ranks: those of its pool, its candidates, and never what is excluded."""
 
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from slq.errors import DataError
 from slq.schema import Item
+
+log = logging.getLogger(__name__)
 
 
 def allowed_items(
@@ -50,6 +53,14 @@ def allowed_items(
             named[[column[one] for one in only if one in column]] = True
             of_query &= named
         of_query[[column[one] for one in never if one in column]] = False
+    if allowed is not None:  # never silently: a column of one's own may happen to be called `pool`
+        mean = float(allowed.sum(axis=1).mean())
+        log.info(
+            "a query ranks %.1f of %d items on average, as columns `pool` and %s say",
+            mean,
+            len(items),
+            path.name,
+        )
     return allowed
 
 

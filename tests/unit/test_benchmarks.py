@@ -13,6 +13,7 @@ import pytest
 
 from jobs.console import generate_files
 from pipelines.corpus import open_corpus
+from pipelines.pairs import Pairs
 from pipelines.recipe import DataConfig
 from slq.arrow import CANDIDATES, RELEVANCE
 from slq.benchmarks.contract import EVERY_KIND, BenchmarkConfig
@@ -168,6 +169,7 @@ def test_cirr_makes_training_pairs_of_its_training_split(tmp_path: Path) -> None
     assert pair["query_uri"] == "img_raw/train/34/train-1-0-img0.png"
     assert pair["positive_uri"] == "img_raw/train/34/train-2-0-img1.png"
     assert (pair["query_text"], pair["positive_text"]) == ("x", None)
+    assert Pairs(tmp_path / "train.parquet").check(0.0) == ([0], {})
 
 
 def test_the_test_split_of_cirr_has_no_targets(tmp_path: Path) -> None:

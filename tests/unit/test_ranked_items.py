@@ -66,7 +66,11 @@ def test_without_a_table_every_query_ranks_everything(tmp_path: Path) -> None:
     assert found.masked(scores) is scores
 
 
-def test_candidates_excluded_items_and_pools_are_one_mask(tmp_path: Path) -> None:
+def test_candidates_excluded_items_and_pools_are_one_mask(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    caplog.set_level(logging.INFO)
     items = [row | {"pool": "x" if row["id"] in "abc" else "y"} for row in ABCD]
     queries = [*texts("q", "r", "s", pool="x"), *texts("t", pool="y"), *texts("u", pool=None)]
     candidates = [
@@ -81,6 +85,7 @@ def test_candidates_excluded_items_and_pools_are_one_mask(tmp_path: Path) -> Non
     assert found.allowed is not None
     named = ["".join("abcd"[n] for n in np.flatnonzero(row)) for row in found.allowed]
     assert named == ["a", "bc", "abc", "d", "ad"]
+    assert "a query ranks 1.8 of 4 items on average, as columns `pool` and cand" in caplog.text
     assert not found.relevant[1, 3]  # what may not be ranked is no right answer either
 
 
