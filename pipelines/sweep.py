@@ -32,6 +32,7 @@ from slq.sweeps.quality import kept_of
 
 log = logging.getLogger(__name__)
 RESULT = "sweep.json"
+_MOST_PARTS, _PART_ITEMS = 64, 128  # that are embedded by a task
 FORMULA = "price per hour * (embed_ms + search_ms + fine_ms) / 3.6: one query after the other"
 """Of `cost_per_million`: a million queries of so many milliseconds take ms / 3.6 hours."""
 QUALITY = "hit@1"
@@ -132,7 +133,10 @@ def _measured(recipe: Recipe, benchmark: Benchmark, price: float) -> dict[str, A
     def encode(items: Sequence[Item], what: str) -> NDArray[np.float32]:
         task = model_task(encoded_part, recipe.resources.gpus_per_worker)
         recipe_json, everything = recipe.model_dump_json(), list(items)
-        tasks = [task.remote(recipe_json, everything[part]) for part in parts(len(everything))]
+        number = min(_MOST_PARTS, -(-len(everything) // _PART_ITEMS))
+        tasks = [
+            task.remote(recipe_json, everything[part]) for part in parts(len(everything), number)
+        ]
         return np.concatenate(collect(tasks, f"sweep embedded {what}, part"))
 
     vectors = vectors_of(recipe, benchmark, found, encode)

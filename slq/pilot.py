@@ -43,7 +43,8 @@ class Cosines:
     @property
     def best(self) -> NDArray[np.int64]:
         """(texts,) the image of the highest mean; of equals the first."""
-        return self.mean.argmax(axis=1)
+        best: NDArray[np.int64] = self.mean.argmax(axis=1)
+        return best
 
     def share_right(self, answers: Sequence[frozenset[int]]) -> list[float | None]:
         """Of each text the share of draws whose best image is right; None where nobody says what is.
@@ -101,4 +102,5 @@ def cosines(
 ) -> NDArray[np.float32]:
     """(encoders, texts, images) float32 cosines of every text with every image."""
     of_texts, of_images = embedded(encoders, texts), embedded(encoders, images)
-    return np.einsum("eth,eih->eti", of_texts, of_images)
+    found: NDArray[np.float32] = np.einsum("eth,eih->eti", of_texts, of_images)
+    return found

@@ -27,7 +27,7 @@ from slq.sweeps import Found
 
 _READINGS, _TIMES = "readings", "fine_ms.json"
 _KEY = b"slq_sweep"
-_PARTS = 16  # that a run which is ended loses at most one of, for each worker
+_PART_PAIRS = 512  # that a run which is ended loses at most, for each worker
 Pair = tuple[int, int]
 """Numbers of a query and of an item."""
 _SCHEMA = pa.schema([("query", pa.int32()), ("item", pa.int32()), ("margin", pa.float64())])
@@ -67,7 +67,8 @@ class FineStage:
             for item in rows
             if item != NO_ROW
         }
-        todo = sorted(wanted - self._margins.keys())
+        # by item: pairs of one image stand in one part, which opens it once
+        todo = sorted(wanted - self._margins.keys(), key=lambda pair: pair[::-1])
         if todo:
             self._score(todo)
         readings: list[dict[int, Reading]] = [{} for _ in self._benchmark.queries]
@@ -84,7 +85,7 @@ class FineStage:
         items, queries = ray.put(self._benchmark.items), ray.put(self._benchmark.queries)
         tasks = [
             task.remote(self._recipe_json, queries, items, todo[part])
-            for part in parts(len(todo), _PARTS)
+            for part in parts(len(todo), -(-len(todo) // _PART_PAIRS))
         ]
         self._folder.mkdir(parents=True, exist_ok=True)
         collect(tasks, "sweep fine stage part", self._keep)

@@ -11,7 +11,7 @@ from slq.errors import ConfigError
 from slq.index.config import Codes, IndexConfig
 from slq.sweeps.precision import Precision
 
-FLAT = "flat"
+FLAT: Literal["flat"] = "flat"
 IndexName = Literal["flat", Codes]
 KS = (1, 5, 10)
 """Depths of hit@k."""

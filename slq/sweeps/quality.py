@@ -44,10 +44,9 @@ class Found:
         if self.rows.shape[1] < self.num_items:
             right &= self.scores > self.scores[:, -1:]
         order = pessimistic_order(self.scores, right)
-        scores, rows, right = (
-            np.take_along_axis(values, order, axis=1) for values in (self.scores, self.rows, right)
-        )
-        return Found(scores, rows, self.num_items), right
+        scores = np.take_along_axis(self.scores, order, axis=1)
+        rows = np.take_along_axis(self.rows, order, axis=1)
+        return Found(scores, rows, self.num_items), np.take_along_axis(right, order, axis=1)
 
 
 def ranked_again(found: Found, right: Bools, readings: Readings, depth: int) -> Bools:

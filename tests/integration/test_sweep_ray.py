@@ -23,16 +23,17 @@ from pipelines.sweep import priced, sweep
 from pipelines.sweeping.cells import Cells
 from pipelines.sweeping.vectors import Vectors, committed, vectors_of
 from slq.artifacts import save_adapter
+from slq.benchmarks.scenes import ScenesConfig, write_scenes
 from slq.encoder import Encoder
 from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
 from slq.metrics import bootstrap_interval
 from slq.reranker import Reranker
 from slq.schema import Item
 from slq.sweeps import Cell, cells_of
-from tests.conftest import SCENES
 from tests.integration.runs import changed, fingerprints_of_files, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+SCENES = ScenesConfig(train=2, test=20, unseen=0, seed=7)
 DEPTHS = (0, 3, 6)
 SWEEP = {
     "dimensions": (96, 192),
@@ -47,8 +48,10 @@ PRICE = 7.2
 
 
 @pytest.fixture(scope="module")
-def recipe(ray_cluster: None, scenes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def recipe(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """An embedded gallery; lists of which all are visited."""
+    scenes_dir = tmp_path_factory.mktemp("sweep-scenes")
+    write_scenes(scenes_dir, SCENES)
     found = with_untrained_adapter(
         changed(
             Recipe(),
@@ -364,11 +367,11 @@ def test_the_command_lists_its_cells_and_refuses_before_any_work(
     shown = json.loads(slq(file, "--dry-run", "--json", "--set", "sweep.dimensions=[96]").stdout)
     plan = shown["plan"]
     assert plan["cells"][:2] == ["96 float32 flat", "96 float32 rabitq"]
-    assert (plan["rows"], plan["items"]) == (32, SCENES.test + SCENES.unseen)
+    assert (plan["rows"], plan["items"]) == (32, SCENES.test)
     for setting, message in {
         "sweep.dimensions=[193]": "cell '193 float32 flat' cannot be built",
-        "index.num_lists=33": "cell '192 float32 rabitq' cannot be built: index.num_lists is 33",
-        "sweep.depths=[33]": "depth 33 cannot be re-ranked",
+        "index.num_lists=21": "cell '192 float32 rabitq' cannot be built: index.num_lists is 21",
+        "sweep.depths=[21]": "depth 21 cannot be re-ranked",
         "rerank.profile=compat": "rerank.profile has no place in a sweep",
         "rerank.adaptive={}": "rerank.adaptive has no place in a sweep",
         f"storage.dir={tmp_path / 'none'}": "holds no adapter",
@@ -386,7 +389,7 @@ def test_a_sweep_without_an_adapter_or_with_too_few_items_says_so(
     with pytest.raises(ArtifactError, match="holds no adapter"):
         sweep(changed(recipe, storage={"dir": tmp_path}), price=1)
     with pytest.raises(ConfigError, match="'192 float32 rabitq' cannot be built"):
-        sweep(changed(recipe, index={"num_lists": 33}, sweep={**SWEEP, "dimensions": ()}), price=1)
+        sweep(changed(recipe, index={"num_lists": 21}, sweep={**SWEEP, "dimensions": ()}), price=1)
 
 
 def test_times_that_differ_by_noise_put_no_row_on_the_front() -> None:
