@@ -1,11 +1,14 @@
 """The benchmark as files: rows in KARR's form with their provenance, and the tables that `slq eval` measures on."""
 
+import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image
 
 from pipelines.fetching import fetch_images
 from slq.arrow import ITEMS, RELEVANCE
@@ -47,7 +50,7 @@ KARR = pa.schema(
 QUERIES = pa.schema(
     [*ITEMS, ("kind", pa.string()), ("category", pa.string()), ("clue_type", pa.string())]
 )
-FILES = ("karr.parquet", "karr.jsonl", "gallery.parquet", "queries.parquet", "relevance.parquet")
+IMAGES = "images"
 Row = dict[str, Any]
 
 
@@ -73,8 +76,13 @@ def export(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / "karr.parquet", KARR, _with_images(map(_told, rows), rows, retry_s))
-        _write_lines(folder / "karr.jsonl", map(_told, rows))
+        whole = _with_images(map(_told, rows), rows, retry_s)
+        names: list[str] = []
+        write_rows(folder / "karr.parquet", KARR, _saved(folder, whole, names))
+        lines = zip(map(_told, rows), names, strict=True)
+        _write_lines(folder / "karr.jsonl", ({**row, "image": name} for row, name in lines))
+        for stale in {*(folder / IMAGES).glob("*")} - {folder / name for name in names}:
+            stale.unlink()
         items = [{"id": name, "text": None, "uri": uri} for name, uri in gallery]
         write_rows(folder / "gallery.parquet", ITEMS, _with_images(iter(items), items, retry_s))
         write_rows(folder / "queries.parquet", QUERIES, map(_query, rows))
@@ -106,8 +114,24 @@ def _with_images(told: Iterator[Row], rows: Sequence[Row], retry_s: float) -> It
             yield {**next(told), "image": data}
 
 
+def _saved(folder: Path, rows: Iterator[Row], names: list[str]) -> Iterator[Row]:
+    """The rows, with each one's image also saved as a file; `names` gains its name, which its content gives."""
+    (folder / IMAGES).mkdir(exist_ok=True)
+    for row in rows:
+        with Image.open(io.BytesIO(row["image"])) as opened:
+            suffix = str(opened.format).lower()
+        name = f"{IMAGES}/{hashlib.sha256(row['image']).hexdigest()[:32]}.{suffix}"
+        path = folder / name
+        if not path.is_file():
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_bytes(row["image"])
+            partial.replace(path)
+        names.append(name)
+        yield row
+
+
 def _write_lines(path: Path, rows: Iterator[Row]) -> None:
-    """JSON Lines without the images' bytes; `item_id` says which image."""
+    """JSON Lines; `image` is a path from the file's folder."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:

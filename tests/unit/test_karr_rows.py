@@ -1,6 +1,7 @@
 """Shards of captions without Ray: nothing leaks through, everything is accounted for, images and judges decide."""
 
 import io
+import json
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from jobs.karr import funnel_table, summary_lines
 from jobs.report.karr_plot import write_funnel_plot
 from pipelines.karr.build import plan
 from pipelines.karr.endpoint import Endpoint
+from pipelines.karr.export import export
 from pipelines.karr.identifying import CosineIdentifier, FineIdentifier
 from pipelines.karr.judges import Candidate, ClueJudge, FrozenJudge, ModelJudge
 from pipelines.karr.kept import KeptAnswers
@@ -407,6 +409,32 @@ def test_a_dry_run_says_how_much_would_be_asked(recipe: Recipe, tmp_path: Path) 
     assert shown.exit_code == 0, shown.output
     assert '"captions": 640' in shown.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_holds_its_images_as_bytes_and_as_files_and_no_others(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    models = Models(ClueRewriter(), [], Lexicon(), sprites=load_sprites())
+    rows = ShardMaker(recipe.karr, models, 1.0).made(captions(recipe))
+    rows = [{**row, "annotations": []} for row in rows]
+    gallery = [(row["item_id"], row["uri"]) for row in rows]
+    folder = tmp_path / "benchmark"
+    for kept in (rows, rows[:5]):  # the second as after a review
+        export(folder, kept, gallery, 1.0)
+        table = pq.read_table(folder / "karr.parquet").to_pylist()
+        lines = [json.loads(line) for line in (folder / "karr.jsonl").read_text().splitlines()]
+        assert len(table) == len(lines) == len(kept)
+        for row, line in zip(table, lines, strict=True):
+            assert (folder / line["image"]).read_bytes() == row["image"]
+            assert {name: row[name] for name in line if name != "image"} == {
+                name: value for name, value in line.items() if name != "image"
+            }
+        files = {f"images/{path.name}" for path in (folder / "images").iterdir()}
+        assert files == {line["image"] for line in lines}
+    assert pq.read_table(folder / "gallery.parquet").num_rows == 32
+    gone = [{**rows[0], "uri": str(tmp_path / "gone.png")}]
+    with pytest.raises(DataError, match=r"gone.png is gone since its caption was worded anew"):
+        export(folder, gone, [], 1.0)
 
 
 def test_models_are_loaded_once_and_from_the_root_on(
