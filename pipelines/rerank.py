@@ -39,8 +39,8 @@ from pipelines.reranking.score import ScorePairs, Work, scoring_threads
 from pipelines.reranking.totals import Totals
 from pipelines.runs import read_run
 from pipelines.streaming import WHOLE, rows_alone, staying_actors
-from pipelines.tasks import cluster_errors, require_gpus
-from slq.errors import ConfigError, DataError
+from pipelines.tasks import cluster_errors, require_actors
+from slq.errors import DataError
 from slq.files import file_sha256
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def rerank(recipe: Recipe, *, retry_errors: bool = False, models: str = MODELS) 
         totals = Totals(planned, kept, workers)
         totals.require_few_bad(recipe.rerank.max_error_share, ledger.store.url(ERRORS))
         if todo:
-            _require_room(recipe, workers)
+            require_actors("resources.rerank_workers", workers, recipe.resources.gpus_per_worker)
             ledger.store.remove(MANIFEST)  # it would tell of what is made again
             with cluster_errors():
                 _score(flow, ledger, todo, totals)
@@ -185,27 +185,6 @@ def _make_plan(recipe: Recipe, ledger: Ledger, run: pa.Table, catalogue: Catalog
     write_plan(ledger.store, run, pairs, section.shard_pairs)
     log.info("plan: %s", asdict(summarise(run, pairs, section.shard_pairs)))
     reach("plan_written")
-
-
-def _require_room(recipe: Recipe, workers: int) -> None:
-    """Refuse what would wait for ever.
-
-    Raises:
-        ConfigError: Scorers would hold every CPU.
-        HardwareError: There are fewer GPUs than they ask for.
-    """
-    import ray
-
-    gpus = recipe.resources.gpus_per_worker
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    if not gpus and workers > cpus:
-        raise ConfigError(
-            f"resources.rerank_workers is {workers}, but the cluster has {cpus:g} CPUs; set it to at most "
-            f"{max(1, int(cpus))}"
-        )
-    require_gpus(
-        "resources.rerank_workers x resources.gpus_per_worker", workers * gpus, "lower either"
-    )
 
 
 def _score(flow: Flow, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) -> None:

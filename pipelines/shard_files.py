@@ -3,17 +3,66 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.commits import Commit, attempt_name, errors_name, new_attempt, shard_name
+from pipelines.failpoints import reach
 from pipelines.storage import LocalStore, Store
+from slq.arrow import ERRORS
 from slq.errors import StorageError
 
 GROUP_ROWS = 16_384
 """Rows of a row group at most: some 30 MB of float16 vectors, enough to read fast, little enough to hold."""
+
+
+def write_attempt(
+    store: Store,
+    shard_id: int,
+    generation: int,
+    *,
+    rows: Sequence[Mapping[str, Any]],
+    schema: pa.Schema,
+    errors: Sequence[Mapping[str, Any]],
+) -> Commit:
+    """Write the files of a small shard, and leave them to the driver, which commits one attempt.
+
+    Args:
+        store: Where.
+        shard_id: Of the shard.
+        generation: How many times it was committed before.
+        rows: That are good.
+        schema: Of those.
+        errors: Of the others, as ERRORS.
+
+    Raises:
+        StorageError: They cannot be written.
+    """
+    attempt = new_attempt()
+    reach("shard_before_write")
+    name = attempt_name(shard_name(shard_id, generation), attempt)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    sha256, size, _ = write_shard(store, name, iter([table]), schema)
+    errors_sha256 = None
+    if errors:
+        name = attempt_name(errors_name(shard_id, generation), attempt)
+        table = pa.Table.from_pylist(errors, schema=ERRORS)
+        errors_sha256, _, _ = write_shard(store, name, iter([table]), ERRORS)
+    reach("shard_after_write")
+    return Commit(
+        shard_id=shard_id,
+        rows=len(rows),
+        quarantined=len(errors),
+        sha256=sha256,
+        bytes=size,
+        attempt=attempt,
+        errors_sha256=errors_sha256,
+        generation=generation,
+    )
 
 
 def write_shard(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.progress import duration, show
-from slq.errors import ClusterError, HardwareError, SlqError
+from slq.errors import ClusterError, ConfigError, HardwareError, SlqError
 
 _SHOW_EVERY_S = 1.0
 _PATIENCE_S = 20.0  # with a task that was asked to end
@@ -152,6 +152,28 @@ def require_gpus(key: str, asked: float, way_out: str) -> None:
     present = ray.cluster_resources().get("GPU", 0)
     if asked > present:
         raise HardwareError(f"{key} is {asked:g}, but the cluster has {present:g} GPUs; {way_out}")
+
+
+def require_actors(key: str, workers: int, gpus: float) -> None:
+    """Check that actors leave the connected cluster a place for anything else, or they would wait for ever.
+
+    Args:
+        key: Of the recipe, that says how many there are.
+        workers: How many.
+        gpus: Of each; one without takes a CPU.
+
+    Raises:
+        ConfigError: They would hold more CPUs than there are.
+        HardwareError: There are fewer GPUs than they ask for.
+    """
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    if not gpus and workers > cpus:
+        raise ConfigError(
+            f"{key} is {workers}, but the cluster has {cpus:g} CPUs; set it to at most {max(1, int(cpus))}"
+        )
+    require_gpus(f"{key} x resources.gpus_per_worker", workers * gpus, "lower either")
 
 
 def model_task(function: Callable[..., Any], gpus: float, **options: Any) -> Any:

@@ -32,8 +32,8 @@ from pipelines.karr.totals import Totals
 from pipelines.ledger import MANIFEST, Ledger
 from pipelines.recipe import Recipe
 from pipelines.streaming import WHOLE, rows_alone, staying_actors
-from pipelines.tasks import cluster_errors, require_gpus
-from slq.errors import ConfigError, DataError
+from pipelines.tasks import cluster_errors, require_actors
+from slq.errors import DataError
 from slq.karr.lexicon import require_wordnet
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _make(recipe: Recipe, ledger: Ledger, todo: list[dict[str, Any]], totals: To
         SlqError: What ended the run; committed shards stay.
     """
     workers = min(recipe.karr.workers, len(todo))
-    _require_room(recipe, workers)
+    require_actors("karr.workers", workers, recipe.resources.gpus_per_worker)
     errors, share = ledger.store.url(ERRORS), recipe.karr.max_error_share
     with cluster_errors():
         if recipe.karr.identify.by != "off":
@@ -187,25 +187,6 @@ def _dataset(recipe: Recipe, todo: list[dict[str, Any]], workers: int) -> Any:
         num_cpus=0 if gpus else 1,
         num_gpus=gpus or None,
     )
-
-
-def _require_room(recipe: Recipe, workers: int) -> None:
-    """Refuse what would wait for ever.
-
-    Raises:
-        ConfigError: Actors would hold every CPU.
-        HardwareError: There are fewer GPUs than they ask for.
-    """
-    import ray
-
-    gpus = recipe.resources.gpus_per_worker
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    if not gpus and workers > cpus:
-        raise ConfigError(
-            f"karr.workers is {recipe.karr.workers}, but the cluster has {cpus:g} CPUs; set it to at most "
-            f"{max(1, int(cpus))}"
-        )
-    require_gpus("karr.workers x resources.gpus_per_worker", workers * gpus, "lower either")
 
 
 def _require_planned(planned: list[int], commits: Mapping[int, Commit]) -> None:

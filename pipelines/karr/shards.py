@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from pipelines.commits import Commit, attempt_name, errors_name, new_attempt, shard_name
-from pipelines.failpoints import reach
+from pipelines.commits import Commit
 from pipelines.failures import FAILURE, failure_text
 from pipelines.karr.models import load_models
 from pipelines.karr.rows import ROWS, Row, ShardMaker
@@ -16,9 +15,8 @@ from pipelines.karr.source import read_captions
 from pipelines.leaving import leave_without_destructors
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
-from pipelines.shard_files import write_shard
+from pipelines.shard_files import write_attempt
 from pipelines.storage import Store
-from slq.arrow import ERRORS
 from slq.errors import HardwareError, SlqError
 from slq.karr.reasons import ERRORS as ERROR_REASONS
 
@@ -115,33 +113,13 @@ def written(store: Store, shard_id: int, rows: Sequence[Row], generation: int) -
     Raises:
         StorageError: They cannot be written.
     """
-    attempt = new_attempt()
     good = [row for row in rows if row["reason"] not in ERROR_REASONS]
     bad = [
         _error(row, place, shard_id)
         for place, row in enumerate(rows)
         if row["reason"] in ERROR_REASONS
     ]
-    reach("shard_before_write")
-    table = pa.Table.from_pylist(good, schema=ROWS)
-    name = attempt_name(shard_name(shard_id, generation), attempt)
-    sha256, size, _ = write_shard(store, name, iter([table]), ROWS)
-    errors_sha256 = None
-    if bad:
-        errors = pa.Table.from_pylist(bad, schema=ERRORS)
-        name = attempt_name(errors_name(shard_id, generation), attempt)
-        errors_sha256, _, _ = write_shard(store, name, iter([errors]), ERRORS)
-    reach("shard_after_write")
-    return Commit(
-        shard_id=shard_id,
-        rows=len(good),
-        quarantined=len(bad),
-        sha256=sha256,
-        bytes=size,
-        attempt=attempt,
-        errors_sha256=errors_sha256,
-        generation=generation,
-    )
+    return write_attempt(store, shard_id, generation, rows=good, schema=ROWS, errors=bad)
 
 
 def _error(row: Row, place: int, shard_id: int) -> Row:

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, fields
 import pyarrow as pa
 import torch
 
-from pipelines.commits import Commit, attempt_name, errors_name, new_attempt, shard_name
-from pipelines.failpoints import reach
+from pipelines.commits import Commit
 from pipelines.failures import FAILURE, failure_text
 from pipelines.journal import KILLED_WORKER, Announcer, message
 from pipelines.leaving import leave_without_destructors
@@ -18,8 +17,7 @@ from pipelines.loading import use_deterministic_passes, use_processors
 from pipelines.reranking.flow import Flow
 from pipelines.reranking.plan import read_pairs
 from pipelines.reranking.windows import Row, Window, windows_of
-from pipelines.shard_files import write_shard
-from slq.arrow import ERRORS
+from pipelines.shard_files import write_attempt
 from slq.errors import HardwareError, SlqError
 from slq.reranking.profiles import Reading
 from slq.schema import Item
@@ -196,30 +194,10 @@ def written(flow: Flow, shard_id: int, rows: Sequence[Row], generation: int = 0)
     Raises:
         StorageError: They cannot be written.
     """
-    store, attempt = flow.ledger().store, new_attempt()
     good = [row for row in rows if row["problem"] is None]
     bad = [_error(row, n, shard_id) for n, row in enumerate(rows) if row["problem"] is not None]
-    reach("shard_before_write")
-    table = pa.Table.from_pylist(good, schema=SCORED)
-    sha256, size, _ = write_shard(
-        store, attempt_name(shard_name(shard_id, generation), attempt), iter([table]), SCORED
-    )
-    errors_sha256 = None
-    if bad:
-        errors = pa.Table.from_pylist(bad, schema=ERRORS)
-        name = attempt_name(errors_name(shard_id, generation), attempt)
-        errors_sha256, _, _ = write_shard(store, name, iter([errors]), ERRORS)
-    reach("shard_after_write")
-    return Commit(
-        shard_id=shard_id,
-        rows=len(good),
-        quarantined=len(bad),
-        sha256=sha256,
-        bytes=size,
-        attempt=attempt,
-        errors_sha256=errors_sha256,
-        generation=generation,
-    )
+    store = flow.ledger().store
+    return write_attempt(store, shard_id, generation, rows=good, schema=SCORED, errors=bad)
 
 
 def _error(row: Row, place: int, shard_id: int) -> Row:
