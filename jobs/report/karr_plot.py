@@ -18,7 +18,7 @@ _STAGES = {
     "check": "words checked",
     "identify": "identifies its image",
     "judge": "judges accept",
-    "review": "people accept",
+    "review": "after the review",
     "export": "benchmark",
 }
 _LINE_LETTERS = 48  # of the reasons beside a bar, on two lines at most
@@ -110,7 +110,12 @@ def _categories(axes: Axes, result: Mapping[str, Any]) -> None:
     rows = result["funnel"]["num_out"]
     title = f"Categories of {rows:,} rows in %"
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5, labelcolor=MUTED, handlelength=1.2)
+    beside_title: dict[str, Any] = {
+        "loc": "lower right",
+        "bbox_to_anchor": (1.0, 0.99),
+        "borderpad": 0.2,
+    }
+    axes.legend(**beside_title, frameon=False, fontsize=8.5, labelcolor=MUTED, handlelength=1.2)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     _plain(axes)
