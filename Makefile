@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a C++ compiler: `make demo` and `make test`.
 PYTHON ?= python3
 EXTRA ?= cpu
+RAY_TESTS ?= ray
 OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ demo: $(STAMP)  ## train, embed, index, evaluate, serve and query; writes $(OUT)
 
 test: $(STAMP)  ## all tests: those without Ray on all cores, then the others one by one, as many start Rays of their own
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m "$(RAY_TESTS)"
 
 check: $(STAMP)  ## format, lint, import direction, types
 	$(BIN)/ruff format --check .

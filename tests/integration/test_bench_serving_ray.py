@@ -50,6 +50,7 @@ def test_an_index_is_prepared_once(ray_cluster: None, out: Path) -> None:
     assert again.serve.port != 8000
 
 
+@pytest.mark.campaign
 def test_chaos_counts_requests_around_a_fault_and_waits_until_it_is_healed(
     ray_cluster: None, out: Path
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 pytestmark = [
+    pytest.mark.campaign,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1800),

@@ -148,6 +148,7 @@ def test_300_scenes_become_a_benchmark_that_can_be_measured_on(many: Path, tmp_p
         karr(changed(recipe, karr={"seed": 1}))
 
 
+@pytest.mark.campaign
 def test_the_frozen_model_identifies_and_judges_and_slq_eval_measures(
     scenes_dir: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +297,7 @@ def killed(code: str, failpoint: str, mark: Path) -> None:
     assert done.returncode != 0
 
 
+@pytest.mark.campaign
 def test_a_driver_killed_while_it_tells_the_outcome_goes_on(
     uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
