@@ -1,8 +1,6 @@
 """Measures several systems on one gallery, in parallel Ray tasks that share each prefix pass."""
 
 import logging
-from functools import cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,15 +8,11 @@ from numpy.typing import NDArray
 
 from pipelines.benchmark import Benchmark, load_benchmark
 from pipelines.evaluation_files import write_runs
+from pipelines.evaluation_parts import measured_systems, read_best, vectors_of_systems
 from pipelines.loading import (
-    adapter_folder,
-    backbone_of,
     coarse_weight_of,
-    encoder_of,
     require_shorter,
-    reranker_of,
     reranking_backbone,
-    use_processors,
 )
 from pipelines.provenance import provenance
 from pipelines.ranking import (
@@ -29,21 +23,16 @@ from pipelines.ranking import (
     shared_best,
     summarise,
 )
-from pipelines.recipe import EMBED_AS_SLQ, LENGTH_MARK, VARIANT_MARK, Recipe
-from pipelines.tasks import collect, model_task, parts
+from pipelines.recipe import EMBED_AS_SLQ, LENGTH_MARK, Recipe
 from slq.artifacts import load_adapter_config, require_same_fingerprint
-from slq.backbones import Backbone
 from slq.backbones.loading import backbone_revision
-from slq.encoder import batches_by_length
 from slq.errors import DataError
 from slq.files import write_json
 from slq.index import SearchIndex
 from slq.quantization import cut
-from slq.reranker import Reranker
 from slq.reranking.calibration import Calibration, is_held_out
 from slq.reranking.depth import depth_of
-from slq.reranking.profiles import Reading, averaged, profile_by_name
-from slq.schema import Item
+from slq.reranking.profiles import profile_by_name
 
 log = logging.getLogger(__name__)
 
@@ -104,16 +93,6 @@ def embedding_space(recipe: Recipe) -> dict[str, Any]:
     return {"backbone": named, "fingerprint": adapter.fingerprint}
 
 
-def measured_systems(recipe: Recipe) -> list[str]:
-    """The systems of the recipe; after the trained one come the variants that were trained with it."""
-    systems: list[str] = []
-    for system in recipe.eval.systems:
-        systems.append(system)
-        if system == "slq":
-            systems += [f"{system}{VARIANT_MARK}{name}" for name in recipe.adapter.variants]
-    return systems
-
-
 def system_names(recipe: Recipe) -> list[str]:
     """All rows of the results: the measured systems, and SLQ with its vectors cut."""
     cut_ones = [f"slq{LENGTH_MARK}{length}" for length in recipe.eval.dimensions]
@@ -159,7 +138,7 @@ def score_systems(recipe: Recipe, benchmark: Benchmark) -> tuple[dict[str, Score
     Returns:
         Scores of each system, and what else is told of the index where it was asked.
     """
-    vectors = _embed_everything(recipe, benchmark)
+    vectors = vectors_of_systems(recipe, benchmark)
     num_items = len(benchmark.items)
     scores: dict[str, Scores] = {}
     facts: dict[str, Any] = {}
@@ -197,7 +176,7 @@ def _ranked_again(recipe: Recipe, benchmark: Benchmark, scores: Scores) -> Score
     weight = 0.0
     if section.fuse:
         weight = coarse_weight_of(recipe, reranking_backbone(recipe, weights=False))
-    readings = _read_best(recipe, benchmark, best)
+    readings = read_best(recipe, benchmark, best)
     return scores.scored(best, readings, profile_by_name(section.profile), coarse_weight=weight)
 
 
@@ -217,97 +196,3 @@ def _through_index(
         told = {"engine": recipe.index.engine, "version": index.version, "num_vectors": len(index)}
     kept = {f"kept@{k}": shared_best(exact, found, k) for k in recipe.eval.ks}
     return found, {"index": {**told, **kept}}
-
-
-def _embed_everything(recipe: Recipe, benchmark: Benchmark) -> dict[str, NDArray[np.float32]]:
-    """Vectors of each system, gallery items first, then every wording of the queries."""
-    task = model_task(embed_part, recipe.resources.gpus_per_worker)
-    everything = [*benchmark.items, *benchmark.worded]
-    recipe_json = recipe.model_dump_json()
-    found = collect(
-        [task.remote(recipe_json, everything[part]) for part in parts(len(everything))],
-        "eval embedded part",
-    )
-    return {system: np.concatenate([part[system] for part in found]) for system in found[0]}
-
-
-def _read_best(
-    recipe: Recipe, benchmark: Benchmark, best: list[NDArray[np.int64]]
-) -> list[list[Reading]]:
-    """Readings of each query with its best items: of several wordings the mean."""
-    import ray
-
-    task = model_task(score_part, recipe.resources.gpus_per_worker)
-    recipe_json = recipe.model_dump_json()
-    items = ray.put(benchmark.items)
-    owner = benchmark.query_of_wording.tolist()
-    wordings, of_wording = benchmark.worded, [best[n] for n in owner]
-    tasks = [
-        task.remote(recipe_json, wordings[part], items, of_wording[part])
-        for part in parts(len(wordings))
-    ]
-    found = [row for part in collect(tasks, "eval fine stage part") for row in part]
-    if benchmark.wordings is None:
-        return found
-    of_query: list[list[list[Reading]]] = [[] for _ in best]
-    for n, row in zip(owner, found, strict=True):
-        of_query[n].append(row)
-    return [[averaged(one) for one in zip(*rows, strict=True)] for rows in of_query]
-
-
-@cache
-def _loaded(recipe_json: str) -> tuple[Recipe, Backbone]:
-    """One backbone per worker process, whatever the number of its tasks."""
-    recipe = Recipe.model_validate_json(recipe_json)
-    use_processors(recipe.eval.num_threads)
-    return recipe, backbone_of(recipe)
-
-
-@cache
-def _reranker(recipe_json: str) -> Reranker:
-    recipe, backbone = _loaded(recipe_json)
-    return reranker_of(recipe, reranking_backbone(recipe) if recipe.rerank.backbone else backbone)
-
-
-def embed_part(recipe_json: str, items: list[Item]) -> dict[str, NDArray[np.float32]]:
-    """Vectors of items for every system of the recipe, from one prefix pass."""
-    recipe, backbone = _loaded(recipe_json)
-    wanted = [s for s in measured_systems(recipe) if s not in EMBED_AS_SLQ]
-    if {*EMBED_AS_SLQ} & set(recipe.eval.systems) and "slq" not in wanted:
-        wanted.append("slq")
-    encoders = {system: encoder_of(recipe, system, backbone) for system in wanted}
-    for system, encoder in encoders.items():
-        if system in ("last_token", "untrained"):
-            continue
-        folder = adapter_folder(recipe, system)
-        require_same_fingerprint(
-            load_adapter_config(folder).fingerprint,
-            encoder.fingerprint,
-            expected_in=f"adapter {folder}",
-            found_in="the recipe's backbone with it",
-            remedy="measure with the backbone section that it was trained with",
-        )
-    shape = (len(items), backbone.hidden_size)
-    vectors = {system: np.empty(shape, np.float32) for system in encoders}
-    for chunk in batches_by_length(items, recipe.embed.batch_size):
-        batch = [items[n] for n in chunk]
-        prefix = backbone.prefix(backbone.prompts(batch))
-        for system, encoder in encoders.items():
-            shared = encoder.backbone is backbone  # not where a baseline has changed its own
-            found = encoder.encode_prefix(prefix) if shared else encoder.encode_items(batch)
-            vectors[system][chunk] = found.cpu().numpy()
-    return vectors
-
-
-def score_part(
-    recipe_json: str, queries: list[Item], items: list[Item], best: list[NDArray[np.int64]]
-) -> list[list[Reading]]:
-    """Readings of each query with its best items; as much as the profile orders by."""
-    reranker = _reranker(recipe_json)
-    pairs = [(query, items[int(i)]) for query, row in zip(queries, best, strict=True) for i in row]
-    if reranker.profile.needs_vocabulary:
-        readings = reranker.read(pairs)
-    else:
-        readings = [Reading(margin) for margin in reranker.score(pairs).tolist()]
-    found = iter(readings)
-    return [list(islice(found, len(row))) for row in best]

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from pipelines.benchmark import Benchmark, load_benchmark
 from pipelines.corpus import corpus_of, summarise
+from pipelines.kept_parts import content_digest
 from pipelines.recipe import Recipe
 from pipelines.sweeping.cells import Cells, Searched
 from pipelines.sweeping.fine import FineStage
-from pipelines.sweeping.vectors import committed, content_digest, encoded_part, vectors_of
+from pipelines.sweeping.vectors import committed, encoded_part, vectors_of
 from pipelines.tasks import Countdown, collect, model_task, parts
 from slq.artifacts import load_adapter_config
 from slq.errors import ConfigError, StorageError
@@ -152,7 +153,7 @@ def _measured(recipe: Recipe, benchmark: Benchmark, price: float) -> dict[str, A
             countdown.ended()
     log.info("%d cells searched, %d were finished before", len(run), len(wanted) - len(run))
     exact = cells.exact.search(vectors.queries, min(RECALL_AT, len(vectors.gallery)))[1]
-    fine = FineStage(recipe, benchmark, content_digest(benchmark))
+    fine = FineStage(recipe, benchmark, content_digest(benchmark.items, benchmark.queries))
     rows = _rows(recipe, benchmark, searched, exact, fine)
     result = {
         "adapter": load_adapter_config(recipe.storage.adapter).fingerprint,

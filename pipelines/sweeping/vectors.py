@@ -17,6 +17,7 @@ from pipelines.benchmark import Benchmark
 from pipelines.corpus import corpus_of
 from pipelines.embedding.prepare import content_hash
 from pipelines.embeddings import Embeddings, open_embeddings
+from pipelines.kept_parts import content_digest
 from pipelines.ledger_reader import LedgerReader
 from pipelines.progress import show
 from pipelines.recipe import Recipe
@@ -24,7 +25,6 @@ from slq.artifacts import load_adapter_config, require_same_fingerprint
 from slq.errors import DataError
 from slq.index.parts import EMBEDDING, matrix
 from slq.index.vectors import unit
-from slq.media import pixels_sha256
 from slq.quantization import cut
 from slq.schema import Item
 
@@ -104,7 +104,7 @@ def vectors_of(
         StorageError: The data set cannot be read, or what was embedded cannot be written.
     """
     path = recipe.storage.sweep / _FILE
-    content = content_digest(benchmark)
+    content = content_digest(benchmark.items, benchmark.queries)
     fingerprint = load_adapter_config(recipe.storage.adapter).fingerprint
     identity = {"fingerprint": fingerprint, "content": content}
     kept = _kept(path, identity)
@@ -139,17 +139,6 @@ def _kept(path: Path, identity: dict[str, str]) -> dict[str, NDArray[np.float32]
     except (FileNotFoundError, SafetensorError):
         pass  # a damaged file holds nothing that cannot be made again
     return {}
-
-
-def content_digest(benchmark: Benchmark) -> str:
-    """sha256 of everything that is embedded and scored: ids, texts and pixels of gallery and queries."""
-    digest = hashlib.sha256()
-    for items in (benchmark.items, benchmark.queries):
-        for item in items:
-            pixels = None if item.image is None else pixels_sha256(item.image)
-            digest.update(json.dumps([item.id, item.text, pixels]).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
 
 
 def _stored(recipe: Recipe, benchmark: Benchmark, found: Embeddings) -> NDArray[np.float32]:

@@ -208,6 +208,27 @@ def test_unreadable_items_are_left_out_and_counted(
     assert found.relevant.any(axis=1).all()
 
 
+def test_what_was_embedded_and_read_is_not_done_again(
+    measured: tuple[Recipe, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, results = measured
+    kept = sorted(recipe.storage.evaluation.glob("*/part-*.safetensors"))
+    assert {path.parent.name for path in kept} == {"vectors", "readings"}
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    damaged = kept[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    again = evaluate(changed(recipe, eval={"metrics": ("map",), "ks": (1, 3)}))
+    told = capsys.readouterr().err
+    assert "eval fine stage part: 7 of 8 are there already" in told
+    assert "eval embedded part: 8 of 8 are there already" in told
+    made = {path for path in kept if path.stat().st_mtime_ns != before[path]}
+    assert made == {damaged}
+    for system, report in again["systems"].items():
+        for subset, entry in report["text_to_image"].items():
+            was = results["systems"][system]["text_to_image"][subset]
+            assert (entry["hit@1"], entry["mrr"]) == (was["hit@1"], was["mrr"])
+
+
 def test_an_adapter_of_another_weight_type_is_refused_with_both_fingerprints(
     measured: tuple[Recipe, dict[str, Any]],
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.benchmark import load_benchmark
-from pipelines.evaluate import embed_part, score_part
+from pipelines.evaluation_parts import embed_part, score_part
 from pipelines.loading import (
     backbone_of,
     encoder_of,
