@@ -115,7 +115,7 @@ def git_revision(file: Path = Path(__file__)) -> str | None:
 def data_digests(recipe: Recipe) -> dict[str, str]:
     """sha256 of the files that were measured on; a corpus that is a folder or elsewhere has none."""
     found = {}
-    for name in ("corpus", "queries", "relevance"):
+    for name in ("corpus", "queries", "relevance", "candidates"):
         if name == "corpus" and "://" in recipe.data.corpus:
             continue
         path = recipe.data.path(name)

@@ -16,7 +16,7 @@ def recipe_digest(recipe: Recipe, **others: Any) -> str:
         recipe: The resolved recipe.
         others: What a result depends on beside it.
     """
-    left_out = {"storage", "index", "sweep", "serve"} - (
+    left_out = {"storage", "index", "karr", "sweep", "serve"} - (
         {"index"} if recipe.train.negatives else set()
     )
     settings = recipe.model_dump(mode="json", exclude=left_out)
@@ -26,7 +26,7 @@ def recipe_digest(recipe: Recipe, **others: Any) -> str:
     else:
         others["files"] = [
             file_sha256(path)
-            for name in ("train", "corpus", "queries", "relevance")
+            for name in ("train", "corpus", "queries", "relevance", "candidates")
             if (path := recipe.data.path(name)).is_file()
         ]
     revision = backbone_revision(recipe.backbone.name, recipe.backbone.revision)

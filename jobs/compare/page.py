@@ -50,11 +50,30 @@ def write_study_page(summary: Mapping[str, Any], target: Path) -> Path:
         category_chart=svg(category_figure(rows)) if by_category else None,
         cost=_figures({k: v for k, v in found.items() if not is_quality(k)}, found["run"]),
         legend=" ".join([LEGEND[1], *([KEPT] if "weights" in found else [])]),
-        measured=measured_with(first),
+        direction=(first.get("benchmark") or {}).get(
+            "direction", "text \N{RIGHTWARDS ARROW} image"
+        ),
+        measured=[*measured_with(first), *_elsewhere(summary["results"])],
         notes=summary["notes"],
     )
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _elsewhere(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Runs that were measured on another machine, revision or day than the first one, and on which."""
+
+    def told(run: str) -> str:
+        known = results[run]["results"].get("provenance", {})
+        machine = known.get("hardware", {})
+        parts = [known.get("date", "")[:10], (known.get("git_revision") or "")[:12]]
+        return ", ".join(
+            part for part in [*parts, machine.get("cpu", ""), *machine.get("gpus", [])] if part
+        )
+
+    first = told(ZERO_SHOT)
+    others = [(run, told(run)) for run in results]
+    return [[f"measured apart: {run}", what] for run, what in others if what and what != first]
 
 
 def _figures(found: Mapping[str, Sequence[str]], names: Sequence[str]) -> Figures | None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from jobs.compare.study import ZERO_SHOT, Plan
+from pipelines.progress import show
 from pipelines.ranking import RANKS_FILE
+from slq.files import file_sha256
 from slq.metrics import holm, paired_permutation
 
 OWN = "slq"
@@ -15,15 +18,24 @@ Ranks = Mapping[str, tuple[int, tuple[str, ...]]]
 """Of each query: where its first relevant item stands, and the subsets that it belongs to."""
 
 
-def paired_p(plan: Plan) -> dict[tuple[str, str], dict[str, float]]:
+def paired_p(
+    plan: Plan, results: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, str], dict[str, float]]:
     """Two-sided p of a paired randomisation test on hit@1, of each run's systems by subset.
 
     Systems that were measured on other queries than the baseline (as where some were held out to fit a weight) have
-    none, and neither has the baseline itself.
+    none, and neither have the baseline itself and runs whose ranks are those of another evaluation.
+
+    Args:
+        plan: The study.
+        results: Of its runs.
     """
     folders = {ZERO_SHOT: plan.zero_shot.storage.evaluation}
     folders |= {run.name: run.recipe.storage.evaluation for run in plan.runs}
-    found = {name: read_ranks(folder / RANKS_FILE) for name, folder in folders.items()}
+    found = {
+        name: read_ranks(folder / RANKS_FILE, results.get(name, {}).get("ranks_sha256"))
+        for name, folder in folders.items()
+    }
     first = found[plan.baseline].get(OWN)
     if first is None:
         return {}
@@ -47,9 +59,19 @@ def corrected(
     return found
 
 
-def read_ranks(path: Path) -> dict[str, Ranks]:
-    """Ranks by system; none where an evaluation has written none."""
-    if not path.is_file():
+def read_ranks(path: Path, sha256: str | None) -> dict[str, Ranks]:
+    """Ranks by system; none where an evaluation has written none.
+
+    Args:
+        path: Of the file.
+        sha256: That it had when the run was measured.
+    """
+    if sha256 is None or not path.is_file():
+        return {}
+    if file_sha256(path) != sha256:
+        show(
+            f"{path} was written by another evaluation, so its run is not tested against the others"
+        )
         return {}
     found: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {}
     for row in pq.read_table(path).to_pylist():

@@ -14,11 +14,12 @@ from jobs.compare.digest import recipe_digest, training_digest
 from jobs.compare.study import ZERO_SHOT, Plan, Run
 from jobs.compare.tuning import choose, on_edge, run_trials
 from pipelines.progress import show
+from pipelines.ranking import RANKS_FILE
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, read_history
 from slq.artifacts import ADAPTER_WEIGHTS, load_adapter_config
 from slq.errors import ConfigError
-from slq.files import read_json, write_json
+from slq.files import file_sha256, read_json, write_json
 
 RESULT, TRAINING = "result.json", "training.json"
 _SECONDS = "seconds/"
@@ -174,12 +175,20 @@ def _measure(run: Run, flows: Flows, heading: str) -> dict[str, Any]:
     assert run.source is not None
     link = run.recipe.storage.adapter
     link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)  # of a training that this run was before
     link.unlink(missing_ok=True)
     link.symlink_to(run.source.recipe.storage.adapter)
     with flows.connect(run.recipe.resources):
         show(f"{heading}: measuring the adapter of {run.source.name}")
         results = flows.evaluate(run.recipe)
     return {"adapter_of": run.source.name, "results": results, **_described(run.recipe)}
+
+
+def _ranks_of(recipe: Recipe) -> str | None:
+    """Digest of the ranks that an evaluation has written, so that no later one's are taken for them."""
+    path = recipe.storage.evaluation / RANKS_FILE
+    return file_sha256(path) if path.is_file() else None
 
 
 def scenes_asked(plan: Plan, recipe: Recipe) -> int:
@@ -198,6 +207,8 @@ def _trained(recipe: Recipe, flows: Flows) -> Path:
     """The final training; one of before is kept only if its time and memory would be the same too."""
     folder, digest = recipe.storage.dir, training_digest(recipe)
     note = folder / TRAINING
+    if recipe.storage.adapter.is_symlink():
+        recipe.storage.adapter.unlink()  # to the adapter of another run, which this one measured before
     if note.is_file() and read_json(note)["digest"] != digest:
         for part in ("train", "ray"):
             shutil.rmtree(folder / part, ignore_errors=True)
@@ -224,7 +235,7 @@ def _mine(run: Run, miner: Recipe, flows: Flows, heading: str) -> None:
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
-    return {"recipe": recipe.model_dump(mode="json")}
+    return {"recipe": recipe.model_dump(mode="json"), "ranks_sha256": _ranks_of(recipe)}
 
 
 def training_figures(folder: Path) -> dict[str, float | None]:

@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 def study_summary(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What `study.json` holds: rows of the table, notes, and the results they are made from."""
-    rows = study_rows(results, paired_p(plan))
+    rows = study_rows(results, paired_p(plan, results))
     return {
         "study": plan.source.name,
         "recipe": str(plan.study.recipe),

@@ -31,7 +31,7 @@ from jobs.compare.chart import (
 from jobs.compare.page import write_study_page
 from jobs.compare.pairs import corrected, paired_p
 from jobs.compare.running import Flows, count_values, training_figures
-from jobs.compare.study import ZERO_SHOT, plan_study, slug
+from jobs.compare.study import ZERO_SHOT, Plan, plan_study, slug
 from jobs.compare.tables import (
     category_columns,
     columns,
@@ -47,7 +47,7 @@ from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, write_history
 from slq.arrow import NEGATIVES, RANKS
 from slq.errors import ConfigError, StorageError, TrainingError
-from slq.files import read_json
+from slq.files import file_sha256, read_json
 from slq.pretraining.config import PretrainConfig
 from slq.pretraining.evaluation import accuracies_of
 from tests.families import BUILDERS
@@ -534,6 +534,17 @@ def test_a_run_measures_the_adapter_of_an_earlier_one_and_trains_nothing(tmp_pat
     assert changed.calls[-1] == "evaluate slq-compat lr=0.002 steps=9"  # another adapter by now
 
 
+def test_a_run_may_train_where_it_measured_and_the_reverse(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trained = {"set": {"train.lr": 0.001}}
+    kinds = [FINE, trained, FINE]
+    for kind in kinds:
+        runs = {"SLQ": {"set": {"train.lr": 0.002}}, "b": kind}
+        compare(plan_study(study_file(tmp_path, runs=runs), out), Recorder(out).flows)
+        assert (out / "b/adapter").is_symlink() == ("adapter_of" in kind)
+        assert (out / "slq/adapter/adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -583,6 +594,17 @@ def write_ranks(folder: Path, **systems: dict[str, int]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=RANKS), folder / RANKS_FILE)
 
 
+def with_ranks(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Results of runs whose ranks are those that lie there."""
+    folders = {ZERO_SHOT: plan.zero_shot.storage.evaluation}
+    folders |= {run.name: run.recipe.storage.evaluation for run in plan.runs}
+    paths = {name: folder / RANKS_FILE for name, folder in folders.items()}
+    return {
+        name: {"ranks_sha256": file_sha256(path) if path.is_file() else None}
+        for name, path in paths.items()
+    }
+
+
 def test_rows_are_tested_against_the_baseline_query_by_query(tmp_path: Path) -> None:
     plan = plan_study(study_file(tmp_path, baseline="LoRA r=8"), tmp_path / "out")
     slq, lora = (run.recipe.storage.evaluation for run in plan.runs)
@@ -591,8 +613,10 @@ def test_rows_are_tested_against_the_baseline_query_by_query(tmp_path: Path) -> 
     write_ranks(lora, slq=wrong)
     write_ranks(slq, slq=dict(reversed(right.items())))
     write_ranks(plan.zero_shot.storage.evaluation, last_token={"e0": 1})  # other queries
-    found = paired_p(plan)
+    results = with_ranks(plan)
+    found = paired_p(plan, results)
     assert list(found) == [("SLQ", "slq")]
+    assert paired_p(plan, {**results, "SLQ": {"ranks_sha256": "0" * 64}}) == {}  # of another one
     # All twelve differences have one sign: two of the 2^12 assignments are as extreme.
     assert found["SLQ", "slq"]["explicit"] == pytest.approx(2 / 2**12, abs=4e-4)
     assert found["SLQ", "slq"]["knowledge"] == 1
@@ -646,7 +670,7 @@ def test_the_page_holds_every_figure_and_asks_for_nothing_else(tmp_path: Path) -
 def test_without_ranks_of_the_baseline_nothing_is_tested(tmp_path: Path) -> None:
     plan = plan_study(study_file(tmp_path), tmp_path / "out")
     write_ranks(plan.runs[1].recipe.storage.evaluation, slq={"e0": 1})
-    assert paired_p(plan) == {}
+    assert paired_p(plan, with_ranks(plan)) == {}
 
 
 def test_categories_have_a_table_of_their_own() -> None:
