@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.compare.chart import category_figure, study_figure
+from jobs.compare.papers import published_columns
 from jobs.compare.study import ZERO_SHOT
 from jobs.compare.tables import KEPT, LEGEND, category_columns, columns, is_quality
 from jobs.report import template
@@ -37,6 +38,7 @@ def write_study_page(summary: Mapping[str, Any], target: Path) -> Path:
     rows = summary["rows"]
     found, by_category = columns(rows), category_columns(rows)
     first = summary["results"][ZERO_SHOT]["results"]
+    papers = published_columns(summary["results"])
     page = template("study.html.j2").render(
         study=summary["study"].removesuffix(".yaml"),
         baseline=summary["baseline"],
@@ -49,6 +51,7 @@ def write_study_page(summary: Mapping[str, Any], target: Path) -> Path:
         categories=_figures(by_category, found["run"]) if by_category else None,
         category_chart=svg(category_figure(rows)) if by_category else None,
         cost=_figures({k: v for k, v in found.items() if not is_quality(k)}, found["run"]),
+        papers=_figures(papers, papers["published"]) if papers else None,
         legend=" ".join([LEGEND[1], *([KEPT] if "weights" in found else [])]),
         direction=(first.get("benchmark") or {}).get(
             "direction", "text \N{RIGHTWARDS ARROW} image"
@@ -78,7 +81,7 @@ def _elsewhere(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def _figures(found: Mapping[str, Sequence[str]], names: Sequence[str]) -> Figures | None:
     """Columns as rows of cells, an interval below its value; the best value of a column is marked."""
-    shown = {name: cells for name, cells in found.items() if name != "run"}
+    shown = {name: cells for name, cells in found.items() if name not in ("run", "published")}
     if not shown:
         return None
     made = {name: [_cell(cell) for cell in cells] for name, cells in shown.items()}

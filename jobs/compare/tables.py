@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.compare.pairs import corrected, paired_p
+from jobs.compare.papers import published_columns
 from jobs.compare.study import ZERO_SHOT, Plan
 from pipelines.recipe import LENGTH_MARK, VARIANT_MARK
 
@@ -107,6 +108,7 @@ def _row(name: str, run: str, system: str, result: Mapping[str, Any]) -> Row:
         "system": system,
         "trained_parameters": (result.get("trained_parameters") or {}).get(system),
         "training_seconds": training.get("seconds"),
+        "gpu_hours": _gpu_hours(training.get("seconds"), result),
         "peak_memory_bytes": training.get("peak_memory_bytes"),
         "hits": {
             subset: {
@@ -158,6 +160,7 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         table[f"{subset} (n = {size})"] = [_hit(row["hits"].get(subset)) for row in rows]
     for subset in main_subsets(rows):
         table[f"p, {subset}"] = [_p(row, subset) for row in rows]
+    table["GPU hours"] = [_number(row.get("gpu_hours"), 1, "{:.2f}") for row in rows]
     table["training s"] = [_number(row["training_seconds"], 1, "{:.0f}") for row in rows]
     table["peak GiB"] = [_number(row["peak_memory_bytes"], 2**-30, "{:.2f}") for row in rows]
     for skill, name in _SKILLS.items():
@@ -167,6 +170,13 @@ def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         table[f"{title} kept"] = [_hit(_sets(row).get(title)) for row in rows]
     table["weights"] = [_weights(row["retention"]) for row in rows]
     return {name: cells for name, cells in table.items() if any(cells)}
+
+
+def _gpu_hours(seconds: float | None, result: Mapping[str, Any]) -> float | None:
+    """Of all workers of a training together; None of one without GPUs."""
+    resources = result.get("recipe", {}).get("resources", {})
+    gpus = resources.get("train_workers", 0) * resources.get("gpus_per_worker", 0)
+    return seconds * gpus / 3600 if seconds is not None and gpus else None
 
 
 def is_quality(column: str) -> bool:
@@ -259,6 +269,9 @@ def study_markdown(summary: Mapping[str, Any]) -> str:
         told.append(_TESTED.format(baseline=summary["baseline"]))
     by_category = category_columns(summary["rows"])
     lines = _lines(found)
+    papers = published_columns(summary.get("results", {}))
+    if papers:
+        lines += ["", *_lines(papers)]
     if by_category:
         lines += ["", "By category of knowledge, of objects that the model has seen:", ""]
         lines += _lines(by_category)
@@ -267,7 +280,8 @@ def study_markdown(summary: Mapping[str, Any]) -> str:
 
 def _lines(found: Mapping[str, list[str]]) -> list[str]:
     """A table in Markdown."""
-    rules = ["---" if name in ("run", "weights") else "---:" for name in found]
+    left = ("run", "weights", "published", "source")
+    rules = ["---" if name in left else "---:" for name in found]
     rows = [list(found), rules, *(list(cells) for cells in zip(*found.values(), strict=True))]
     return ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
 

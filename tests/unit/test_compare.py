@@ -30,6 +30,7 @@ from jobs.compare.chart import (
 )
 from jobs.compare.page import write_study_page
 from jobs.compare.pairs import corrected, paired_p
+from jobs.compare.papers import published_columns
 from jobs.compare.running import Flows, count_values, training_figures
 from jobs.compare.study import ZERO_SHOT, Plan, plan_study, slug
 from jobs.compare.tables import (
@@ -46,6 +47,7 @@ from pipelines.ranking import RANKS_FILE
 from pipelines.recipe import DataConfig, Recipe, ResourcesConfig
 from pipelines.training_log import HISTORY, write_history
 from slq.arrow import NEGATIVES, RANKS
+from slq.benchmarks.published import COCO
 from slq.errors import ConfigError, StorageError, TrainingError
 from slq.files import file_sha256, read_json
 from slq.pretraining.config import PretrainConfig
@@ -665,6 +667,42 @@ def test_the_page_holds_every_figure_and_asks_for_nothing_else(tmp_path: Path) -
     axes = category_figure(rows).axes
     assert axes[0].get_title(loc="left") == "tool use  (n = 7)"
     assert [bar.get_width() for bar in axes[0].patches] == [25.0] * len(rows)
+
+
+def test_the_papers_figures_of_the_backbone_stand_below_ours(tmp_path: Path) -> None:
+    results = fake_results()
+    zero = results[ZERO_SHOT]["results"]
+    assert published_columns(results) == {}  # of one's own data
+    zero["benchmark"] = {"name": COCO, "direction": "text -> image"}
+    zero["backbone"] = {"model": "OpenGVLab/InternVL3-1B-hf"}
+    found = published_columns(results)
+    rows = {
+        model: {name: cells[n] for name, cells in found.items()}
+        for n, model in enumerate(found["published"])
+    }
+    assert set(rows) == {f"{m} (InternVL3-1B)" for m in ("SLQ", "LoRA", "full fine-tuning")}
+    lora = rows["LoRA (InternVL3-1B)"]
+    assert (lora["MMMU accuracy"], lora["OCRBench score"]) == ("42.1", "785")
+    assert lora[f"{COCO} text -> image hit@5"] == "72.9"
+    assert rows["SLQ (InternVL3-1B)"][f"{COCO} text -> image hit@1"] == "48.5"
+    assert rows["SLQ (InternVL3-1B)"]["GPU hours"] == "3.9"
+    assert not any("Flickr" in name for name in found)
+    summary = {
+        "study": "s.yaml", "baseline": "SLQ", "notes": [], "results": results,
+        "rows": study_rows(results),
+    }  # fmt: skip
+    assert "| LoRA (InternVL3-1B) |" in study_markdown(summary)
+    assert "What papers report" in write_study_page(summary, tmp_path / "s.html").read_text()
+
+
+def test_gpu_hours_are_those_of_all_workers() -> None:
+    results = fake_results()
+    assert "GPU hours" not in columns(study_rows(results))
+    for gpus in (2, 0):
+        resources = {"train_workers": 8, "gpus_per_worker": gpus}
+        results["full | all"]["recipe"] = {"resources": resources}
+        found = columns(study_rows(results)).get("GPU hours")
+        assert found == (["", "", "", "", "", "0.44"] if gpus else None)  # 100 s x 16
 
 
 def test_without_ranks_of_the_baseline_nothing_is_tested(tmp_path: Path) -> None:
