@@ -61,7 +61,9 @@ def diff(  # noqa: PLR0913 - the options of a command line
     out.print(diff_table(names, told))
     for text in left_out(found.left_out, names):
         out.print(text, markup=False, highlight=False, soft_wrap=True)
-    out.print("nothing written" if dry_run else f"[green]done[/] {page}", soft_wrap=True)
+    out.print(
+        "nothing written" if dry_run else f"[green]done[/] {escape(str(page))}", soft_wrap=True
+    )
 
 
 def run_name(path: Path, other: Path) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.console import AsJson, DryRun, Overrides, RecipePath, out, run_stage
@@ -38,7 +39,7 @@ def sweep(
             out.print(sweep_table(result))
             for line in notes(result):
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
-            out.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+            out.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
         return result
 
     def plan(resolved: Recipe) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
         table.add_column(name, justify=side, no_wrap=name == "cell", overflow="fold")
     for row in zip(*shown.values(), strict=True):
         if row[-1] or not is_long:
-            table.add_row(*(cell.partition(" (")[0] for cell in row))
+            table.add_row(*(escape(cell.partition(" (")[0]) for cell in row))
     return table
 
 
@@ -111,5 +112,5 @@ def sweep_markdown(result: Mapping[str, Any]) -> str:
     found = columns(result)
     rules = ["---" if name in ("cell", "front") else "---:" for name in found]
     rows = [list(found), rules, *(list(cells) for cells in zip(*found.values(), strict=True))]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(one.replace("|", "\\|") for one in row) + " |" for row in rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(result)), ""])

@@ -1,18 +1,25 @@
-"""`slq diff`: two runs over the same queries, and which queries one of them answers better. It needs no Ray."""
+"""`slq diff`: two runs over the same queries, and which queries one of them answers better. It needs no Ray.
+
+Queries and right answers are those of an evaluation, read without decoding or keeping the gallery's images: several
+wordings are one query, and with `eval.same_images: together` items of the same content are right together.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.corpus import Record, corpus_of, open_corpus
+from pipelines.embedding.prepare import content_hash
 from pipelines.recipe import Recipe, require_files
 from pipelines.reranking.judged import read_relevance
-from pipelines.runs import SUFFIXES, read_run
+from pipelines.runs import JUDGEMENTS, SUFFIXES, read_run
+from pipelines.scored import Judged, Ranked, ranked
 from slq.differences import Change, changes
 from slq.errors import DataError
 from slq.metrics import paired_permutation
@@ -36,10 +43,10 @@ class Difference:
     """Two runs.
 
     Attributes:
-        first: Places of each query, the best first.
+        first: Places of each judged query, the best first; of equal scores the relevant items last.
         second: The same of the other run.
         relevant: Relevant item ids of each judged query.
-        queries: Records of the queries that are compared.
+        queries: Records of the queries that are compared; of several wordings the first, under the query's name.
         changes: Of all compared queries, what changed most first.
         left_out: How many queries are in one run alone, or not judged: `first only`, `second only`, `not judged`.
     """
@@ -65,41 +72,79 @@ def compare_runs(recipe: Recipe, first: Path, second: Path) -> Difference:
         DataError: A run cannot be read, or both have no judged query in common.
     """
     require_files(recipe, "corpus", "queries", "relevance")
-    runs = [read_places(path, key) for path, key in ((first, "RUN_A"), (second, "RUN_B"))]
-    relevant = read_relevance(recipe)
-    one, other = (
-        {name: [p.item_id for p in places] for name, places in run.items()} for run in runs
-    )
-    found = changes(one, other, relevant)
+    named = ((first, "RUN_A"), (second, "RUN_B"))
+    runs = [read_run(path, named=key) for path, key in named]
+    relevant = _right_answers(recipe)
+    judged = _judged(relevant)
+    against = [ranked(run, judged) for run in runs]
+    found = changes(against[0].standings, against[1].standings)
     if not found:
         raise DataError(
             f"{first} and {second} have no query in common that {recipe.data.path('relevance')} judges; are they runs "
             "of this recipe's data?"
         )
     wanted = {change.query_id for change in found}
-    queries = _records(open_corpus(recipe.data.path("queries")).all_records(), wanted)
+    queries = _queries(recipe, wanted)
     _require(wanted, queries, f"data.queries {recipe.data.path('queries')}")
-    both = one.keys() & other.keys()
+    one, other = (set(run["query_id"].unique().to_pylist()) for run in runs)
     left_out = {
-        "first only": len(one.keys() - other.keys()),
-        "second only": len(other.keys() - one.keys()),
-        "not judged": len(both - relevant.keys()),
+        "first only": len(one - other),
+        "second only": len(other - one),
+        "not judged": len((one & other) - relevant.keys()),
     }
-    return Difference(runs[0], runs[1], relevant, queries, found, left_out)
+    places = [_places(run, *name) for run, name in zip(against, named, strict=True)]
+    return Difference(places[0], places[1], relevant, queries, found, left_out)
 
 
-def read_places(path: Path, key: str) -> dict[str, list[Place]]:
+def _right_answers(recipe: Recipe) -> dict[str, set[str]]:
+    """Relevant items of each judged query, with those of the same content where the recipe counts them alike."""
+    relevant = read_relevance(recipe)
+    if recipe.eval.same_images == "apart":
+        return relevant
+    contents: dict[str, str] = {}
+    alike: dict[str, set[str]] = {}
+    for record in corpus_of(recipe).all_records():
+        if record.problem is None:  # what cannot be read is like nothing else
+            contents[record.id] = content_hash(record)
+            alike.setdefault(contents[record.id], set()).add(record.id)
+    return {
+        query: items.union(*(alike[contents[item]] for item in items if item in contents))
+        for query, items in relevant.items()
+    }
+
+
+def _judged(relevant: Mapping[str, set[str]]) -> Judged:
+    """The same as runs are ranked against it."""
+    pairs = [
+        {"query_id": query, "item_id": item, "grade": 1.0}
+        for query, items in relevant.items()
+        for item in items
+    ]
+    return Judged.of_table(pa.Table.from_pylist(pairs, schema=JUDGEMENTS))
+
+
+def _queries(recipe: Recipe, wanted: set[str]) -> dict[str, Record]:
+    """Records of the queries of these names: a query of several wordings has that of their `query_group`."""
+    found: dict[str, Record] = {}
+    for record in open_corpus(recipe.data.path("queries")).all_records():
+        group = record.columns.get("query_group")
+        name = record.id if group is None else str(group)
+        if name in wanted and name not in found:
+            found[name] = replace(record, id=name)
+    return found
+
+
+def _places(run: Ranked, path: Path, key: str) -> dict[str, list[Place]]:
     """The places of each query of a run, the best first; scores of both stages where the file has them.
 
     Args:
-        path: Parquet or TREC.
+        run: As it ranks.
+        path: Its file, Parquet or TREC.
         key: What names it, for messages.
 
     Raises:
-        ConfigError: There is no such file.
-        DataError: It is no run.
+        DataError: A score of the file is no finite number.
     """
-    run = read_run(path, named=key)
     stages: dict[tuple[str, str], tuple[float | None, float | None]] = {}
     if path.suffix not in SUFFIXES:
         table = pq.read_table(path)
@@ -111,7 +156,7 @@ def read_places(path: Path, key: str) -> dict[str, list[Place]]:
             coarse, fine = (_number(path, key, score) for score in scores)
             stages[str(query), str(item)] = (coarse, fine)
     found: dict[str, list[Place]] = {}
-    for row in run.to_pylist():
+    for row in run.rows.to_pylist():
         query, item, score = row["query_id"], row["item_id"], row["coarse_score"]
         coarse, fine = stages.get((query, item), (None, None))
         found.setdefault(query, []).append(Place(item, score, coarse, fine))

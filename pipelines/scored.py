@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.runs import read_judgements, read_run
+from slq.differences import Standing
 from slq.errors import DataError
 from slq.metrics import Floats, Metric, Ranks, compared, figures, values_of
 from slq.metrics.ranks import within
@@ -19,7 +20,7 @@ _NAMED = 100  # ids that a report holds of each sort of trouble
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
     """Relevant pairs.
 
     Attributes:
@@ -35,6 +36,68 @@ class _Judged:
     item: pa.ChunkedArray
     grade: Floats
     without: list[str]
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> "Judged":
+        """Those of a table as `JUDGEMENTS`; it may hold none."""
+        relevant = table.filter(pc.greater(table["grade"], 0))
+        queries = pc.unique(relevant["query_id"])
+        every = pc.unique(table["query_id"])
+        return cls(
+            queries,
+            pc.index_in(relevant["query_id"], queries).to_numpy().astype(np.int64),
+            relevant["item_id"],
+            relevant["grade"].to_numpy(),
+            every.filter(pc.invert(pc.is_in(every, queries))).to_pylist(),
+        )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The rows of a run whose queries have relevant items, as they rank: equal scores count against the run.
+
+    Attributes:
+        judged: What they are ranked against.
+        run: The rows as `CANDIDATES`, in any order.
+        order: (rows,) places in `run`, query by query in the order of `judged.queries`, the best first; of equal scores
+            first what is not relevant, then by rising grade, then as the run has them.
+        query: (rows,) row of the query, in that order.
+        pair: (rows,) the relevant pair of a row, in that order; -1 where the item is not relevant.
+    """
+
+    judged: Judged
+    run: pa.Table
+    order: NDArray[np.int64]
+    query: NDArray[np.int64]
+    pair: NDArray[np.int64]
+
+    @property
+    def rows(self) -> pa.Table:
+        """The run in its order."""
+        return self.run.take(self.order)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Of the relevant items; 0 where the run lacks them."""
+        judged, is_relevant = self.judged, self.pair >= 0
+        rank = np.zeros(len(judged.query), np.int64)
+        rank[self.pair[is_relevant]] = within(self.query)[is_relevant]
+        return Ranks.sorted(len(judged.queries), judged.query, rank, judged.grade)
+
+    @property
+    def standings(self) -> dict[str, Standing]:
+        """Rank of the first relevant item of each query that the run has."""
+        ranks = self.ranks
+        _, best = np.unique(
+            ranks.query, return_index=True
+        )  # every query has a pair, the best rank first
+        depths = np.bincount(self.query, minlength=len(best)).tolist()
+        names, firsts = self.judged.queries.to_pylist(), ranks.rank[best].tolist()
+        return {
+            name: Standing(rank or None, depth)
+            for name, rank, depth in zip(names, firsts, depths, strict=True)
+            if depth
+        }
 
 
 def score_runs(runs: Sequence[Path], qrels: Path, metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -60,7 +123,7 @@ def score_runs(runs: Sequence[Path], qrels: Path, metrics: Sequence[Metric]) -> 
     values, told = {}, []
     for number, path in enumerate(runs):
         run = read_run(path, named="run")
-        values[str(number)] = values_of(_ranks(run, judged), metrics)
+        values[str(number)] = values_of(ranked(run, judged).ranks, metrics)
         known = pc.unique(run["query_id"])
         missing = judged.queries.filter(pc.invert(pc.is_in(judged.queries, known)))
         judged_ids = pa.concat_arrays([judged.queries, pa.array(judged.without, pa.string())])
@@ -91,37 +154,30 @@ def _named(ids: list[str]) -> dict[str, Any]:
     return {"count": len(ids), "first": ids[:_NAMED]}
 
 
-def _judged(path: Path) -> _Judged:
-    table = read_judgements(path)
-    relevant = table.filter(pc.greater(table["grade"], 0))
-    queries = pc.unique(relevant["query_id"])
-    if not len(queries):
+def _judged(path: Path) -> Judged:
+    judged = Judged.of_table(read_judgements(path))
+    if not len(judged.queries):
         raise DataError(f"qrels: {path} has no grade above 0, so there is nothing to measure by")
-    every = pc.unique(table["query_id"])
-    return _Judged(
-        queries,
-        pc.index_in(relevant["query_id"], queries).to_numpy().astype(np.int64),
-        relevant["item_id"],
-        relevant["grade"].to_numpy(),
-        every.filter(pc.invert(pc.is_in(every, queries))).to_pylist(),
-    )
+    return judged
 
 
-def _ranks(run: pa.Table, judged: _Judged) -> Ranks:
-    """Ranks of the relevant items in a run; 0 where it lacks them."""
+def ranked(run: pa.Table, judged: Judged) -> Ranked:
+    """A run against relevance.
+
+    Args:
+        run: As `CANDIDATES`; scores decide, and where they are equal relevance does, against the run.
+        judged: Relevance.
+    """
     run = run.filter(pc.is_in(run["query_id"], judged.queries))
     query = pc.index_in(run["query_id"], judged.queries).to_numpy().astype(np.int64)
-    items = pc.unique(pa.chunked_array([*run["item_id"].chunks, *judged.item.chunks]))
+    items = pc.unique(pa.chunked_array([*run["item_id"].chunks, *judged.item.chunks], pa.string()))
     item, relevant_item = (
         pc.index_in(ids, items).to_numpy().astype(np.int64) for ids in (run["item_id"], judged.item)
     )
     keys, relevant = query * len(items) + item, judged.query * len(items) + relevant_item
     by_key = np.argsort(relevant)
     near = by_key[np.searchsorted(relevant, keys, sorter=by_key).clip(max=len(relevant) - 1)]
-    of_row = np.where(relevant[near] == keys, near, -1)  # the relevant pair of a row of the run
-    grade = np.where(of_row >= 0, judged.grade[near], 0.0)
-    order = np.lexsort((item, grade, -run["coarse_score"].to_numpy(), query))
-    rank = np.zeros(len(relevant), np.int64)
-    ranked = of_row[order]
-    rank[ranked[ranked >= 0]] = within(query[order])[ranked >= 0]
-    return Ranks.sorted(len(judged.queries), judged.query, rank, judged.grade)
+    pair = np.where(relevant[near] == keys, near, -1)
+    grade = np.where(pair >= 0, judged.grade[near], 0.0)
+    order = np.lexsort((grade, -run["coarse_score"].to_numpy(), query))  # it is stable
+    return Ranked(judged, run, order, query[order], pair[order])

@@ -18,13 +18,19 @@ from numpy.typing import NDArray
 from pipelines.benchmark import Benchmark, load_benchmark
 from pipelines.corpus import corpus_of, summarise
 from pipelines.kept_parts import content_digest
+from pipelines.ranking import subsets
 from pipelines.recipe import Recipe
+from pipelines.sweeping.admission import (
+    require_plain_margins,
+    require_whole_rankings,
+    require_whole_tables,
+)
 from pipelines.sweeping.cells import Cells, Searched
 from pipelines.sweeping.fine import FineStage
 from pipelines.sweeping.vectors import committed, encoded_part, vectors_of
 from pipelines.tasks import Countdown, collect, model_task, parts
 from slq.artifacts import load_adapter_config
-from slq.errors import ConfigError, StorageError
+from slq.errors import StorageError
 from slq.files import write_json
 from slq.schema import Item
 from slq.sweeps import cells_of, front, quality_of, ranked_again, require_buildable
@@ -53,7 +59,8 @@ def sweep(recipe: Recipe, *, price: float) -> dict[str, Any]:
     Raises:
         ArtifactError: There is no adapter, or the data set is damaged.
         ArtifactMismatchError: The data set is of another embedding space.
-        ConfigError: A cell cannot be built; it is named before any work is done.
+        ConfigError: A cell cannot be built; it is named before any work is done. Or queries do not rank everything, or
+            have several wordings.
         DataError: Gallery, queries and data set do not fit together.
         StorageError: The run folder cannot be written.
     """
@@ -62,6 +69,7 @@ def sweep(recipe: Recipe, *, price: float) -> dict[str, Any]:
     cells = cells_of(recipe.sweep, dimension)
     require_buildable(cells, recipe.sweep, recipe.index.own, dimension=dimension, count=None)
     benchmark = load_benchmark(recipe)
+    require_whole_rankings(benchmark)
     count = len(benchmark.items)
     require_buildable(cells, recipe.sweep, recipe.index.own, dimension=dimension, count=count)
     try:
@@ -78,9 +86,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ArtifactError: There is no adapter.
         ArtifactMismatchError: The data set is of another embedding space.
-        ConfigError: A cell cannot be built.
+        ConfigError: A cell cannot be built, or the tables that are there say that queries do not rank everything, or
+            have several wordings.
     """
     require_plain_margins(recipe)
+    require_whole_tables(recipe)
     dimension = dimension_of(recipe)
     cells = cells_of(recipe.sweep, dimension)
     count = _count(recipe)
@@ -88,26 +98,6 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     depths = list(recipe.sweep.depths)
     names = [cell.name for cell in cells]
     return {"cells": names, "depths": depths, "rows": len(cells) * len(depths), "items": count}
-
-
-def require_plain_margins(recipe: Recipe) -> None:
-    """Refuse what would order a cell's candidates by more than what the model says of each pair.
-
-    Raises:
-        ConfigError: The recipe's fine stage does.
-    """
-    section = recipe.rerank
-    others = {
-        "rerank.profile": section.profile != "default",
-        "rerank.fuse": section.fuse,
-        "rerank.adaptive": section.adaptive is not None,
-    }
-    for key, is_set in others.items():
-        if is_set:
-            raise ConfigError(
-                f"{key} has no place in a sweep, which orders the first `sweep.depths` candidates of every cell by "
-                "their margins; leave it out"
-            )
 
 
 def dimension_of(recipe: Recipe) -> int:
@@ -184,7 +174,7 @@ def _rows(
     depths = recipe.sweep.depths
     readings = fine.read([found for found, _ in pessimistic], max(depths))
     times = fine.times(pessimistic[0][0], depths)
-    kinds = _kinds(benchmark)
+    kinds = subsets(benchmark)
     rows = []
     for one, (found, right) in zip(searched, pessimistic, strict=True):
         kept = kept_of(one.found, exact)
@@ -205,12 +195,6 @@ def _rows(
                 }
             )
     return rows
-
-
-def _kinds(benchmark: Benchmark) -> dict[str, NDArray[np.bool_]]:
-    """Which queries are of each kind, where they have one."""
-    kinds = np.array([query.columns.get("kind") for query in benchmark.queries], dtype=object)
-    return {str(name): kinds == name for name in sorted({one for one in kinds if one is not None})}
 
 
 def priced(rows: Sequence[Mapping[str, Any]], price: float) -> list[dict[str, Any]]:

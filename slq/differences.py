@@ -1,10 +1,23 @@
 """Two rankings of the same queries, compared by the rank of the first relevant item."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal["won", "lost", "same"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a ranking has its first relevant item.
+
+    Attributes:
+        rank: From 1; None where it gives none.
+        depth: How many items it gives.
+    """
+
+    rank: int | None
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -43,31 +56,16 @@ class Change:
         return abs(before - after), abs(1 / before - 1 / after)
 
 
-def first_relevant(items: Sequence[str], relevant: Set[str]) -> int | None:
-    """Rank of the first relevant item, from 1; None where none is among `items`."""
-    return next((rank for rank, item in enumerate(items, 1) if item in relevant), None)
-
-
-def changes(
-    first: Mapping[str, Sequence[str]],
-    second: Mapping[str, Sequence[str]],
-    relevant: Mapping[str, Set[str]],
-) -> list[Change]:
-    """Queries that both systems rank and somebody judged, those that changed most first; of equals by id.
+def changes(first: Mapping[str, Standing], second: Mapping[str, Standing]) -> list[Change]:
+    """Queries that both systems rank, those that changed most first; of equals by id.
 
     Args:
-        first: Item ids of each query, the best first.
-        second: The same of the other system.
-        relevant: Relevant item ids of each judged query.
+        first: Of each judged query.
+        second: The same by the other system.
     """
     found = [
-        Change(
-            name,
-            first_relevant(first[name], relevant[name]),
-            first_relevant(second[name], relevant[name]),
-            (len(first[name]), len(second[name])),
-        )
-        for name in first
-        if name in second and name in relevant
+        Change(name, one.rank, second[name].rank, (one.depth, second[name].depth))
+        for name, one in first.items()
+        if name in second
     ]
     return sorted(found, key=lambda one: (-one.size[0], -one.size[1], one.query_id))

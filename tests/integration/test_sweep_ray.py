@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from slq.sweeps import Cell, cells_of
 from tests.integration.runs import changed, fingerprints_of_files, with_untrained_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-SCENES = ScenesConfig(train=2, test=20, unseen=0, seed=7)
+SCENES = ScenesConfig(train=2, test=16, unseen=4, seed=7)
 DEPTHS = (0, 3, 6)
 SWEEP = {
     "dimensions": (96, 192),
@@ -143,10 +144,16 @@ def test_figures_of_flat_cells_equal_a_straight_computation(
                 len({*a} & {*b}) / 10 for a, b in zip(best.tolist(), exact.tolist(), strict=True)
             ]
             assert cell["recall@10"] == pytest.approx(np.mean(kept), abs=0.005)
-        kinds = [query.columns["kind"] for query in benchmark.queries]
-        assert {name: one["num_queries"] for name, one in cell["kinds"].items()} == {
-            name: kinds.count(name) for name in set(kinds)
-        }
+        counts: Counter[str] = (
+            Counter()
+        )  # as `slq eval` counts: objects that training has not seen stand apart
+        for query in benchmark.queries:
+            kind, is_unseen = query.columns["kind"], query.columns["split"] == "unseen"
+            counts[f"{kind}, unseen objects" if is_unseen else kind] += 1
+            counts[f"{kind}, hard subset"] += bool(query.columns["hard"]) and not is_unseen
+        found = {name: one["num_queries"] for name, one in cell["kinds"].items()}
+        assert found == dict(+counts)
+        assert any(name.endswith("unseen objects") for name in found)
 
 
 def test_costs_follow_the_stated_formula_and_fronts_are_of_all_rows(swept: dict[str, Any]) -> None:
@@ -367,7 +374,7 @@ def test_the_command_lists_its_cells_and_refuses_before_any_work(
     shown = json.loads(slq(file, "--dry-run", "--json", "--set", "sweep.dimensions=[96]").stdout)
     plan = shown["plan"]
     assert plan["cells"][:2] == ["96 float32 flat", "96 float32 rabitq"]
-    assert (plan["rows"], plan["items"]) == (32, SCENES.test)
+    assert (plan["rows"], plan["items"]) == (32, SCENES.test + SCENES.unseen)
     for setting, message in {
         "sweep.dimensions=[193]": "cell '193 float32 flat' cannot be built",
         "index.num_lists=21": "cell '192 float32 rabitq' cannot be built: index.num_lists is 21",

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.diffing import run_name
+from pipelines.benchmark import load_benchmark
 from pipelines.difference import ALL, compare_runs, summary
 from pipelines.recipe import Recipe
 from slq.arrow import ITEMS, RELEVANCE, RUN
-from slq.differences import Change, changes, first_relevant
+from slq.differences import Change, Standing, changes
 from slq.errors import ConfigError, DataError
 from slq.metrics import paired_permutation
 from tests.browser import chromium, launched
@@ -147,14 +148,120 @@ def test_the_summary_counts_and_tests_as_a_loop_does(folder: Path, recipe: Recip
 
 
 def test_a_change_is_judged_by_both_ranks() -> None:
-    relevant = {"q": {"x"}}
-    (one,) = changes({"q": ["a", "x"]}, {"q": ["a", "b", "c"]}, relevant)
+    (one,) = changes({"q": Standing(2, 2)}, {"q": Standing(None, 3)})
     assert (one.first, one.second, one.outcome) == (2, None, "lost")
     assert one.ranks == (2, 4)
     assert Change("q", None, None, (3, 5)).outcome == "same"
     assert Change("q", None, 3, (3, 5)).outcome == "won"
-    assert first_relevant([], {"x"}) is None
-    assert changes({"q": ["x"]}, {"p": ["x"]}, relevant) == []
+    assert changes({"q": Standing(1, 1)}, {"p": Standing(1, 1)}) == []
+
+
+def tied_runs(folder: Path) -> tuple[Recipe, list[Path]]:
+    """Random runs of few different scores, in two files in different orders of the rows, and their recipe."""
+    rng = np.random.default_rng(8)
+    items = [{"id": f"i{n}", "image": None, "text": f"item {n}"} for n in range(9)]
+    queries = [{"id": f"q{n}", "text": f"query {n}"} for n in range(20)]
+    pq.write_table(pa.Table.from_pylist(items, schema=ITEMS), folder / "gallery.parquet")
+    pq.write_table(pa.Table.from_pylist(queries), folder / "queries.parquet")
+    answers = [
+        {"query_id": query["id"], "item_id": f"i{n}", "grade": 1 + n % 3}
+        for query in queries
+        for n in rng.choice(9, 2, replace=False).tolist()
+    ]
+    pq.write_table(pa.Table.from_pylist(answers, schema=RELEVANCE), folder / "relevance.parquet")
+    paths = []
+    for name in "ab":
+        rows = [
+            {"query_id": query["id"], "item_id": f"i{n}", "score": float(rng.integers(3))}
+            for query in queries
+            for n in rng.permutation(9)[:6].tolist()
+        ]
+        paths.append(folder / f"{name}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), paths[-1])
+    return changed(Recipe(), data={"dir": folder}), paths
+
+
+def test_equal_scores_count_against_both_runs_as_in_an_evaluation(tmp_path: Path) -> None:
+    recipe, paths = tied_runs(tmp_path)
+    relevant: dict[str, set[str]] = {}
+    for row in pq.read_table(tmp_path / "relevance.parquet").to_pylist():
+        relevant.setdefault(row["query_id"], set()).add(row["item_id"])
+    found = compare_runs(recipe, *paths)
+    for side, path in enumerate(paths):
+        scores: dict[str, dict[str, float]] = {}
+        for row in pq.read_table(path).to_pylist():
+            scores.setdefault(row["query_id"], {})[row["item_id"]] = row["score"]
+        ranks = {}
+        for query, of_query in scores.items():
+            rights = [of_query[name] for name in relevant[query] if name in of_query]
+            others = [score for name, score in of_query.items() if name not in relevant[query]]
+            # whatever is not right and not worse comes before the best of the right ones
+            ranks[query] = 1 + sum(one >= max(rights) for one in others) if rights else None
+        assert {one.query_id: (one.first, one.second)[side] for one in found.changes} == ranks
+        for query, places in (found.first, found.second)[side].items():  # and so they are shown
+            shown = [n for n, p in enumerate(places, 1) if p.item_id in relevant[query]]
+            assert next(iter(shown), None) == ranks[query]
+            assert [p.score for p in places] == sorted((p.score for p in places), reverse=True)
+
+
+def test_wordings_are_one_query_and_equal_items_are_right_as_in_an_evaluation(
+    tmp_path: Path,
+) -> None:
+    items = [{"id": name, "text": f"item {name[0]}"} for name in ("a", "a2", "b", "c", "c2")]
+    queries = [
+        {"id": f"{name}-{n}", "text": f"{name} said {n}", "query_group": name, "kind": "dress"}
+        for name in ("dress-0", "dress-1")
+        for n in (0, 1)
+    ]
+    queries.append({"id": "plain", "text": "alone", "query_group": None, "kind": None})
+    answers = [("dress-0", "a"), ("dress-1", "b"), ("plain", "c2")]
+    run = [
+        {"query_id": query, "item_id": name, "score": -float(rank)}
+        for query in ("dress-0", "dress-1", "plain")
+        for rank, name in enumerate(("c", "a2", "a", "b", "c2"))
+    ]
+    rows = {
+        "gallery": items,
+        "queries": queries,
+        "relevance": [{"query_id": q, "item_id": i, "grade": 1} for q, i in answers],
+        "a": run,
+        "b": [row | {"score": -row["score"]} for row in run],
+    }
+    for name, table in rows.items():
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{name}.parquet")
+    paths = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    expected = {
+        "apart": {"dress-0": (3, 3), "dress-1": (4, 2), "plain": (5, 1)},
+        "together": {"dress-0": (2, 3), "dress-1": (4, 2), "plain": (1, 1)},
+    }
+    for same_images, ranks in expected.items():
+        recipe = changed(Recipe(), data={"dir": tmp_path}, eval={"same_images": same_images})
+        found = compare_runs(recipe, *paths)
+        assert {one.query_id: (one.first, one.second) for one in found.changes} == ranks
+        benchmark = load_benchmark(recipe)
+        assert found.relevant == {
+            query.id: {benchmark.items[n].id for n in right.nonzero()[0]}
+            for query, right in zip(benchmark.queries, benchmark.relevant, strict=True)
+        }
+        assert {name: one.text for name, one in found.queries.items()} == {
+            query.id: query.text for query in benchmark.queries
+        }
+        assert summary(found)["dress"]["num_queries"] == 2
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(json.dumps({"data": {"dir": str(tmp_path)}}))
+    target = tmp_path / "page.html"
+    done = slq(*paths, "--data", recipe_file, "--out", target)
+    assert done.exit_code == 0, done.output
+    assert "dress-1 said 0" in Page(target.read_text()).text
+
+
+def test_a_path_is_no_markup_for_the_terminal(
+    folder: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "[" / "bold].html"
+    done = slq(*runs(folder), "--data", recipe_file, "--out", target)
+    assert done.exit_code == 0, done.output
+    assert str(target) in done.stdout
 
 
 class Page(HTMLParser):
