@@ -237,7 +237,8 @@ def _with_equal(
     given = {(row[q], column[i]): grade for (q, i), grade in grades.items()}
     pairs = zip(query.tolist(), item.tolist(), strict=True)
     grade = np.array([given.get(pair, 1.0) for pair in pairs], dtype=np.float64)
-    judged = Relevance(*relevant.shape, query, item, grade)
+    num_queries, num_items = relevant.shape
+    judged = Relevance(num_queries, num_items, query, item, grade)
     found = with_equal_items(judged, contents)
     together = np.zeros_like(relevant)
     together[found.query, found.item] = True
