@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.results import SYSTEM_NAMES
@@ -15,14 +16,14 @@ def headline_table(results: dict[str, Any]) -> Table | None:
     if facts is None:
         return None
     title = f"{facts['name']} ({facts['split']}), {facts['direction']}, in %"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("queries")
     table.add_column("metric")
     systems = results["systems"]
     for system in systems:
-        table.add_column(SYSTEM_NAMES.get(system, system), justify="right")
+        table.add_column(escape(SYSTEM_NAMES.get(system, system)), justify="right")
     for name, metric, entries in _rows(facts, list(systems.values())):
-        table.add_row(name, metric, *[_cell(entry, metric) for entry in entries])
+        table.add_row(escape(name), metric, *[_cell(entry, metric) for entry in entries])
     return table
 
 

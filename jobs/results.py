@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines.recipe import Recipe
@@ -28,13 +29,12 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_column("queries")
     table.add_column("n", justify="right")
     for system in systems:
-        table.add_column(SYSTEM_NAMES.get(system, system), justify="right")
+        table.add_column(escape(SYSTEM_NAMES.get(system, system)), justify="right")
     first = next(iter(systems.values()))["text_to_image"]
     for name in first:
         entries = [report["text_to_image"][name] for report in systems.values()]
-        table.add_row(
-            name, str(first[name]["num_queries"]), *[_cell(entry, metric) for entry in entries]
-        )
+        count = str(first[name]["num_queries"])
+        table.add_row(escape(name), count, *[_cell(entry, metric) for entry in entries])
     return table
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.report.tables import p_text
@@ -45,7 +46,7 @@ def score_table(found: Mapping[str, Any]) -> Table:
     )
     table.add_column("metric")
     for one in found["runs"]:
-        table.add_column(Path(one["run"]).name, justify="right", overflow="fold")
+        table.add_column(escape(Path(one["run"]).name), justify="right", overflow="fold")
     if found["compared"]:
         table.add_column("first - second", justify="right")
         table.add_column("p", justify="right")

@@ -17,6 +17,7 @@ from pipelines.recipe import Recipe, require_files
 from slq.benchmarks.contract import Facts
 from slq.errors import DataError, MediaError
 from slq.media import decode_image
+from slq.metrics import Relevance, with_equal_items
 from slq.schema import Item
 
 log = logging.getLogger(__name__)
@@ -129,9 +130,15 @@ def load_benchmark(recipe: Recipe) -> Benchmark:
     row = {query.id: n for n, query in enumerate(queries)}
     column = {item.id: n for n, item in enumerate(items)}
     relevant, grades, orphaned = _relevance(recipe, row, column, gallery.lost, read.lost)
-    relevant = _with_same_images(recipe, relevant, gallery.contents)
-    path, lost = recipe.data.path("candidates"), gallery.lost | read.lost
-    allowed = allowed_items(path, queries, items, lost)
+    if _is_together(recipe, gallery.contents):
+        relevant, grades = _with_equal(relevant, grades, (row, column), gallery.contents)
+    allowed = allowed_items(
+        recipe.data.path("candidates"),
+        queries,
+        items,
+        lost_queries=read.lost,
+        lost_items=gallery.lost,
+    )
     if allowed is not None:
         relevant &= allowed
     answered: NDArray[np.bool_] = np.asarray(relevant.any(axis=1))
@@ -196,32 +203,50 @@ def _relevance(
                 "that is not in the files"
             )
         relevant[row[entry["query_id"]], column[entry["item_id"]]] = entry["grade"] > 0
-        if entry["grade"] > 1:
+        if entry["grade"] > 0 and entry["grade"] != 1:
             grades[entry["query_id"], entry["item_id"]] = float(entry["grade"])
     return relevant, grades, orphaned
 
 
-def _with_same_images(
-    recipe: Recipe, relevant: NDArray[np.bool_], contents: list[bytes]
-) -> NDArray[np.bool_]:
-    """Relevance where equal items count alike, if the recipe says so."""
-    first: dict[bytes, int] = {}
-    same = np.array([first.setdefault(content, n) for n, content in enumerate(contents)], np.int64)
-    num_same = len(contents) - len(first)
+def _is_together(recipe: Recipe, contents: list[bytes]) -> bool:
+    """Whether there are equal items and the recipe says that they count alike."""
+    num_same = len(contents) - len(set(contents))
     if not num_same:
-        return relevant
-    together = recipe.eval.same_images == "together"
-    log.info(
-        "%d items have the content of another one; eval.same_images: %s",
-        num_same,
-        recipe.eval.same_images,
-    )
-    if not together:
-        return relevant
-    of_content = np.zeros_like(relevant)
-    queries, items = relevant.nonzero()
-    of_content[queries, same[items]] = True
-    return of_content[:, same]
+        return False
+    told = recipe.eval.same_images
+    log.info("%d items have the content of another one; eval.same_images: %s", num_same, told)
+    return told == "together"
+
+
+def _with_equal(
+    relevant: NDArray[np.bool_],
+    grades: Mapping[tuple[str, str], float],
+    numbers: tuple[dict[str, int], dict[str, int]],
+    contents: list[bytes],
+) -> tuple[NDArray[np.bool_], dict[tuple[str, str], float]]:
+    """Relevance and grades where each item has the highest grade that any item of its content has.
+
+    Args:
+        relevant: (queries, items).
+        grades: Those that are not 1, by id.
+        numbers: Row of each query and column of each item, by id.
+        contents: Of each item, equal where items are.
+    """
+    row, column = numbers
+    query, item = relevant.nonzero()
+    given = {(row[q], column[i]): grade for (q, i), grade in grades.items()}
+    pairs = zip(query.tolist(), item.tolist(), strict=True)
+    grade = np.array([given.get(pair, 1.0) for pair in pairs], dtype=np.float64)
+    num_queries, num_items = relevant.shape
+    judged = Relevance(num_queries, num_items, query, item, grade)
+    found = with_equal_items(judged, contents)
+    together = np.zeros_like(relevant)
+    together[found.query, found.item] = True
+    query_ids, item_ids = list(row), list(column)
+    return together, {
+        (query_ids[found.query[n]], item_ids[found.item[n]]): float(found.grade[n])
+        for n in np.flatnonzero(found.grade != 1)
+    }
 
 
 def _grouped(read: _Read) -> tuple[list[Item], list[list[Item]] | None]:

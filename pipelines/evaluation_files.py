@@ -24,7 +24,8 @@ def write_runs(
 ) -> None:
     """Write `run_SYSTEM.parquet`, the same as `.trec`, `ranks.parquet` and `qrels.trec`; other runs are removed.
 
-    Ids that hold white space cannot be told to TREC's tools: then there are no `.trec` files, and a warning says why.
+    Ids that hold white space and grades that are no whole numbers cannot be told to TREC's tools: then there is no such
+    `.trec` file, and a warning says why.
 
     Args:
         folder: Made if it is not there.
@@ -47,8 +48,7 @@ def write_runs(
         unfinished = folder / f".{RANKS_FILE}.partial"
         pq.write_table(rank_table(benchmark, scores), unfinished)
         unfinished.replace(folder / RANKS_FILE)
-        qrels = partial(qrels_lines, relevance_table(benchmark))
-        written |= _write_trec(folder, QRELS, qrels)
+        written |= _write_trec(folder, QRELS, lambda: qrels_lines(relevance_table(benchmark)))
         patterns = ("run_*.parquet", "run_*.trec", QRELS)
         for stale in (path for pattern in patterns for path in folder.glob(pattern)):
             if stale.name not in written:
@@ -60,7 +60,7 @@ def write_runs(
 
 
 def _write_trec(folder: Path, name: str, lines: Callable[[], bytes]) -> set[str]:
-    """Write a file with the suffix `.trec`, and give its name, unless an id forbids it."""
+    """Write a file with the suffix `.trec`, and give its name, unless an id or a grade forbids it."""
     path = (folder / name).with_suffix(".trec")
     try:
         content = lines()
@@ -74,11 +74,21 @@ def _write_trec(folder: Path, name: str, lines: Callable[[], bytes]) -> set[str]
 
 
 def relevance_table(benchmark: Benchmark) -> pa.Table:
-    """Relevant pairs of what was measured, as `RELEVANCE`: without what could not be read."""
+    """Relevant pairs of what was measured, as `RELEVANCE`: without what could not be read.
+
+    Raises:
+        DataError: A grade is no whole number, or none that 32 bits hold.
+    """
     rows = []
     for query, item in np.argwhere(benchmark.relevant).tolist():
         ids = benchmark.queries[query].id, benchmark.items[item].id
-        rows.append((*ids, int(benchmark.grades.get(ids, 1))))
+        grade = benchmark.grades.get(ids, 1.0)
+        if not (float(grade).is_integer() and grade < 2**31):
+            raise DataError(
+                f"{ids[0]} -> {ids[1]} has the grade {grade:g}, and TREC's qrels hold whole numbers below 2^31; score "
+                "the runs with data.relevance itself"
+            )
+        rows.append((*ids, int(grade)))
     columns = zip(*rows, strict=True) if rows else ((), (), ())
     arrays = [pa.array(c, field.type) for c, field in zip(columns, RELEVANCE, strict=True)]
     return pa.Table.from_arrays(arrays, schema=RELEVANCE)

@@ -16,7 +16,12 @@ log = logging.getLogger(__name__)
 
 
 def allowed_items(
-    path: Path, queries: Sequence[Item], items: Sequence[Item], lost: Collection[str]
+    path: Path,
+    queries: Sequence[Item],
+    items: Sequence[Item],
+    *,
+    lost_queries: Collection[str] = (),
+    lost_items: Collection[str] = (),
 ) -> NDArray[np.bool_] | None:
     """What each query ranks, by pools and by a table of candidates.
 
@@ -24,7 +29,8 @@ def allowed_items(
         path: The table, with the columns of CANDIDATES; it need not exist.
         queries: With their `pool` among `columns`, if they have one.
         items: The same.
-        lost: Ids of queries and items that could not be read; the table may name them.
+        lost_queries: Ids of queries that could not be read; the table may name them.
+        lost_items: The same of items. A query may have the id of an item, and one is not the other.
 
     Returns:
         (queries, items) bool, or None where every query ranks everything.
@@ -39,9 +45,10 @@ def allowed_items(
     row = {query.id: n for n, query in enumerate(queries)}
     column = {item.id: n for n, item in enumerate(items)}
     for query, only, never in entries:
-        if query in lost:
+        if query in lost_queries:
             continue
-        unknown = [one for one in (*(only or ()), *never) if one not in column and one not in lost]
+        named_items = (*(only or ()), *never)
+        unknown = [one for one in named_items if one not in column and one not in lost_items]
         if query not in row or unknown:
             raise DataError(
                 f"{path}: {query} -> {next(iter(unknown), None)} names a query or item that is not in the files"

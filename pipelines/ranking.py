@@ -1,6 +1,6 @@
 """From scores to numbers: rankings, metrics of every subset with intervals, and run files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -224,7 +224,11 @@ PerQuery = dict[str, dict[str, dict[str, NDArray[np.float64]]]]
 
 
 def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -> dict[str, Any]:
-    """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals and paired tests."""
+    """Metrics of every system on every subset, in both directions, with 95% bootstrap intervals and paired tests.
+
+    `cut_at` tells of systems that give only the first items of a query how many: their metrics without a depth count no
+    others, and are in no test.
+    """
     metrics = metrics_of(benchmark.depths(recipe.eval.ks), recipe.eval.metrics)
     both_ways = benchmark.facts is None or benchmark.facts.both_ways
     pairs = compared_systems(list(scores), recipe.eval.baseline)
@@ -245,6 +249,7 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
             for name, values in _reverse(benchmark, found, metrics).items():
                 reverse[name][system] = values
     directions = {"text_to_image": forward, "image_to_text": reverse}
+    whole = {name for name, found in scores.items() if found.is_whole}
     results: dict[str, Any] = {
         "num_items": len(benchmark.items),
         "num_queries": len(benchmark.queries),
@@ -253,8 +258,10 @@ def summarise(recipe: Recipe, benchmark: Benchmark, scores: dict[str, Scores]) -
             system: _metrics({**directions, "categories": of_categories}, system)
             for system in scores
         },
-        "paired": {name: _paired(values, pairs) for name, values in directions.items()},
+        "paired": {name: _paired(values, pairs, whole) for name, values in directions.items()},
     }
+    if cut := {name: deepest(metrics) for name in scores if name not in whole}:
+        results["cut_at"] = cut
     if benchmark.facts is not None:
         results["benchmark"] = benchmark.facts.plain()
     for system, report in results["systems"].items():
@@ -297,11 +304,36 @@ def group_means(
 
 def num_depending_on_order(scores: Scores) -> int:
     """Queries whose first item would be another one if the items stood in reverse order: those of ties at the top."""
-    num_items = scores.coarse.shape[1]
-    forward = np.argsort(-scores.coarse, axis=1, kind="stable")
-    backward = num_items - 1 - np.argsort(-scores.coarse[:, ::-1], axis=1, kind="stable")
-    first, last = (placed(scores, order)[:, 0] for order in (forward, backward))
-    return int((first != last).sum())
+    best = np.fmax.reduce(scores.coarse, axis=1)  # passes over NaN
+    ties = (scores.coarse == best[:, None]) & (best > -np.inf)[:, None]
+    if scores.readings is None:
+        return int((ties.sum(axis=1) > 1).sum())
+    number = 0
+    for q, row in enumerate(ties):
+        tied = np.flatnonzero(row)
+        if len(tied):
+            read = sorted(scores.readings[q])
+            first = _first_of(scores, q, int(tied[0]), read)
+            number += first != _first_of(scores, q, int(tied[-1]), read[::-1])
+    return number
+
+
+def _first_of(scores: Scores, query: int, top: int, read: Sequence[int]) -> int:
+    """Column of the first item, as `placed` would find it.
+
+    Args:
+        scores: With readings.
+        query: Row.
+        top: Column of the best by similarity.
+        read: Columns of the items with readings, in the order in which equal ones come.
+    """
+    assert scores.readings is not None
+    readings = scores.readings[query]
+    if top not in readings:
+        return top  # it keeps its place
+    coarse, weight = scores.coarse[query, list(read)].tolist(), scores.coarse_weight
+    of_number = {n: readings[i] for n, i in enumerate(read)}
+    return read[ordered(of_number, coarse, scores.profile, coarse_weight=weight)[0]]
 
 
 def _metrics(directions: Mapping[str, PerQuery], system: str) -> dict[str, Any]:
@@ -313,12 +345,33 @@ def _metrics(directions: Mapping[str, PerQuery], system: str) -> dict[str, Any]:
     return {name: report for name, report in found.items() if report}
 
 
-def _paired(values: PerQuery, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Paired tests by subset and metric; of the pairs whose systems were both measured."""
-    found = {
-        subset: compared(of, [pair for pair in pairs if set(pair) <= set(of)])
-        for subset, of in values.items()
-    }
+def _paired(
+    values: PerQuery, pairs: Sequence[tuple[str, str]], whole: Collection[str]
+) -> dict[str, Any]:
+    """Paired tests by subset and metric; of the pairs whose systems were both measured.
+
+    Metrics without a depth look at every item, and so compare only systems that rank every item.
+
+    Args:
+        values: Of one direction.
+        pairs: Systems.
+        whole: Systems that rank every item.
+    """
+    found = {}
+    for subset, of in values.items():
+        both = [pair for pair in pairs if set(pair) <= set(of)]
+        both_whole = [pair for pair in both if set(pair) <= set(whole)]
+        if both_whole == both:
+            found[subset] = compared(of, both)
+            continue
+        undepthed, depthed = (
+            {
+                name: {metric: one for metric, one in metrics.items() if ("@" in metric) == is_cut}
+                for name, metrics in of.items()
+            }
+            for is_cut in (False, True)
+        )
+        found[subset] = compared(undepthed, both_whole) | compared(depthed, both)
     return {subset: tests for subset, tests in found.items() if tests}
 
 
@@ -369,8 +422,8 @@ def shared_best(first: Scores, second: Scores, depth: int) -> float:
 
 
 def run_table(benchmark: Benchmark, scores: Scores, *, depth: int) -> pa.Table:
-    """The ranking as a run file, `depth` items per query."""
-    by_coarse = np.argsort(-scores.coarse, axis=1, kind="stable")
+    """The ranking as a run file, `depth` items per query; of equal ones the wrong come first, as metrics count them."""
+    by_coarse = pessimistic_order(scores.coarse, benchmark.graded)
     rows = []
     for q, best in enumerate(placed(scores, by_coarse)[:, :depth]):
         of_places = scores.coarse[q, by_coarse[q, :depth]]

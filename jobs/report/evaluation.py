@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.report.tables import p_text, signed
 from jobs.results import SYSTEM_NAMES
+from slq.benchmarks.contract import EVERY_KIND
 from slq.benchmarks.published import Published, published
 from slq.errors import StorageError
 
@@ -52,6 +53,7 @@ def lines(results: Mapping[str, Any], published_of: PublishedOf = published) -> 
         "equal scores count against a system. hit@k: a right item is among the first k (papers on COCO call it R@k); "
         "recall@k: the share of the right items that are."
     )
+    yield from _cut(results.get("cut_at", {}))
     for direction, title in _directions(results).items():
         reports = {
             name: of[direction] for name, of in results["systems"].items() if direction in of
@@ -64,6 +66,7 @@ def lines(results: Mapping[str, Any], published_of: PublishedOf = published) -> 
             yield from _published(results, title, names, published_of)
             tests = results.get("paired", {}).get(direction, {}).get(subset, {})
             yield from _tests(tests, names)
+    yield from _groups(results, published_of)
     yield from ("", "## How it was measured", "")
     yield from _table(["", ""], measured_with(results))
 
@@ -111,6 +114,50 @@ def _figures(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> lis
     return table
 
 
+def _cut(cut_at: Mapping[str, int]) -> Iterator[str]:
+    """What is to be said of systems that rank a few items only."""
+    for system, depth in cut_at.items():
+        name = SYSTEM_NAMES.get(system, system)
+        yield ""
+        yield (
+            f"{name} gives {depth:,} items of each query: its mrr, map and ndcg without a depth count no other, so "
+            "they are not those of a system that ranks all items, and no test compares them."
+        )
+
+
+def _groups(results: Mapping[str, Any], published_of: PublishedOf) -> Iterator[str]:
+    """Means over kinds, a column of each headline metric and group, as benchmarks of many kinds are reported."""
+    facts = results.get("benchmark") or {}
+    metrics = facts.get("headline", {}).get(EVERY_KIND, ())
+    means = {name: of["groups"] for name, of in results["systems"].items() if of.get("groups")}
+    if not means or not metrics:
+        return
+    columns = [(metric, group) for group in next(iter(means.values())) for metric in metrics]
+    best = [max(of[group][metric] for of in means.values()) for metric, group in columns]
+    rows = []
+    for system, of in means.items():
+        values = [of[group][metric] for metric, group in columns]
+        shown = [
+            f"**{100 * value:.1f}**" if value == top else f"{100 * value:.1f}"
+            for value, top in zip(values, best, strict=True)
+        ]
+        rows.append([SYSTEM_NAMES.get(system, system), *shown])
+    whole = {
+        f"{metric} {group}"
+        for metric, group in columns
+        if group in facts.get("published_groups", ())
+    }
+
+    def of_whole(benchmark: str, direction: str, metric: str) -> Sequence[Published]:
+        return published_of(benchmark, direction, metric) if metric in whole else ()
+
+    names, direction = [f"{metric} {group}" for metric, group in columns], facts["direction"]
+    yield from ("", f"## {direction}, means over kinds", "")
+    yield from ("Each kind counts once, whatever the number of its queries.", "")
+    yield from _table(["system", *names], rows)
+    yield from _published(results, direction, names, of_whole)
+
+
 def _published(
     results: Mapping[str, Any],
     direction: str,
@@ -118,9 +165,10 @@ def _published(
     published_of: PublishedOf,
 ) -> Iterator[str]:
     """A table of others' numbers, one row for each method and source."""
-    benchmark = (results.get("benchmark") or {}).get("name")
-    if benchmark is None:
-        return
+    facts = results.get("benchmark") or {}
+    if not facts.get("is_published"):
+        return  # of users' own data, or of another part than that of the papers
+    benchmark = facts["name"]
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for name in names:
         for one in published_of(benchmark, direction, name):

@@ -35,6 +35,9 @@ class Facts:
         groups: Name -> kinds whose numbers are averaged, each kind once however many queries it has.
         overall: Name of the subset of all queries; None where only kinds are reported.
         both_ways: Whether items looking for queries are measured too.
+        is_published: Whether this is the part that papers report, all of it, so that their numbers may stand beside
+            ours.
+        published_groups: Groups that hold all kinds that the papers average.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Facts:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     overall: str | None = None
     both_ways: bool = False
+    is_published: bool = False
+    published_groups: tuple[str, ...] = ()
 
     @property
     def depths(self) -> set[int]:
@@ -64,6 +69,8 @@ class Facts:
             "direction": self.direction,
             "headline": {kind: list(metrics) for kind, metrics in self.headline.items()},
             "groups": {name: list(kinds) for name, kinds in self.groups.items()},
+            "is_published": self.is_published,
+            "published_groups": list(self.published_groups),
         }
 
 

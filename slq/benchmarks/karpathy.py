@@ -37,6 +37,7 @@ _KNOWN = {  # images and captions of a split; five captions an image become quer
     ("Flickr30K 1K", "test"): {"gallery": 1000, "captions": 5000},
     ("Flickr30K 1K", "val"): {"gallery": 1014, "captions": 5070},
 }
+_PUBLISHED = {(name, "test", 5) for name in _NAMES.values()}  # split, and captions of an image
 _EVAL_FILES = ("gallery.parquet", "queries.parquet", "relevance.parquet")
 
 PAIRS_BY_URI = pa.schema([(name, pa.string()) for name in ("id", "image_key", "uri", "text")])
@@ -72,7 +73,15 @@ class KarpathyConfig(Section):
         counts = dict(_KNOWN.get((name, self.eval_split), {}))
         if counts and self.eval_captions <= 5:  # every image has five
             counts["queries"] = counts["gallery"] * self.eval_captions
-        return Facts(name, self.eval_split, _SOURCE, counts=counts, both_ways=True)
+        is_published = (name, self.eval_split, self.eval_captions) in _PUBLISHED
+        return Facts(
+            name,
+            self.eval_split,
+            _SOURCE,
+            counts=counts,
+            both_ways=True,
+            is_published=is_published and self.expected is None,
+        )
 
     @model_validator(mode="after")
     def _apart(self) -> "KarpathyConfig":

@@ -34,7 +34,8 @@ class Urban1kConfig(BenchmarkConfig):
 
     def facts(self) -> Facts:
         """See `BenchmarkConfig`."""
-        return Facts("Urban1k", "all", URBAN, counts=_COUNTS, both_ways=True)
+        whole = self.expected is None
+        return Facts("Urban1k", "all", URBAN, counts=_COUNTS, both_ways=True, is_published=whole)
 
     def sources(self, folder: Path) -> list[Path]:
         """See `BenchmarkConfig`."""
@@ -82,7 +83,14 @@ class ShareGpt4vConfig(BenchmarkConfig):
 
     def facts(self) -> Facts:
         """See `BenchmarkConfig`."""
-        return Facts("ShareGPT4V-1k", "first 1,000", SHARE, counts=_COUNTS, both_ways=True)
+        return Facts(
+            "ShareGPT4V-1k",
+            "first 1,000",
+            SHARE,
+            counts=_COUNTS,
+            both_ways=True,
+            is_published=self.expected is None and self.first == _COUNTS["gallery"],
+        )
 
     def sources(self, folder: Path) -> list[Path]:
         """See `BenchmarkConfig`."""

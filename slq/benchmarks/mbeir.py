@@ -10,7 +10,7 @@ here; give them in `expected`.
 
 import csv
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from slq.benchmarks.contract import EVERY_KIND, BenchmarkConfig, Entry, Facts, ImagePlace, Tables
 from slq.benchmarks.records import read_lines, require_files, value_of
@@ -21,6 +21,8 @@ SOURCE = "https://huggingface.co/datasets/TIGER-Lab/M-BEIR"
 
 class MbeirConfig(BenchmarkConfig):
     """Which task of M-BEIR, and where it is."""
+
+    unique_names: ClassVar[bool] = False  # each data set's folder numbers its own files
 
     format: Literal["mbeir"]
     """Names a task of M-BEIR."""

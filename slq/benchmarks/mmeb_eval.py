@@ -13,7 +13,7 @@ the right one is right.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +46,8 @@ _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 class MmebEvalConfig(BenchmarkConfig):
     """Which sets of MMEB-eval, and where they are."""
 
+    unique_names: ClassVar[bool] = False  # each set numbers its own files
+
     format: Literal["mmeb_eval"]
     """Names MMEB's evaluation."""
     dir: Path = Path()
@@ -53,7 +55,7 @@ class MmebEvalConfig(BenchmarkConfig):
     images: str = "images"
     """What the image paths are relative to: a folder in `data.dir`, or `s3://bucket/prefix`."""
     subsets: tuple[str, ...] = SETS
-    """Sets to read. All 36 at once take tens of GB of memory, as every score is kept."""
+    """Sets to read. All 36 at once need hundreds of GB of memory, as every decoded image and every score is kept."""
 
     def facts(self) -> Facts:
         """See `BenchmarkConfig`."""
@@ -61,6 +63,7 @@ class MmebEvalConfig(BenchmarkConfig):
             name: tuple(one for one in self.subsets if one in members)
             for name, members in GROUPS.items()
         }
+        whole, chosen = GROUPS | {"all": SETS}, {*self.subsets}
         return Facts(
             name="MMEB v1",
             split="test",
@@ -69,6 +72,8 @@ class MmebEvalConfig(BenchmarkConfig):
             counts=dict.fromkeys(self.subsets, 1000),
             headline={EVERY_KIND: ("hit@1",)},
             groups={name: kinds for name, kinds in groups.items() if kinds} | {"all": self.subsets},
+            is_published=self.expected is None,
+            published_groups=tuple(name for name, kinds in whole.items() if {*kinds} <= chosen),
         )
 
     def _files(self, folder: Path, subset: str) -> list[Path]:

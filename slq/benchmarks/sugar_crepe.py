@@ -30,6 +30,11 @@ CATEGORIES: dict[Category, int] = {
     "add_obj": 2062,
 }
 """Triples of each category in the published files."""
+GROUPS: dict[str, tuple[str, ...]] = {
+    name: tuple(one for one in CATEGORIES if one.startswith(name))
+    for name in ("replace", "swap", "add")
+}
+"""Categories that are averaged."""
 
 
 class SugarCrepeConfig(BenchmarkConfig):
@@ -49,8 +54,8 @@ class SugarCrepeConfig(BenchmarkConfig):
     def facts(self) -> Facts:
         """See `BenchmarkConfig`."""
         groups = {
-            name: tuple(one for one in self.categories if one.startswith(name))
-            for name in ("replace", "swap", "add")
+            name: tuple(one for one in self.categories if one in members)
+            for name, members in GROUPS.items()
         }
         return Facts(
             name="SugarCrepe",
@@ -60,6 +65,8 @@ class SugarCrepeConfig(BenchmarkConfig):
             counts={name: CATEGORIES[name] for name in self.categories},
             headline={EVERY_KIND: ("hit@1",)},
             groups={name: kinds for name, kinds in groups.items() if kinds},
+            is_published=self.expected is None,
+            published_groups=tuple(n for n, kinds in groups.items() if {*kinds} == {*GROUPS[n]}),
         )
 
     def _file(self, folder: Path, category: str) -> Path:

@@ -525,6 +525,10 @@ def test_a_missing_column_of_mmeb_is_named(tmp_path: Path) -> None:
         ("cirr", {"positive_uri": "elsewhere/dev-99-0-img0.png"}, False),
         ("urban1k", {"uri": "elsewhere/1.jpg"}, False),  # every data set has a 1.jpg
         ("urban1k", {"uri": "image/1.jpg"}, True),
+        ("mbeir", {"uri": "elsewhere/1.jpg"}, False),  # nor do numbers in each of its folders
+        ("mbeir", {"query_uri": "mbeir_images/2.jpg"}, True),
+        ("mmeb_eval", {"positive_uri": "images/CIRR/1.jpg"}, False),
+        ("mmeb_eval", {"positive_uri": "images/all/1.jpg"}, True),
     ],
 )
 def test_a_training_file_of_ones_own_is_searched_for_the_benchmark(

@@ -1,9 +1,12 @@
 """results.md and where figures come from: every figure of the JSON in its row, published ones beside, files named."""
 
 import hashlib
+import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,12 @@ from pipelines.benchmark import Benchmark
 from pipelines.provenance import cpu_name, data_digests, git_revision, provenance
 from pipelines.ranking import Scores, summarise
 from pipelines.recipe import Recipe
+from slq.benchmarks.contract import BenchmarkConfig, Facts
+from slq.benchmarks.fashion_iq import FashionIqConfig
+from slq.benchmarks.karpathy import KarpathyConfig
+from slq.benchmarks.mmeb_eval import GROUPS, MmebEvalConfig
 from slq.benchmarks.published import FLICKR, Published
+from slq.benchmarks.sugar_crepe import SugarCrepeConfig
 from slq.errors import StorageError
 from slq.schema import Item
 from tests.integration.runs import changed
@@ -84,7 +92,7 @@ def number(model: str, value: float, source: str) -> Published:
 
 
 def test_the_papers_numbers_are_those_that_are_looked_up() -> None:
-    told = results(benchmark={"name": FLICKR})
+    told = results(benchmark={"name": FLICKR, "is_published": True})
     text = "\n".join(lines(told))
     assert f"Published on {FLICKR}:" in text
     (row,) = {
@@ -106,7 +114,7 @@ def test_published_numbers_stand_below_ours_where_there_are_any() -> None:
             return [number("SLQ-1B", 74.3, "arXiv 1, table 2")]
         return []
 
-    told = results(benchmark={"name": "coco"})
+    told = results(benchmark={"name": "coco", "is_published": True})
     found = sections("\n".join(lines(told, published_of)))
     rows = found["text -> image, c (n = 7)"]
     assert "Published on coco:" in rows
@@ -121,7 +129,105 @@ def test_published_numbers_stand_below_ours_where_there_are_any() -> None:
     assert ("coco", "image -> text", "ndcg@10") in asked
     asked.clear()
     assert "Published" not in "\n".join(lines(results(), published_of))  # of one's own data
+    other_part = results(benchmark={"name": "coco", "is_published": False})
+    assert "Published" not in "\n".join(lines(other_part, published_of))
     assert not asked
+
+
+KARPATHY: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"annotations": "dataset_flickr30k.json"}, True),
+    ({"eval_split": "val", "train_splits": ()}, False),
+    ({"expected": {}}, False),
+    ({"expected": {"gallery": 100}}, False),
+    ({"eval_captions": 1}, False),
+]
+
+
+@pytest.mark.parametrize(("settings", "is_shown"), KARPATHY)
+def test_numbers_of_the_papers_stand_only_beside_what_the_papers_measured(
+    settings: dict[str, Any], is_shown: bool
+) -> None:
+    facts = KarpathyConfig.model_validate(settings).facts()
+    text = "\n".join(lines(results(benchmark=facts.plain())))
+    assert (f"Published on {facts.name}:" in text) == is_shown
+
+
+def of_groups(facts: Facts) -> dict[str, Any]:
+    """Results of two systems on a benchmark of several kinds, three queries each."""
+    kinds = sorted({kind for members in facts.groups.values() for kind in members})
+    queries = [
+        Item(text="x", id=f"{kind}-{n}", columns={"kind": kind}) for kind in kinds for n in range(3)
+    ]
+    rng = np.random.default_rng(1)
+    relevant = np.zeros((len(queries), 60), dtype=bool)
+    relevant[np.arange(len(queries)), rng.integers(60, size=len(queries))] = True
+    benchmark = Benchmark([Item("x", id=f"i{n}") for n in range(60)], queries, relevant)
+    scores = {
+        name: Scores((rng.random(relevant.shape) + 0.7 * relevant).astype(np.float32))
+        for name in ("untrained", "slq")
+    }
+    return summarise(Recipe(), replace(benchmark, facts=facts), scores)
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.replace("**", "").strip("| ").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (
+            MmebEvalConfig(format="mmeb_eval"),
+            {"hit@1 all": "54.2", "hit@1 VQA": "27.8", "hit@1 grounding": "60.2"},
+        ),
+        (
+            MmebEvalConfig(format="mmeb_eval", subsets=(*GROUPS["grounding"], "GQA", "VOC2007")),
+            {"hit@1 all": "", "hit@1 VQA": "", "hit@1 grounding": "60.2"},
+        ),
+        (
+            SugarCrepeConfig(format="sugar_crepe"),
+            {"hit@1 replace": "94.8", "hit@1 swap": "92.7", "hit@1 add": "96.2"},
+        ),
+        (
+            SugarCrepeConfig(format="sugar_crepe", categories=("add_att", "add_obj", "swap_att")),
+            {"hit@1 swap": "", "hit@1 add": "96.2"},
+        ),
+        (MmebEvalConfig(format="mmeb_eval", expected={}), None),
+        (SugarCrepeConfig(format="sugar_crepe", expected={"swap_att": 3}), None),
+        (FashionIqConfig(format="fashion_iq"), None),
+    ],
+)
+def test_means_over_kinds_have_their_table_and_the_papers_means_stand_below(
+    config: BenchmarkConfig, published: dict[str, str] | None
+) -> None:
+    facts = config.facts()
+    told = json.loads(json.dumps(of_groups(facts)))
+    found = sections("\n".join(lines(told)))[f"{facts.direction}, means over kinds"]
+    tables = [row for row in found if row.startswith("| ")]
+    (metrics,) = facts.headline.values()
+    names = [f"{metric} {group}" for group in facts.groups for metric in metrics]
+    assert cells(tables[0]) == ["system", *names]
+    for row, (_, report) in zip(tables[1:3], told["systems"].items(), strict=True):
+        for name, cell in zip(names, cells(row)[1:], strict=True):
+            metric, _, group = name.partition(" ")
+            of_kinds = [report["text_to_image"][kind][metric] for kind in facts.groups[group]]
+            assert cell == f"{100 * np.mean(of_kinds):.1f}"
+    if published is None:
+        assert len(tables) == 3
+        return
+    head = cells(tables[3])
+    (row,) = (cells(row) for row in tables[4:] if row.startswith("| RetLLM (Qwen2.5-VL-7B, CLIP"))
+    shown = dict(zip(head, row, strict=True))
+    assert {name: shown[name] for name in published} == published
+    assert shown["source"].startswith("RetLLM, arXiv")
+
+
+def test_an_index_is_said_to_give_a_few_items_only() -> None:
+    sentence = "SLQ through the index gives 10 items of each query"
+    text = "\n".join(lines(results(cut_at={"slq_index": 10})))
+    assert f"{sentence}: its mrr, map and ndcg without a depth count no other" in text
+    assert sentence not in "\n".join(lines(results()))
 
 
 def test_what_was_measured_with_is_told_and_nothing_breaks_the_table(tmp_path: Path) -> None:
@@ -187,5 +293,14 @@ def test_without_git_there_is_no_revision(monkeypatch: pytest.MonkeyPatch) -> No
     assert git_revision() is None
 
 
-def test_the_processor_has_a_name() -> None:
-    assert cpu_name() == (cpu_name().strip() or platform.processor())
+def test_the_processor_has_the_name_that_the_system_gives() -> None:
+    """lscpu asks the kernel in its own way."""
+    tool = shutil.which("lscpu")
+    if tool is None or not Path("/proc/cpuinfo").is_file():
+        pytest.skip("there is no lscpu to compare with")
+    told = json.loads(subprocess.run([tool, "-J"], capture_output=True, check=True).stdout)
+    names = [one["data"] for one in told["lscpu"] if one["field"] == "Model name:"]
+    if not names or "model name" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the system does not name its processor")
+    assert names[0].strip()
+    assert cpu_name().split() == names[0].split()

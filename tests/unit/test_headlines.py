@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.headlines import headline_table
+from jobs.results import results_table
 
 
 def shown(results: dict[str, Any]) -> list[list[str]]:
@@ -43,6 +44,22 @@ def test_each_kind_has_its_own_metrics_and_groups_the_general_ones() -> None:
     assert table is not None
     assert table.title == "X (val), image -> text, in %"
     assert [column.header for column in table.columns][2:] == ["SLQ (trained)", "slq:other"]
+
+
+def test_nothing_in_the_data_is_markup() -> None:
+    numbers = {"hit@1": 0.5, "hit@1_interval": (0.25, 0.75), "num_queries": 4}
+    system = {"text_to_image": {"[/x]": numbers}, "groups": {"[red]all": numbers}}
+    told = facts({"": ["hit@1"]}) | {"name": "M-BEIR [/y]", "split": "[bold]val"}
+    results = {"benchmark": told, "systems": {"slq:[/z]": system}}
+    assert shown(results) == [["[/x]", "hit@1", "50.0"], ["mean of [red]all", "hit@1", "50.0"]]
+    out = io.StringIO()
+    Console(file=out, width=200).print(headline_table(results))
+    assert "M-BEIR [/y] ([bold]val), image -> text" in out.getvalue()
+    assert "slq:[/z]" in out.getvalue()
+    out = io.StringIO()
+    Console(file=out, width=200).print(results_table(results))
+    assert "[/x]" in out.getvalue()
+    assert "slq:[/z]" in out.getvalue()
 
 
 def test_users_own_data_has_no_headline() -> None:

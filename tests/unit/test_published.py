@@ -21,8 +21,8 @@ from slq.benchmarks.sugar_crepe import SugarCrepeConfig
         ("COCO 5K", I2T, "hit@5", "full fine-tuning (InternVL3-8B)", 87.4),
         ("COCO 5K", "", "gpu_hours", "SLQ (InternVL3-1B)", 3.9),
         ("OCRBench", "", "score", "SLQ (Qwen3-VL-4B)", 881),
-        ("MMEB v1", "", "hit@1 all", "SLQ (InternVL3-8B)", 67.5),
-        ("MMEB v1", "", "hit@1 VQA", "RetLLM", 27.8),
+        ("MMEB v1", "query -> candidates", "hit@1 all", "SLQ (InternVL3-8B)", 67.5),
+        ("MMEB v1", "query -> candidates", "hit@1 VQA", "RetLLM", 27.8),
         ("SugarCrepe", I2T, "hit@1 swap", "retllm", 92.7),
     ],
 )
@@ -61,3 +61,22 @@ def test_names_are_those_of_our_benchmarks() -> None:
     ours = {config.facts().name for config in configs}
     others = {"MMMU", "RealWorldQA", "OCRBench"}
     assert {one.benchmark for one in PUBLISHED} == ours | others
+
+
+def test_directions_and_groups_are_those_of_our_benchmarks() -> None:
+    for config in (MmebEvalConfig(format="mmeb_eval"), SugarCrepeConfig(format="sugar_crepe")):
+        facts = config.facts()
+        for one in PUBLISHED:
+            if one.benchmark == facts.name:
+                metric, _, group = one.metric.partition(" ")
+                assert (one.direction, metric) == (facts.direction, "hit@1")
+                assert group in facts.published_groups
+
+
+def test_only_what_papers_measured_is_published() -> None:
+    assert Urban1kConfig(format="urban1k").facts().is_published
+    assert not Urban1kConfig(format="urban1k", expected={}).facts().is_published
+    assert ShareGpt4vConfig(format="sharegpt4v").facts().is_published
+    assert not ShareGpt4vConfig(format="sharegpt4v", first=100).facts().is_published
+    other = KarpathyConfig.model_validate({"annotations": "dataset_mine.json"})
+    assert not other.facts().is_published

@@ -1,6 +1,7 @@
 """What a query ranks: pools, candidates, excluded items and wordings, against loops written out."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.ranking import (
     Scores,
     group_means,
     num_depending_on_order,
+    placed,
     run_table,
     shared_best,
     summarise,
@@ -37,14 +39,17 @@ def data(
     items: list[Row],
     queries: list[Row],
     relevance: list[tuple[str, str]],
+    grades: Mapping[tuple[str, str], float] | None = None,
     candidates: list[Row] | None = None,
     **eval_keys: Any,
 ) -> Recipe:
     """A recipe whose tables hold these rows."""
     pq.write_table(pa.Table.from_pylist(items), folder / "gallery.parquet")
     pq.write_table(pa.Table.from_pylist(queries), folder / "queries.parquet")
-    answers = [{"query_id": q, "item_id": i, "grade": 1} for q, i in relevance]
-    pq.write_table(pa.Table.from_pylist(answers, schema=RELEVANCE), folder / "relevance.parquet")
+    given = grades or dict.fromkeys(relevance, 1)
+    answers = [{"query_id": q, "item_id": i, "grade": given[q, i]} for q, i in relevance]
+    table = pa.Table.from_pylist(answers, schema=None if grades else RELEVANCE)
+    pq.write_table(table, folder / "relevance.parquet")
     if candidates is not None:
         table = pa.Table.from_pylist(candidates, schema=CANDIDATES)
         pq.write_table(table, folder / "candidates.parquet")
@@ -126,6 +131,45 @@ def test_a_table_that_holds_no_candidates_is_refused(tmp_path: Path) -> None:
     found = load_benchmark(recipe)
     assert found.allowed is not None
     assert found.allowed.tolist() == [[False, True, True, False]]
+
+
+def test_what_a_query_ranks_does_not_hang_on_an_item_that_is_lost_and_has_its_name(
+    tmp_path: Path,
+) -> None:
+    broken = {"id": "q", "text": " "}
+    restricted = [{"query_id": "q", "item_ids": ["a", "b"], "excluded_ids": ["q"]}]
+    of_item = data(
+        tmp_path,
+        items=[*ABCD, broken],
+        queries=texts("q"),
+        relevance=[("q", "b")],
+        candidates=restricted,
+    )
+    found = load_benchmark(of_item)
+    assert found.allowed is not None
+    assert found.allowed.tolist() == [[True, True, False, False]]
+    of_query = data(
+        tmp_path,
+        items=texts("a", "b", "q"),
+        queries=[*texts("r"), broken],
+        relevance=[("r", "b")],
+        candidates=[
+            *restricted,
+            {"query_id": "r", "item_ids": ["b", "q"], "excluded_ids": None},
+        ],
+    )
+    found = load_benchmark(of_query)
+    assert found.allowed is not None
+    assert found.allowed.tolist() == [[False, True, True]]  # the item q is there
+    of_query = data(
+        tmp_path,
+        items=ABCD,
+        queries=[*texts("r"), broken],
+        relevance=[("r", "b")],
+        candidates=[{"query_id": "r", "item_ids": ["b", "q"], "excluded_ids": None}],
+    )
+    with pytest.raises(DataError, match="r -> q names a query or item that is not in the files"):
+        load_benchmark(of_query)
 
 
 def test_wordings_become_one_query_under_the_name_of_their_group(tmp_path: Path) -> None:
@@ -291,6 +335,42 @@ def test_answers_that_depend_on_the_order_of_candidates_are_those_of_ties() -> N
     )
 
 
+def first_by_order(scores: Scores, order: list[int]) -> int:
+    """Column of the first item where the items stand in this order, by sorting all of it."""
+    assert scores.readings is not None
+    turned = Scores(
+        scores.coarse[:1, order],
+        [{order.index(i): one for i, one in scores.readings[0].items()}],
+        scores.profile,
+        coarse_weight=scores.coarse_weight,
+    )
+    ranking = placed(turned, np.argsort(-turned.coarse, axis=1, kind="stable"))
+    return order[int(ranking[0, 0])]
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_dependence_on_the_order_is_that_of_ranking_the_items_in_both_orders(
+    seed: int, weight: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice([-np.inf, 0.1, 0.2], (1, 5), p=[0.2, 0.4, 0.4]).astype(np.float32)
+    coarse[0, rng.integers(5)] = 0.2
+    chosen = [i for i in np.flatnonzero(np.isfinite(coarse[0])).tolist() if rng.random() < 0.6]
+    readings = {i: Reading(float(rng.choice([0.0, 1.0]))) for i in chosen}
+    scores = Scores(coarse, [readings], coarse_weight=weight)
+    forward, backward = [*range(5)], [*range(5)][::-1]
+    differs = first_by_order(scores, forward) != first_by_order(scores, backward)
+    assert num_depending_on_order(scores) == differs
+    unread = Scores(coarse)
+    best = np.flatnonzero(coarse[0] == coarse[0].max())
+    assert num_depending_on_order(unread) == (len(best) > 1)
+
+
+def test_a_query_that_has_no_item_depends_on_no_order() -> None:
+    assert num_depending_on_order(Scores(np.full((1, 3), -np.inf, np.float32))) == 0
+
+
 def test_a_group_mean_counts_each_kind_once_and_needs_all_of_them() -> None:
     report = {"a": {"num_queries": 90, "hit@1": 1.0}, "b": {"num_queries": 10, "hit@1": 0.0}}
     assert group_means({"both": ("a", "b"), "more": ("a", "c")}, report) == {"both": {"hit@1": 0.5}}
@@ -310,3 +390,36 @@ def test_equal_items_count_together_only_where_the_recipe_says_so(
     assert apart.relevant.tolist() == [[False, False, True], [False, True, False]]
     together = load_benchmark(data(tmp_path, **given, same_images="together"))
     assert together.relevant.tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_grades_are_kept_as_they_are_and_equal_items_have_the_highest(tmp_path: Path) -> None:
+    twins = [{"id": name, "text": "text of a"} for name in ("a", "copy", "copy2")]
+    grades = {("q", "copy"): 3.0, ("q", "a"): 0.5, ("q", "b"): 0.25, ("r", "b"): 1.0}
+    given: dict[str, Any] = {
+        "items": [*twins, *texts("b", "c")],
+        "queries": texts("q", "r"),
+        "relevance": [*grades],
+        "grades": grades,
+    }
+    apart = load_benchmark(data(tmp_path, **given))
+    assert apart.graded.tolist() == [[0.5, 3, 0, 0.25, 0], [0, 0, 0, 1, 0]]
+    together = load_benchmark(data(tmp_path, **given, same_images="together"))
+    assert together.graded.tolist() == [[3, 3, 3, 0.25, 0], [0, 0, 0, 1, 0]]
+    assert together.relevant.tolist() == (together.graded > 0).tolist()
+
+
+def test_a_grade_of_nothing_is_irrelevant_and_its_copies_are(tmp_path: Path) -> None:
+    grades = {("q", "a"): 0.0, ("q", "b"): 1.0}
+    items = [*texts("a", "b"), {"id": "copy", "text": "text of a"}]
+    found = load_benchmark(
+        data(
+            tmp_path,
+            items=items,
+            queries=texts("q"),
+            relevance=[*grades],
+            grades=grades,
+            same_images="together",
+        )
+    )
+    assert found.relevant.tolist() == [[False, True, False]]
+    assert not found.grades

@@ -185,6 +185,44 @@ def test_with_a_baseline_each_system_is_compared_with_it_alone() -> None:
         compared_systems(names, "slg")
 
 
+def test_what_an_index_does_not_give_is_no_difference() -> None:
+    """The first five items of the same ranking, at the same places: nothing tells the two systems apart."""
+    whole = coarse(1)
+    order = pessimistic_order(whole, RELEVANT)
+    cut = np.full_like(whole, -np.inf)
+    best = order[:, :5]
+    np.put_along_axis(cut, best, np.take_along_axis(whole, best, axis=1), axis=1)
+    systems = {
+        "untrained": Scores(coarse(5)),
+        "slq": Scores(whole),
+        "slq_index": Scores(cut, is_whole=False),
+    }
+    recipe = changed(Recipe(), eval={"ks": (1, 5), "metrics": ("ndcg@5", "ndcg", "map", "mrr@5")})
+    results = json.loads(json.dumps(summarise(recipe, BENCHMARK, systems)))
+    tests = results["paired"]["text_to_image"]["even"]
+    without = {"mrr", "ndcg", "map"}
+    assert without <= set(tests)
+    for metric, entries in tests.items():
+        pairs = [tuple(one["systems"]) for one in entries]
+        whole_pair = [("slq", "untrained")]
+        others = [("slq_index", "untrained"), ("slq_index", "slq")]
+        assert pairs == (whole_pair if metric in without else whole_pair + others)
+        if metric not in without:
+            assert entries[2]["difference"] == 0
+            assert entries[2]["p"] == 1
+    (alone,) = tests["mrr"]
+    assert alone["p"] == alone["p_holm"]  # a family of one
+    two = summarise(recipe, BENCHMARK, {n: systems[n] for n in ("untrained", "slq")})
+    same = two["paired"]["text_to_image"]["even"]["mrr"][0]
+    assert [same[key] for key in ("difference", "p")] == [alone[key] for key in ("difference", "p")]
+    assert results["cut_at"] == {"slq_index": 5}
+    assert "mrr" in results["systems"]["slq_index"]["text_to_image"]["even"]
+    assert "cut_at" not in two
+    only = {"slq": systems["slq"], "slq_index": systems["slq_index"]}
+    left = summarise(recipe, BENCHMARK, only)["paired"]["text_to_image"]["even"]
+    assert not without & set(left)
+
+
 def test_unknown_metrics_are_refused_with_the_recipe() -> None:
     with pytest.raises(
         ConfigError, match=r"eval\.metrics: .*'ndgc@10' is unknown; did you mean ndcg@10"

@@ -1,7 +1,10 @@
 """`slq score`: runs against relevance in both formats, what is refused, and what ir-measures makes of our files."""
 
+import io
 import json
+import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.scoring import notes_of, scored
+from jobs.scoring import notes_of, score_table, scored
 from pipelines.benchmark import Benchmark
 from pipelines.evaluation_files import relevance_table, write_runs
-from pipelines.ranking import Scores, summarise
+from pipelines.ranking import Scores, rank_table, run_table, summarise
 from pipelines.recipe import Recipe
 from pipelines.runs import qrels_lines, read_judgements, trec_lines
 from slq.arrow import RELEVANCE
 from slq.errors import ConfigError, DataError, StorageError
 from slq.metrics import paired_permutation, parse_metrics
+from slq.reranking.profiles import Reading
 from slq.schema import Item
 from tests.integration.runs import changed
 
@@ -321,8 +326,6 @@ def test_files_of_an_evaluation_are_whole_and_those_of_other_systems_go(tmp_path
 def test_ids_with_blanks_leave_the_parquet_files_alone_and_say_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import logging
-
     monkeypatch.setattr(logging.getLogger("slq"), "propagate", True)
     write_runs(tmp_path, benchmark(), {"slq": Scores(COARSE)}, depth=3)
     write_runs(tmp_path, benchmark("item {}"), {"slq": Scores(COARSE)}, depth=3)
@@ -337,6 +340,50 @@ def test_ids_with_blanks_leave_the_parquet_files_alone_and_say_so(
         trec_lines(table, "my system")
 
 
+def test_ties_count_against_a_run_file_too_whoever_reads_it(tmp_path: Path) -> None:
+    """The first right item of a run stands where the evaluation says, by rank and by score."""
+    rng = np.random.default_rng(5)
+    items = [Item(text="x", id=f"i{n}") for n in range(6)]
+    queries = [Item(text="x", id=f"q{n}") for n in range(30)]
+    relevant = rng.random((30, 6)) < 0.4
+    relevant[np.arange(30), rng.integers(6, size=30)] = True
+    tied = Benchmark(items, queries, relevant)
+    coarse = rng.choice([0.25, 0.5], (30, 6)).astype(np.float32)
+    readings = [
+        {int(i): Reading(float(rng.choice([0.0, 1.0]))) for i in np.flatnonzero(row)}
+        for row in rng.random((30, 6)) < 0.6
+    ]
+    systems = {"slq": Scores(coarse), "slq_fine": Scores(coarse, readings)}
+    write_runs(tmp_path, tied, systems, depth=6)
+    told = summarise(Recipe(), tied, systems)["systems"]
+    for name, scores in systems.items():
+        ours = told[name]["text_to_image"]["all"]
+        for suffix in ("trec", "parquet"):
+            found = figures(tmp_path / f"run_{name}.{suffix}", tmp_path / "qrels.trec", "mrr,hit@1")
+            assert found["mrr"] == pytest.approx(ours["mrr"])
+            assert found["hit@1"] == ours["hit@1"]
+        first: dict[str, int] = {}
+        for row in run_table(tied, scores, depth=6).to_pylist():
+            if relevant[int(row["query_id"][1:]), int(row["item_id"][1:])]:
+                first.setdefault(row["query_id"], row["rank"])
+        ranks = rank_table(tied, {name: scores}).to_pylist()
+        assert first == {row["query_id"]: row["rank"] for row in ranks}
+
+
+@pytest.mark.parametrize("grade", [0.5, 1e12])
+def test_grades_that_trec_cannot_carry_leave_no_file_of_relevance(
+    tmp_path: Path, grade: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("slq"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)
+    write_runs(tmp_path, benchmark(), {"slq": Scores(COARSE)}, depth=3)
+    graded = replace(benchmark(), grades={("q0", "i3"): grade, ("q0", "i0"): 3.0})
+    write_runs(tmp_path, graded, {"slq": Scores(COARSE)}, depth=3)
+    assert not (tmp_path / "qrels.trec").exists()
+    assert (tmp_path / "run_slq.trec").exists()
+    assert f"q0 -> i3 has the grade {grade:g}, and TREC's qrels hold whole numbers" in caplog.text
+
+
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
@@ -348,3 +395,11 @@ def test_a_run_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run: .*none.trec does not exist"):
         scored([tmp_path / "none.trec"], qrels, "mrr")
     assert parse_metrics(["mrr"])
+
+
+def test_names_of_runs_are_no_markup(tmp_path: Path) -> None:
+    run, qrels = case(tmp_path)
+    odd = run.rename(tmp_path / "[red]mine[!].trec")
+    out = io.StringIO()
+    Console(file=out, width=200).print(score_table(scored([odd], qrels, "mrr")))
+    assert "[red]mine[!].trec" in out.getvalue()
