@@ -4,9 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from jobs.report.settings import JOBS
+from jobs.report import template
 from jobs.report.style import data_uri, thumbnail
 from pipelines.fetching import fetch_images
 from pipelines.karr.outcome import finished_rows
@@ -52,15 +50,8 @@ def review_page(rows: Sequence[Row], *, title: str, key: str) -> str:
         title: What it shows.
         key: Under which the browser keeps what is not saved yet.
     """
-    environment = Environment(
-        loader=FileSystemLoader(JOBS / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("karr_review.html.j2")
-    return template.render(rows=rows, title=title, key=key, columns=list(COLUMNS))
+    page = template("karr_review.html.j2")
+    return page.render(rows=rows, title=title, key=key, columns=list(COLUMNS))
 
 
 def _shown(rows: Sequence[Row], retry_s: float) -> Iterator[Row]:

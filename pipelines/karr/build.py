@@ -24,6 +24,7 @@ from pipelines.karr.source import (
     PLAN,
     captions,
     captions_path,
+    mend_plan,
     planned_rows,
     read_captions,
     write_plan,
@@ -105,6 +106,8 @@ def karr(recipe: Recipe, *, retry_errors: bool = False) -> dict[str, Any]:
         if not ledger.store.exists(PLAN):
             write_plan(ledger.store, captions(recipe), recipe.karr.shard_rows)
             reach("plan_written")
+        elif retry_errors:
+            mend_plan(recipe, ledger.store)
         planned, commits = planned_rows(ledger.store), ledger.commits()
         todo = _todo(len(planned), commits, retry_errors=retry_errors)
         again = {one["shard_id"] for one in todo}
@@ -112,7 +115,7 @@ def karr(recipe: Recipe, *, retry_errors: bool = False) -> dict[str, Any]:
         totals.require_few_errors(recipe.karr.max_error_share, ledger.store.url(ERRORS))
         if todo:
             ledger.store.remove(MANIFEST)  # it would tell of what is made again
-            _make(recipe, ledger, todo, totals)
+            _make(recipe, ledger, todo, totals, retry_errors=retry_errors)
         _require_planned(planned, ledger.require_complete(len(planned)))
         found = {**assemble(recipe, ledger), "cost": totals.report()}
         ledger.store.write(REPORT, json.dumps(found, indent=2).encode())
@@ -151,7 +154,14 @@ def _todo(
     return [*missing, *again]
 
 
-def _make(recipe: Recipe, ledger: Ledger, todo: list[dict[str, Any]], totals: Totals) -> None:
+def _make(
+    recipe: Recipe,
+    ledger: Ledger,
+    todo: list[dict[str, Any]],
+    totals: Totals,
+    *,
+    retry_errors: bool,
+) -> None:
     """Make shards and commit them.
 
     Raises:
@@ -163,7 +173,7 @@ def _make(recipe: Recipe, ledger: Ledger, todo: list[dict[str, Any]], totals: To
     errors, share = ledger.store.url(ERRORS), recipe.karr.max_error_share
     with cluster_errors():
         if recipe.karr.identify.by != "off":
-            embed_images(recipe, read_captions(ledger.store), ledger.store)
+            embed_images(recipe, read_captions(ledger.store), ledger.store, again=retry_errors)
         rows = iter(_dataset(recipe, todo, workers).iter_rows())
         # Ended here, whatever happens: a flow that still runs while Ray shuts down takes the process with it.
         with closing(rows):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ def export(
 def _told(row: Row) -> Row:
     names = [name for name in KARR.names if name not in ("id", "image", "text")]
     told = {name: row[name] for name in names}
+    if told["lead"] is not None and not math.isfinite(told["lead"]):
+        told["lead"] = None  # older folders hold infinity where there was no neighbour
     return {"id": row_id(row["source_id"]), "text": row["caption"], **told}
 
 
@@ -135,7 +138,7 @@ def _write_lines(path: Path, rows: Iterator[Row]) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     partial.replace(path)
 
 

@@ -51,8 +51,8 @@ Vote = dict[str, Any]
 class Judge(Protocol):
     """Votes on candidates."""
 
-    def votes(self, candidates: Sequence[Candidate]) -> list[Vote]:
-        """One for each candidate."""
+    def votes(self, candidates: Sequence[Candidate]) -> Sequence[Vote | RejectedError]:
+        """One for each candidate; an error, `unanswered`, where the judge could not be reached."""
         ...
 
 
@@ -101,17 +101,19 @@ class ModelJudge:
     seed: int
     threads: int
 
-    def votes(self, candidates: Sequence[Candidate]) -> list[Vote]:
-        """See `Judge.votes`; an answer that is none leaves its vote open."""
+    def votes(self, candidates: Sequence[Candidate]) -> list[Vote | RejectedError]:
+        """See `Judge.votes`; an answer that cannot be read leaves its vote open."""
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self._vote, candidates))
 
-    def _vote(self, one: Candidate) -> Vote:
+    def _vote(self, one: Candidate) -> Vote | RejectedError:
         image = _data_uri(one.image) if self.config.with_image else None
         ask = partial(is_accepted, self.model, one.source, one.target, one.rewriting)
         try:
             return _vote(self.config.name, ask(seed=self.seed, image=image))
-        except RejectedError:
+        except RejectedError as error:
+            if error.reason == "unanswered":
+                return RejectedError(error.reason, f"judge {self.config.name}: {error}")
             return _vote(self.config.name, None)
 
 

@@ -6,7 +6,7 @@ from pipelines.karr.endpoint import Endpoint
 from pipelines.karr.identifying import CosineIdentifier, FineIdentifier, Identifier
 from pipelines.karr.judges import ClueJudge, FrozenJudge, Judge, ModelJudge
 from pipelines.karr.kept import KeptAnswers
-from pipelines.karr.neighbours import Neighbours
+from pipelines.karr.neighbours import Neighbours, image_places
 from pipelines.karr.source import read_captions
 from pipelines.loading import encoder_of, reranker_of, reranking_backbone, use_processors
 from pipelines.recipe import Recipe
@@ -100,7 +100,7 @@ class _Loader:
         if section.by == "coarse":
             encoder = encoder_of(self._recipe, section.system)
             return CosineIdentifier(self._recipe, neighbours, encoder.encode_items)
-        uris = {row["item_id"]: row["uri"] for row in read_captions(self._store)}
+        uris = image_places(read_captions(self._store))
         return FineIdentifier(self._recipe, neighbours, self.reranker(None), uris)
 
 

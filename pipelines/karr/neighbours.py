@@ -24,21 +24,31 @@ from slq.schema import Item
 VECTORS = "vectors.parquet"
 
 
-def embed_images(recipe: Recipe, rows: Sequence[dict[str, Any]], store: Store) -> None:
+def embed_images(
+    recipe: Recipe, rows: Sequence[dict[str, Any]], store: Store, *, again: bool = False
+) -> None:
     """Embed every image that captions belong to, once, and store the vectors; an unreadable image has none.
 
     Args:
         recipe: The resolved recipe.
         rows: Of the plan.
         store: Where they go.
+        again: Embed what has no vector yet where the others have theirs.
 
     Raises:
+        ArtifactError: Stored vectors are damaged.
         StorageError: A store cannot be reached.
     """
-    if store.exists(VECTORS):
+    begun = store.exists(VECTORS)
+    if begun and not again:
         return
-    places = {row["item_id"]: row["uri"] for row in rows if row["reason"] is None}
-    ids, uris = list(places), list(places.values())
+    before = [table for table in ([_readable(store)] if begun else []) if table.num_rows]
+    done = {name for table in before for name in table["id"].to_pylist()}
+    places = image_places(rows)
+    ids = [name for name in places if name not in done]
+    if begun and not ids:
+        return
+    uris = [places[name] for name in ids]
     task = model_task(image_vectors, recipe.resources.gpus_per_worker)
     recipe_json = recipe.model_dump_json()
     tasks = [task.remote(recipe_json, uris[part]) for part in parts(len(uris))]
@@ -48,8 +58,29 @@ def embed_images(recipe: Recipe, rows: Sequence[dict[str, Any]], store: Store) -
     table = pa.table({"id": pa.array(ids), "readable": pa.array(readable, pa.bool_())})
     table = table.append_column("vector", vector_column(vectors))
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    store.create(VECTORS, sink.getvalue())
+    pq.write_table(pa.concat_tables([*before, table]), sink, compression="zstd")
+    (store.write if begun else store.create)(VECTORS, sink.getvalue())
+
+
+def _readable(store: Store) -> pa.Table:
+    """The vectors of images that could be read.
+
+    Raises:
+        ArtifactError: They are missing or damaged.
+    """
+    try:
+        with store.open(VECTORS) as file:
+            table = pq.read_table(file)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise ArtifactError(
+            f"{store.url(VECTORS)} cannot be read: {error}; remove it and run `slq karr` again"
+        ) from None
+    return table.filter(table["readable"])
+
+
+def image_places(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Where the image of each item is, of the plan's captions that nothing rejects; others may know no place."""
+    return {row["item_id"]: row["uri"] for row in rows if row["reason"] is None}
 
 
 @cache
@@ -95,17 +126,10 @@ class Neighbours:
     """
 
     def __init__(self, store: Store, count: int) -> None:
-        try:
-            with store.open(VECTORS) as file:
-                table = pq.read_table(file)
-        except (FileNotFoundError, pa.ArrowException) as error:
-            raise ArtifactError(
-                f"{store.url(VECTORS)} cannot be read: {error}; remove it and run `slq karr` again"
-            ) from None
-        table = table.filter(table["readable"])
+        table = _readable(store)
         self.ids: list[str] = table["id"].to_pylist()
         flat = table["vector"].combine_chunks().flatten().to_numpy()
-        self.vectors: NDArray[np.float32] = flat.reshape(len(self.ids), -1)
+        self.vectors: NDArray[np.float32] = flat.reshape(-1, table["vector"].type.list_size)
         self._places = {name: place for place, name in enumerate(self.ids)}
         self._count = count
 

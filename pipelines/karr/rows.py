@@ -17,7 +17,7 @@ from slq.karr.config import KarrConfig
 from slq.karr.reasons import RejectedError
 from slq.karr.rewriting import Source, Trace, is_named
 from slq.karr.targets import Rewriting, Target
-from slq.media import check_image
+from slq.media import decode_image
 
 ROWS = pa.schema(
     [
@@ -54,7 +54,7 @@ ROWS = pa.schema(
     ]
 )
 """One caption of a shard with all that is known of it. `reason` is null while nothing rejects it; `lead` is null where
-identification is off; `made` is when its words came about, ISO 8601 in UTC."""
+identification is off or there is no other image; `made` is when its words came about, ISO 8601 in UTC."""
 Row = dict[str, Any]
 
 
@@ -94,19 +94,20 @@ class ShardMaker:
     def _images(self, rows: Sequence[Row]) -> dict[str, bytes]:
         """The images of rows, by uri; rows whose image cannot be read are rejected."""
         wanted = dict.fromkeys(row["uri"] for row in rows if row["reason"] is None)
-        found = fetch_images(list(wanted), self._retry_s)
-        images = {}
-        for row in rows:
-            if row["reason"] is not None:
-                continue
-            data = found[row["uri"]]
+        images, problems = {}, {}
+        for uri, data in fetch_images(list(wanted), self._retry_s).items():
             try:
                 if not isinstance(data, bytes):
                     raise data or DataError("there is no image in its place")
-                check_image(data)
-                images[row["uri"]] = data
+                decode_image(
+                    data
+                )  # whole: a header alone promises a picture that a judge could not see
+                images[uri] = data
             except DataError as error:
-                _reject(row, "unreadable_image", str(error))
+                problems[uri] = str(error)
+        for row in rows:
+            if row["reason"] is None and row["uri"] in problems:
+                _reject(row, "unreadable_image", problems[row["uri"]])
         return images
 
     def _worded(self, row: Row) -> tuple[Target, Rewriting] | None:
@@ -164,6 +165,12 @@ class ShardMaker:
             list(candidates), identifier.leads(list(candidates.values())), strict=True
         ):
             row = by_row[number]
+            if lead is None:
+                continue  # with no other image there is nothing to check
+            if isinstance(lead, RejectedError):
+                del candidates[number]
+                _reject(row, lead.reason, str(lead))
+                continue
             row["lead"] = lead
             if lead > section.min_lead:
                 row["checks"].append(f"identified_{section.by}")
@@ -178,9 +185,13 @@ class ShardMaker:
         by_row = {row["row"]: row for row in rows}
         for place, number in enumerate(candidates):
             row = by_row[number]
-            row["votes"] = [votes[place] for votes in ballots]
+            ballot = [votes[place] for votes in ballots]
+            row["votes"] = [vote for vote in ballot if not isinstance(vote, RejectedError)]
+            silent = [vote for vote in ballot if isinstance(vote, RejectedError)]
             given = [vote["accept"] for vote in row["votes"] if vote["accept"] is not None]
-            if not given:
+            if silent:  # those who are left must not decide alone
+                _reject(row, silent[0].reason, str(silent[0]))
+            elif not given:
                 _reject(row, "unanswered", "no judge gave a vote")
             elif sum(given) < self._config.min_accept_share * len(given):
                 _reject(row, "judges", f"{sum(given)} of {len(given)} accept")

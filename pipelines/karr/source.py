@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 from pipelines.corpus import Record, corpus_of, open_corpus
 from pipelines.recipe import Recipe, require_files
 from pipelines.storage import Store
-from slq.errors import ArtifactError, ConfigError, DataError
+from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
 from slq.files import file_sha256
+from slq.karr.reasons import ERRORS
 
 PLAN = "plan.parquet"
+Row = dict[str, Any]
 CAPTIONS = pa.schema(
     [
         ("row", pa.int64()),
@@ -53,7 +56,7 @@ def source_state(recipe: Recipe) -> dict[str, str]:
     return {**digests, "corpus_state": corpus_of(recipe).digest()}
 
 
-def captions(recipe: Recipe) -> list[dict[str, Any]]:
+def captions(recipe: Recipe) -> list[Row]:
     """Every caption as a row of `CAPTIONS`, in the order of the source.
 
     Raises:
@@ -72,14 +75,19 @@ def captions(recipe: Recipe) -> list[dict[str, Any]]:
     taken: Counter[str] = Counter()
     for number, row in enumerate(rows):
         row["row"] = number
-        if row["reason"] is None:
-            taken[row["item_id"]] += 1
-            if taken[row["item_id"]] > recipe.karr.captions_per_image:
-                row["reason"] = "further_caption"
+        _leave_out_further(row, taken, recipe.karr.captions_per_image)
     return rows
 
 
-def _row(source: Record, item_id: str, image: Record | None, **rejected: str) -> dict[str, Any]:
+def _leave_out_further(row: Row, taken: Counter[str], limit: int) -> None:
+    """Reject a caption whose image has its captions already; count it otherwise."""
+    if row["reason"] is None:
+        taken[row["item_id"]] += 1
+        if taken[row["item_id"]] > limit:
+            row["reason"] = "further_caption"
+
+
+def _row(source: Record, item_id: str, image: Record | None, **rejected: str) -> Row:
     """One caption; its image's problem, or an empty text, rejects it."""
     text = " ".join((source.text or "").split())
     row = {
@@ -99,12 +107,12 @@ def _row(source: Record, item_id: str, image: Record | None, **rejected: str) ->
     return row
 
 
-def _of_pairs(recipe: Recipe, path: Path) -> Iterator[dict[str, Any]]:
+def _of_pairs(recipe: Recipe, path: Path) -> Iterator[Row]:
     for record in open_corpus(path, retry_s=recipe.storage.retry_s).all_records():
         yield _row(record, str(record.columns.get("image_key") or record.id), record)
 
 
-def _of_benchmark(recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _of_benchmark(recipe: Recipe) -> Iterator[Row]:
     images = {record.id: _light(record) for record in corpus_of(recipe).all_records()}
     answers: dict[str, list[str]] = {}
     for entry in pq.read_table(recipe.data.path("relevance")).to_pylist():
@@ -135,12 +143,57 @@ def _light(record: Record) -> Record:
     return Record(record.id, record.uri, image, None, {}, record.problem, record.reason)
 
 
-def write_plan(store: Store, rows: list[dict[str, Any]], shard_rows: int) -> None:
+def write_plan(store: Store, rows: list[Row], shard_rows: int) -> None:
     """Store the plan; where two drivers do, the first one's stays."""
+    store.create(PLAN, _as_parquet(rows, shard_rows))
+
+
+def _as_parquet(rows: list[Row], shard_rows: int) -> bytes:
     sink = io.BytesIO()
     table = pa.Table.from_pylist(rows, schema=CAPTIONS)
     pq.write_table(table, sink, compression="zstd", row_group_size=shard_rows)
-    store.create(PLAN, sink.getvalue())
+    return sink.getvalue()
+
+
+def mend_plan(recipe: Recipe, store: Store) -> None:
+    """Plan anew the captions whose image could not be read when it was planned, where it can be read by now.
+
+    All others stay as they are planned, as shards of theirs may be committed. Errors as `captions`, and:
+
+    Raises:
+        ArtifactMismatchError: The source holds other captions by now.
+    """
+    planned = read_captions(store)
+    if not any(row["reason"] in ERRORS for row in planned):
+        return
+    found = captions(recipe)
+    taken = Counter(row["item_id"] for row in planned if row["reason"] is None)
+    _require_same_captions(store, planned, found)
+    for row, now in zip(planned, found, strict=True):
+        if row["reason"] not in ERRORS or now["reason"] in ERRORS:
+            continue
+        if row["source_id"] == now["source_id"]:
+            row.update(now)
+            row["reason"] = None if now["reason"] == "further_caption" else now["reason"]
+            _leave_out_further(row, taken, recipe.karr.captions_per_image)
+    store.write(PLAN, _as_parquet(planned, recipe.karr.shard_rows))
+
+
+def _require_same_captions(store: Store, planned: list[Row], found: list[Row]) -> None:
+    """Check that the captions that could be read before stand where they stood.
+
+    Raises:
+        ArtifactMismatchError: They do not; the first is named.
+    """
+    for row, now in zip_longest(planned, found):
+        if row is not None and now is not None:
+            same = all(row[name] == now[name] for name in ("source_id", "item_id", "caption"))
+            if same or row["reason"] in ERRORS:
+                continue
+        raise ArtifactMismatchError(
+            f"the captions have changed since {store.location} was planned, first {(row or now)['source_id']!r}; "
+            "--retry-errors takes up mended images of the same captions: put those back or use another folder"
+        )
 
 
 def planned_rows(store: Store) -> list[int]:
@@ -157,7 +210,7 @@ def planned_rows(store: Store) -> list[int]:
         raise _damaged(store, error) from None
 
 
-def read_captions(store: Store, shard_id: int | None = None) -> list[dict[str, Any]]:
+def read_captions(store: Store, shard_id: int | None = None) -> list[Row]:
     """The captions of one shard, or of all; errors as `planned_rows`."""
     try:
         with store.open(PLAN) as file:
@@ -165,7 +218,7 @@ def read_captions(store: Store, shard_id: int | None = None) -> list[dict[str, A
             table = plan.read() if shard_id is None else plan.read_row_group(shard_id)
     except (FileNotFoundError, pa.ArrowException) as error:
         raise _damaged(store, error) from None
-    rows: list[dict[str, Any]] = table.to_pylist()
+    rows: list[Row] = table.to_pylist()
     return rows
 
 

@@ -23,6 +23,12 @@ from slq.schema import Item
 _TEXT_SLOT = "slq text slot"  # stands for the user's text while the chat template is rendered
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Every literal that a tokenizer reads as a token of its own, sorted: what `sanitise_text` must part."""
+    added = {str(token) for token in tokenizer.get_added_vocab()}
+    return tuple(sorted(added | set(tokenizer.all_special_tokens)))
+
+
 @dataclass(frozen=True)
 class PromptSettings:
     """How items become token sequences; part of the fingerprint.
@@ -91,12 +97,7 @@ class PromptBuilder(ABC):
         self.processor = processor
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         self.settings = settings or PromptSettings()
-        self.special_tokens = tuple(
-            sorted(
-                {str(t) for t in self.tokenizer.get_added_vocab()}
-                | set(self.tokenizer.all_special_tokens)
-            )
-        )
+        self.special_tokens = control_tokens(self.tokenizer)
         self._opening = {kind: self._render(kind)[0] for kind in (True, False)}
         # A space before the text belongs to its first token ("User: a dog" is "User", ":", " a", " dog").
         plain = self._opening[False].rstrip(" ")

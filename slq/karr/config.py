@@ -1,25 +1,28 @@
 """Settings of `slq karr`, in a recipe's section `karr`."""
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from slq.config import Section
+from slq.config import SECRET, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+_VARIABLE = r"[A-Z_][A-Z0-9_]*"
 
 
 class EndpointConfig(Section):
     """A language model behind an OpenAI-compatible endpoint."""
 
-    url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] = "http://127.0.0.1:8001/v1"
-    """Base address; `/chat/completions` is added. Without a name or a key in it."""
+    url: str = "http://127.0.0.1:8001/v1"
+    """Base address; `/chat/completions` is added. Without a name, a key or a query in it."""
     model: str = "default"
     """As the endpoint calls it."""
     api_key_env: str | None = None
-    """Environment variable, of driver and workers, that holds the key; none is sent if null."""
+    """Environment variable, of driver and workers, that holds the key, in capitals; none is sent if null."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Of one request."""
     attempts: Positive = 5
@@ -38,6 +41,29 @@ class EndpointConfig(Section):
     """Ask for `response_format: json_object`; some servers do not know it."""
     max_answer_bytes: Positive = 2**18
     """A longer answer is cut off, and counts as unparseable."""
+
+    # Both of a type whose message does not show the value: a pasted key would stand in logs.
+    @field_validator("url", mode="before")
+    @classmethod
+    def _is_a_bare_address(cls, url: Any) -> Any:
+        if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s@?#]+", url):
+            raise PydanticCustomError(
+                SECRET,
+                "it must be a URL of http or https without user, query or fragment, as http://127.0.0.1:8001/v1; a "
+                "key goes into the environment variable that api_key_env names",
+            )
+        return url
+
+    @field_validator("api_key_env", mode="before")
+    @classmethod
+    def _is_a_name(cls, name: Any) -> Any:
+        if name is not None and not (isinstance(name, str) and re.fullmatch(_VARIABLE, name)):
+            raise PydanticCustomError(
+                SECRET,
+                "it must be the name of an environment variable, of capitals, digits and _, such as OPENAI_API_KEY; "
+                "the key itself stands in no recipe",
+            )
+        return name
 
 
 class LocalConfig(Section):

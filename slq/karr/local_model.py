@@ -1,14 +1,17 @@
 """A language model that transformers loads, as a rewriter or a judge; its weights are safetensors, never pickles."""
 
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from slq.backbones.prompting import control_tokens
 from slq.errors import ConfigError, HardwareError
 from slq.karr.config import LocalConfig
 from slq.karr.prompts import Message, prompt_hash
 from slq.karr.rewriting import Completion
+from slq.media import MediaLimits, sanitise_text
 
 
 class LocalModel:
@@ -43,6 +46,7 @@ class LocalModel:
                 f"karr: model {config.name!r} has no chat template, so it cannot be asked; name one that was tuned to "
                 "follow instructions"
             )
+        self._control_tokens = control_tokens(self._tokenizer)
         self._model = model.to(config.device).eval()
 
     @property
@@ -81,9 +85,12 @@ class LocalModel:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return Completion(text, prompt_hash(chat, self.settings(seed)), now)
 
-    def _content(self, content: Any) -> Any:
-        """Text in the form that the tokenizer's template takes: plain, or in parts."""
-        return [{"type": "text", "text": content}] if self._takes_parts else content
+    def _content(self, content: str) -> Any:
+        """Text that ends no turn, in the form that the tokenizer's template takes: plain, or in parts."""
+        clean = sanitise_text(
+            content, self._control_tokens, MediaLimits(max_text_chars=sys.maxsize)
+        )
+        return [{"type": "text", "text": clean}] if self._takes_parts else clean
 
     @property
     def _takes_parts(self) -> bool:

@@ -1,6 +1,5 @@
-"""`slq karr` on the shipped scenes: 300 captions end to end, a bad endpoint, kills, and people's decisions."""
+"""`slq karr` on the shipped scenes: 300 captions end to end, a bad endpoint, kills, and what is mended."""
 
-import csv
 import json
 import os
 import shutil
@@ -11,12 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
 
-from jobs.report.karr_review import write_review_pages
 from pipelines.benchmark import load_benchmark
 from pipelines.evaluate import evaluate
 from pipelines.failpoints import MARK, VARIABLE
@@ -45,9 +44,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 scenes."""
+    """60 scenes."""
     folder = tmp_path_factory.mktemp("some")
-    write_scenes(folder, ScenesConfig(train=2, test=80, unseen=20, seed=7))
+    write_scenes(folder, ScenesConfig(train=2, test=48, unseen=12, seed=7))
     return folder
 
 
@@ -195,7 +194,7 @@ def asking(data: Path, run: Path, server: LanguageServer, **section: Any) -> Rec
         "rewriter": rewriter,
         "judges": judges,
         "max_error_share": 0.5,
-        "shard_rows": 20,
+        "shard_rows": 12,
         "min_accept_share": 0.6,
         **section,
     }
@@ -204,7 +203,7 @@ def asking(data: Path, run: Path, server: LanguageServer, **section: Any) -> Rec
 
 def bad_server(**changes: Any) -> LanguageServer:
     return LanguageServer(
-        **{"faults": 0.06, "lost": 0.04, "bad": 0.75, "slow_s": 2.5, "seed": 5, **changes}
+        **{"faults": 0.06, "lost": 0.04, "bad": 0.75, "slow_s": 2.5, "seed": 33, **changes}
     )
 
 
@@ -216,7 +215,7 @@ def uninterrupted(
     with serving(bad_server()) as server:
         recipe = asking(some, tmp_path_factory.mktemp("whole"), server)
         karr(recipe)
-        require_whole(recipe, 100)
+        require_whole(recipe, 60)
         return {"recipe": recipe, "content": without_times(recipe), "asked": server.asked}
 
 
@@ -251,11 +250,9 @@ from pathlib import Path
 from jobs.console import connected
 from pipelines.karr.build import karr
 from pipelines.recipe import load_recipe
-recipe = load_recipe(Path({str(file)!r}))
+connected(load_recipe(Path({str(file)!r})), karr)
 """
-        killed(driver + "karr(recipe)", "plan_written", tmp_path / "first")
-        assert (recipe.storage.karr / "plan.parquet").is_file()
-        killed(driver + "connected(recipe, karr)", "commit_after:2", mark)
+        killed(driver, "commit_after:2", mark)
         committed = Ledger(recipe.storage.karr).commits()
         assert len(committed) == 2
         wait_until_quiet(server)
@@ -263,9 +260,9 @@ recipe = load_recipe(Path({str(file)!r}))
         with killing_after_a_commit(recipe.storage.karr, "MakeShards"):
             karr(recipe)
         again = [question for question in told if server.asked[question] > before[question]]
-    require_whole(recipe, 100)
+    require_whole(recipe, 60)
     assert without_times(recipe) == uninterrupted["content"]
-    assert len(told) > 100
+    assert len(told) > 60
     assert len(again) <= 8  # answers that were under way when it died; the others were kept
     assert server.asked.keys() == uninterrupted["asked"].keys()
 
@@ -298,8 +295,8 @@ def killed(code: str, failpoint: str, mark: Path) -> None:
 
 
 @pytest.mark.campaign
-def test_a_driver_killed_while_it_tells_the_outcome_goes_on(
-    uninterrupted: dict[str, Any], tmp_path: Path
+def test_a_driver_killed_once_it_has_planned_or_while_it_tells_the_outcome_goes_on(
+    uninterrupted: dict[str, Any], scenes_dir: Path, tmp_path: Path
 ) -> None:
     recipe = uninterrupted["recipe"]
     shutil.copytree(recipe.storage.karr, tmp_path / "run" / "karr")
@@ -315,24 +312,70 @@ karr(Recipe.model_validate_json(Path({str(file)!r}).read_text()))
 """
     killed(code, "manifest_before", tmp_path / "died")
     karr(recipe)  # nothing is left to be asked, so the server may be gone
-    require_whole(recipe, 100)
+    require_whole(recipe, 60)
     assert without_times(recipe) == uninterrupted["content"]
+    begun = of_scenes(scenes_dir, tmp_path / "begun")
+    file.write_text(begun.model_dump_json())
+    killed(code, "plan_written", tmp_path / "planned")
+    assert (begun.storage.karr / "plan.parquet").is_file()
+    assert not Ledger(begun.storage.karr).commits()
+    karr(begun)
+    require_whole(begun, 32)
 
 
-def test_too_many_errors_fail_the_run_and_retry_errors_mends_it(
+def pairs_of(scenes: Path, folder: Path, count: int) -> Path:
+    """A table of the first captions, with their images as files beside it."""
+    folder.mkdir()
+    texts = pq.read_table(scenes / "queries.parquet", filters=[("kind", "=", "explicit")])
+    images = pq.read_table(scenes / "gallery.parquet", columns=["image"])["image"].to_pylist()
+    rows = [
+        {"id": f"c{number}", "uri": f"{number}.png", "text": text}
+        for number, text in enumerate(texts["text"].to_pylist()[:count])
+    ]
+    for row, image in zip(rows, images, strict=False):
+        (folder / row["uri"]).write_bytes(image)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
+    return folder / "pairs.parquet"
+
+
+def test_too_many_errors_fail_the_run_and_retry_errors_mends_answers_and_images(
     scenes_dir: Path, tmp_path: Path
 ) -> None:
+    path = pairs_of(scenes_dir, tmp_path / "pairs", 12)
+    missing, torn = path.with_name("0.png"), path.with_name("2.png")
+    whole = {file: file.read_bytes() for file in (missing, torn)}
+    missing.unlink()
+    torn.write_bytes(whole[torn][: len(whole[torn]) // 2])
+    settings = {
+        "captions": path,
+        "identify": {"by": "coarse", "system": "untrained", "min_lead": -2.1},
+        "max_error_share": 0.2,
+        "workers": 1,
+        "shard_rows": 6,
+    }
     with serving(LanguageServer(lost=0.4, seed=1)) as server:
-        recipe = asking(scenes_dir, tmp_path, server, max_error_share=0.2, workers=1, shard_rows=16)
+        recipe = asking(scenes_dir, tmp_path, server, **settings)
         with pytest.raises(
-            DataError, match=r"of 32 captions .* more than karr.max_error_share allows \(20.0%\)"
+            DataError, match=r"of 12 captions .* more than karr.max_error_share allows \(20.0%\)"
         ):
             karr(recipe)
+    assert Ledger(recipe.storage.karr).commits()[0].quarantined > 2
+    errors = pq.read_table(recipe.storage.karr / "errors" / "part-000000.parquet").to_pylist()
+    found = {row["id"]: row["error"] for row in errors}
+    assert (found["c0"], found["c2"]) == ("unreadable_image",) * 2
+    for file, data in whole.items():
+        file.write_bytes(data)
     with serving(LanguageServer(seed=1)) as server:
-        mended = asking(scenes_dir, tmp_path, server, max_error_share=0.2, workers=1, shard_rows=16)
-        found = karr(mended, retry_errors=True)
-        assert found["funnel"]["rejected"]["unanswered"] == 0
-    require_whole(mended, 32)
+        mended = asking(scenes_dir, tmp_path, server, **settings)
+        result = karr(mended, retry_errors=True)
+    assert result["funnel"]["num_out"] == 12 - result["funnel"]["rejected"]["judges"]
+    require_whole(mended, 12)
+    rows = {row["source_id"]: row for row in rows_of(mended)}
+    assert (rows["c0"]["image"], rows["c2"]["image"]) == (whole[missing], whole[torn])
+    assert all(-2 <= row["lead"] <= 2 for row in rows.values())
+    vectors = pq.read_table(mended.storage.karr / "vectors.parquet")
+    assert sorted(vectors["id"].to_pylist()) == sorted(f"c{number}" for number in range(12))
+    assert all(vectors["readable"].to_pylist())
 
 
 def test_what_no_worker_could_do_is_refused_before_any_starts(
@@ -355,38 +398,3 @@ def test_a_wrong_key_ends_the_run_in_words(scenes_dir: Path, tmp_path: Path) -> 
         pytest.raises(ConfigError, match="answered 401"),
     ):
         karr(asking(scenes_dir, tmp_path, server, workers=1))
-
-
-def test_decisions_of_people_are_read_back_by_the_next_run(
-    scenes_dir: Path, tmp_path: Path
-) -> None:
-    recipe = of_scenes(scenes_dir, tmp_path)
-    first = karr(recipe)
-    assert first["funnel"]["num_out"] == 32
-    folder = recipe.storage.karr / "review"
-    short = changed(recipe, karr={"review": {"page_rows": 20}})
-    assert len(write_review_pages(short, folder)) == 2
-    (page,) = write_review_pages(recipe, folder)
-    assert [path.name for path in folder.glob("*.html")] == ["review-001.html"] == [page.name]
-    assert page.read_text().count('src="data:image/png;base64,') == 32
-    sheet = folder / "review.csv"
-    lines = list(csv.DictReader(sheet.read_text().splitlines()))
-    lines[0] |= {"decision": "reject", "annotator": "ann"}
-    edited = lines[1]["caption"].replace("on a", "on the")  # articles may change
-    lines[1] |= {"decision": "edit", "annotator": "ann", "edited_caption": edited}
-    with sheet.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0].keys())
-        writer.writeheader()
-        writer.writerows(lines)
-    found = karr(recipe)
-    assert found["funnel"]["rejected"]["annotators"] == 1
-    require_whole(recipe, 32)
-    rows = {row["source_id"]: row for row in rows_of(recipe)}
-    assert lines[0]["id"] not in rows
-    assert rows[lines[1]["id"]]["text"] == edited
-    assert rows[lines[1]["id"]]["annotations"][0]["annotator"] == "ann"
-    kept = list(csv.DictReader(sheet.read_text().splitlines()))
-    assert [line["decision"] for line in kept[:3]] == ["reject", "edit", ""]
-    required = karr(changed(recipe, karr={"review": {"required": True}}))
-    assert required["funnel"]["num_out"] == 1
-    assert required["funnel"]["rejected"]["unreviewed"] == 30

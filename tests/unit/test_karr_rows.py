@@ -24,21 +24,28 @@ from pipelines.karr.build import plan
 from pipelines.karr.endpoint import Endpoint
 from pipelines.karr.export import export
 from pipelines.karr.identifying import CosineIdentifier, FineIdentifier
-from pipelines.karr.judges import Candidate, ClueJudge, FrozenJudge, ModelJudge
+from pipelines.karr.judges import Candidate, ClueJudge, FrozenJudge, Judge, ModelJudge
 from pipelines.karr.kept import KeptAnswers
 from pipelines.karr.models import Models, load_models
-from pipelines.karr.neighbours import Neighbours
+from pipelines.karr.neighbours import Neighbours, image_places
 from pipelines.karr.rows import ROWS, ShardMaker
-from pipelines.karr.source import captions, planned_rows, read_captions, source_state, write_plan
+from pipelines.karr.source import (
+    captions,
+    mend_plan,
+    planned_rows,
+    read_captions,
+    source_state,
+    write_plan,
+)
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.storage import open_store
 from slq.arrow import vector_column
-from slq.errors import ArtifactError, ConfigError, DataError
+from slq.errors import ArtifactError, ArtifactMismatchError, ConfigError, DataError
 from slq.karr.categories import CATEGORIES
 from slq.karr.config import EndpointConfig, JudgeConfig, KarrConfig
 from slq.karr.lexicon import Lexicon
-from slq.karr.reasons import Funnel
-from slq.karr.rewriting import ClueRewriter, ModelRewriter, Source
+from slq.karr.reasons import Funnel, RejectedError
+from slq.karr.rewriting import ClueRewriter, Completion, ModelRewriter, Source
 from slq.karr.targets import Rewriting, Target
 from slq.scenes import load_sprites
 from slq.schema import Item
@@ -157,6 +164,91 @@ def test_images_that_cannot_be_read_are_counted_before_anything_is_asked(
     assert "none of JPEG, PNG, WEBP" in rows[1]["detail"]
 
 
+@pytest.mark.parametrize("identified", [False, True])
+def test_an_image_that_breaks_off_is_rejected_whoever_judges(
+    recipe: Recipe, tmp_path: Path, identified: bool
+) -> None:
+    whole = noise()
+    table = [
+        {"id": "whole", "image": whole, "text": "a dog"},
+        {"id": "torn", "image": whole[: len(whole) // 2], "text": "a dog"},
+    ]
+    with Image.open(io.BytesIO(table[1]["image"])) as opened:
+        assert opened.size == (64, 64)  # the header is whole
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "pairs.parquet")
+    found = captions(changed(recipe, karr={"captions": tmp_path / "pairs.parquet"}))
+    places = neighbours(tmp_path, {"whole": [1, 0], "torn": [0, 1]}, 1, unreadable="torn")
+    models = Models(
+        ClueRewriter(),
+        [ClueJudge("table"), FrozenJudge(JudgeConfig(name="red", min_margin=-999), Brightness())],  # type: ignore[arg-type]
+        Lexicon(),
+        identifier=CosineIdentifier(recipe, places, of_one(1.0, 0.0)) if identified else None,
+        sprites=load_sprites(),
+    )
+    rows = ShardMaker(recipe.karr, models, 1.0).made(found)
+    assert [row["reason"] for row in rows] == [None, "unreadable_image"]
+    assert "cannot be decoded" in rows[1]["detail"]
+    assert [len(row["votes"]) for row in rows] == [2, 0]
+
+
+def pairs_of_files(folder: Path, names: Sequence[str], key: str | None = None) -> Path:
+    """A table of captions whose images are files beside it; makes none of those."""
+    table = [
+        {"id": name, "uri": f"{name}.png", "text": "a dog", "image_key": key or name}
+        for name in names
+    ]
+    pq.write_table(pa.Table.from_pylist(table), folder / "pairs.parquet")
+    return folder / "pairs.parquet"
+
+
+def test_a_plan_is_mended_where_images_were_put_back(recipe: Recipe, tmp_path: Path) -> None:
+    asked = changed(recipe, karr={"captions": pairs_of_files(tmp_path, "abcd"), "shard_rows": 3})
+    for name in "bd":
+        (tmp_path / f"{name}.png").write_bytes(picture("red"))
+    store = open_store(tmp_path / "run")
+    before = captions(asked)
+    assert [row["reason"] for row in before] == ["unreadable_image", None] * 2
+    write_plan(store, before, 3)
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "d.png").unlink()  # was planned, and is counted when its shard is made
+    mend_plan(asked, store)
+    planned = read_captions(store)
+    assert [row["reason"] for row in planned] == [None, None, "unreadable_image", None]
+    assert planned[0]["uri"] == str(tmp_path / "a.png")
+    assert [row["row"] for row in planned] == [0, 1, 2, 3]
+    assert planned_rows(store) == [3, 1]
+    rows = ShardMaker(recipe.karr, Models(ClueRewriter(), [], Lexicon()), 1.0).made(planned)
+    wanted = [None, None, "unreadable_image", "unreadable_image"]
+    assert [row["reason"] for row in rows] == wanted
+    assert planned[1] == before[1]
+
+
+def test_mended_images_get_no_more_captions_than_others(recipe: Recipe, tmp_path: Path) -> None:
+    path = pairs_of_files(tmp_path, "abc", key="one image")
+    asked = changed(recipe, karr={"captions": path})
+    store = open_store(tmp_path / "run")
+    write_plan(store, captions(asked), 3)
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(picture("red"))
+    mend_plan(asked, store)
+    reasons = [None, "further_caption", "further_caption"]
+    assert [row["reason"] for row in read_captions(store)] == reasons
+
+
+def test_other_captions_cannot_be_mended(recipe: Recipe, tmp_path: Path) -> None:
+    asked = changed(recipe, karr={"captions": pairs_of_files(tmp_path, "abc")})
+    (tmp_path / "b.png").write_bytes(picture("red"))
+    store = open_store(tmp_path / "run")
+    write_plan(store, captions(asked), 3)
+    for names, first in (("acb", "b"), ("ab", "c"), ("abcd", "d")):
+        pairs_of_files(tmp_path, names)
+        with pytest.raises(
+            ArtifactMismatchError, match=rf"the captions have changed .*, first '{first}'"
+        ):
+            mend_plan(asked, store)
+    assert [row["source_id"] for row in read_captions(store)] == ["a", "b", "c"]
+
+
 def test_captions_of_one_image_beyond_the_first_are_left_out(
     recipe: Recipe, scenes_dir: Path, tmp_path: Path
 ) -> None:
@@ -227,6 +319,19 @@ def picture(colour: str) -> bytes:
     return buffer.getvalue()
 
 
+def noise() -> bytes:
+    """A picture of as many bytes as its pixels have."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def of_one(*direction: float) -> Any:
+    """An encoder that gives every text the same vector."""
+    return lambda items: torch.tensor([direction] * len(items))
+
+
 def candidate(number: int, item_id: str, caption: str, colour: str = "red") -> Candidate:
     rewriting = Rewriting(caption, caption, "encyclopaedic")
     return Candidate(
@@ -254,6 +359,7 @@ def test_neighbours_are_the_nearest_images(tmp_path: Path) -> None:
     assert [found.ids[place] for place in found.around("d")] == ["d", "e", "c"]
     assert len(neighbours(tmp_path, SPACE, 99).around("a")) == 5
     assert neighbours(tmp_path, SPACE, 2, unreadable="b").around("b") == []
+    assert neighbours(tmp_path, {"a": [1, 0]}, 2, unreadable="a").around("a") == []
     with pytest.raises(ArtifactError, match=r"vectors.parquet cannot be read"):
         Neighbours(open_store(tmp_path / "nowhere"), 2)
 
@@ -272,13 +378,54 @@ def test_a_caption_must_lead_over_its_images_neighbours(recipe: Recipe, tmp_path
         candidate(2, "a", "of all"),
         candidate(3, "x", "of a"),
     ]
-    leads = CosineIdentifier(recipe, found, encode).leads(asked)
+    *leads, unknown = CosineIdentifier(recipe, found, encode).leads(asked)
     assert leads[0] > 0 > leads[1]
     by_hand = np.array([1.0, 0.2, 0.35]) / np.linalg.norm([1.0, 0.2, 0.35])
     unit = {name: np.array(row) / np.linalg.norm(row) for name, row in SPACE.items()}
     expected = by_hand @ unit["a"] - max(by_hand @ unit["b"], by_hand @ unit["c"])
     assert leads[2] == pytest.approx(float(expected), abs=1e-6)
-    assert leads[3] == -np.inf
+    assert isinstance(unknown, RejectedError)
+    assert (unknown.reason, str(unknown)) == (
+        "unreadable_image",
+        "image of x could not be read when images were embedded",
+    )
+    alone = neighbours(tmp_path, {"a": [1, 0, 0]}, 2)
+    assert CosineIdentifier(recipe, alone, encode).leads(asked[:1]) == [None]
+
+
+def test_what_has_no_neighbour_to_compare_with_is_kept_and_told_in_strict_json(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    found = captions(recipe)[:2]
+    readable, unreadable = (row["item_id"] for row in found)
+    places = neighbours(tmp_path, {readable: [1, 0], unreadable: [0, 1]}, 2, unreadable=unreadable)
+    identifier = CosineIdentifier(recipe, places, of_one(1.0, 0.0))
+    models = Models(ClueRewriter(), [], Lexicon(), identifier=identifier)
+    first, second = ShardMaker(recipe.karr, models, 1.0).made(found)
+    assert (first["reason"], first["lead"]) == (None, None)
+    assert not any(check.startswith("identified") for check in first["checks"])  # nothing was
+    assert (second["reason"], second["lead"]) == ("unreadable_image", None)
+    assert unreadable in second["detail"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for lead in (None, float("inf")):  # as rows of older folders have it
+        rows = [{**first, "lead": lead, "annotations": []}]
+        export(tmp_path / "benchmark", rows, [(readable, first["uri"])], 1.0)
+        line = (tmp_path / "benchmark" / "karr.jsonl").read_text()
+        assert json.loads(line, parse_constant=refuse)["lead"] is None
+        table = pq.read_table(tmp_path / "benchmark" / "karr.parquet")
+        assert table["lead"].to_pylist() == [None]
+
+
+def test_only_captions_in_use_say_where_images_are() -> None:
+    rows = [
+        {"item_id": "a", "uri": "a.png", "reason": None},
+        {"item_id": "a", "uri": None, "reason": "not_one_image"},
+        {"item_id": "b", "uri": "pairs.parquet#row=3", "reason": "unreadable_image"},
+    ]
+    assert image_places(rows) == {"a": "a.png"}
 
 
 class Brightness:
@@ -310,9 +457,17 @@ def test_the_fine_stage_compares_an_image_with_its_neighbours(
         candidate(2, "a", "odd"),
         candidate(3, "x", "red"),
     ]
-    assert identifier.leads(asked) == [255 - 128, -255 + 32, -np.inf, -np.inf]
-    (tmp_path / "c.png").write_bytes(b"gone bad")
-    assert identifier.leads(asked[:1]) == [-np.inf]
+    *leads, unknown = identifier.leads(asked)
+    assert leads == [255 - 128, -255 + 32, -np.inf]
+    assert isinstance(unknown, RejectedError)
+    for change in (lambda path: path.write_bytes(b"gone bad"), Path.unlink):
+        change(tmp_path / "c.png")
+        (lead,) = identifier.leads(asked[:1])
+        assert isinstance(lead, RejectedError)
+        assert lead.reason == "unreadable_image"
+        assert str(lead).startswith("image of c: ")
+    alone = neighbours(tmp_path, {"a": [1, 0, 0]}, 2)
+    assert FineIdentifier(recipe, alone, Brightness(), uris).leads(asked[:1]) == [None]  # type: ignore[arg-type]
 
 
 def test_leads_and_votes_reject(recipe: Recipe, tmp_path: Path) -> None:
@@ -364,6 +519,36 @@ def test_a_frozen_judge_accepts_from_its_margin_on() -> None:
         {"judge": "red", "accept": False, "margin": 128.0},
         {"judge": "red", "accept": None, "margin": None},
     ]
+
+
+def test_a_judge_that_is_not_reached_leaves_the_others_no_decision(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    with serving(LanguageServer()) as server:
+        pass  # it is down
+    settings = EndpointConfig(url=server.url, attempts=2)
+    down = KeptAnswers(Endpoint(settings, sleep=lambda _: None), open_store(tmp_path))
+    named = JudgeConfig(name="llm", kind="clues")
+    judges: list[Judge] = [ClueJudge("table"), ModelJudge(named, down, 0, 4)]
+    models = Models(ClueRewriter(), judges, Lexicon(), sprites=load_sprites())
+    rows = ShardMaker(recipe.karr, models, 1.0).made(captions(recipe)[:4])
+    assert [row["reason"] for row in rows] == ["unanswered"] * 4
+    detail = "judge llm: 2 requests failed, the last one: ConnectError"
+    assert {row["detail"] for row in rows} == {detail}
+
+    class Rambling:
+        name = "llm"
+
+        def settings(self, seed: int) -> dict[str, Any]:
+            return {"seed": seed}
+
+        def complete(self, chat: Any, seed: int) -> Completion:
+            return Completion("Well, ", "", "")
+
+    models.judges[1] = ModelJudge(named, Rambling(), 0, 4)
+    rows = ShardMaker(recipe.karr, models, 1.0).made(captions(recipe)[:4])
+    assert [row["reason"] for row in rows] == [None] * 4
+    assert [vote["accept"] for vote in rows[0]["votes"]] == [True, None]
 
 
 def test_a_judge_that_sees_gets_the_image(tmp_path: Path) -> None:
