@@ -23,6 +23,7 @@ def measured(out: Path, *arguments: str) -> dict[str, Any]:
     return serving.run(["--out", str(out), "--seed", "3", *overrides, *arguments])
 
 
+@pytest.mark.campaign
 def test_overhead_measures_every_side_as_often_as_the_others(ray_cluster: None, out: Path) -> None:
     arguments = ("--part", "overhead", "--seconds", "1", "--repeats", "2")
     found = measured(out, *arguments)["overhead"]

@@ -79,6 +79,7 @@ def test_the_config_is_one_of_rays(recipe_file: Path) -> None:
     assert load_recipe(Path(arguments["recipe"]), arguments["overrides"]).serve.max_top_k == 7
 
 
+@pytest.mark.campaign
 def test_a_rolling_update_and_the_way_back_fail_no_request(url: str, recipe_file: Path) -> None:
     failures: list[str] = []
     num_answers = 0
